@@ -1,0 +1,20 @@
+.PHONY: check format lint types test quick
+
+check: lint types test   ## everything that has to pass before a commit
+
+format:                  ## rewrite the files in the project's format
+	ruff format .
+	ruff check --fix .
+
+lint:
+	ruff format --check .
+	ruff check .
+
+types:
+	mypy
+
+test:
+	python -m pytest -q -n auto --dist loadfile
+
+quick:                   ## the tests that start no processes and train for moments only
+	python -m pytest -q -n auto --dist loadfile -m "not slow"

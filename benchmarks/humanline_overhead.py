@@ -1,0 +1,126 @@
+"""Step time with humanline over without, on a model of about ten million parameters.
+
+    python benchmarks/humanline_overhead.py
+
+Two trainers of the same kind take turns in one process, a block of steps each, so that whatever else the machine does
+hits both. A ratio compares the medians of two neighbouring blocks; what is reported is the median of the ratios. The
+other number is the extra memory that the moving reference holds, in bytes, beside the size of one adapter.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import datasets
+import torch
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from halos_trl import DPOConfig, DPOTrainer, toy
+
+
+class StepTimer(TrainerCallback):
+    def __init__(self):
+        self.seconds = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def build_model(tokenizer):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=320, intermediate_size=896, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def rows(n, length):
+    """Pairs of random letters, all of one length, so that every step costs the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(size):
+        return "".join(chr(ord("a") + int(i)) for i in torch.randint(26, (size,), generator=generator))
+
+    pairs = [(text(length // 2), text(length // 2), text(length // 2)) for _ in range(n)]
+    return datasets.Dataset.from_list([{"prompt": p, "chosen": c, "rejected": r} for p, c, r in pairs])
+
+
+def build_trainer(kind, humanline, options, output_dir):
+    tokenizer = toy.build_tokenizer()
+    timer = StepTimer()
+    args = DPOConfig(
+        output_dir=output_dir,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        humanline=humanline,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10_000,
+        disable_tqdm=True,
+        max_length=None,
+    )
+    lora = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, target_modules=options.target_modules)
+    trainer = DPOTrainer(
+        build_model(tokenizer),
+        args=args,
+        train_dataset=rows(options.steps * options.batch_size, options.length),
+        processing_class=tokenizer,
+        peft_config=lora if kind == "lora" else None,
+        callbacks=[timer],
+    )
+    return trainer, timer
+
+
+def block(trainer, timer):
+    timer.seconds.clear()
+    trainer.train()
+    return statistics.median(timer.seconds[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=10, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=6, help="steps of a block, the first of which is not counted")
+    parser.add_argument("--batch_size", type=int, default=8, help="pairs per step")
+    parser.add_argument("--length", type=int, default=128, help="characters (tokens) of prompt and completion")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--target_modules", default=None, help="PEFT's default (q_proj and v_proj), or 'all-linear'")
+    parser.add_argument("--kinds", nargs="+", default=["full", "lora"])
+    options = parser.parse_args()
+    datasets.disable_progress_bars()
+    for kind in options.kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            plain, human = (build_trainer(kind, humanline, options, folder) for humanline in (False, True))
+            ratios, times = [], []
+            for number in range(options.blocks):
+                order = [plain, human] if number % 2 == 0 else [human, plain]
+                seconds = {id(pair): block(*pair) for pair in order}
+                times.append((seconds[id(plain)], seconds[id(human)]))
+                ratios.append(seconds[id(human)] / seconds[id(plain)])
+            trainer = human[0]
+            held = sum(t.nbytes for t in trainer.reference.tensors(trainer.model).values())
+            size = sum(p.numel() for p in plain[0].model.parameters()) / 1e6
+            quartiles = statistics.quantiles(ratios, n=4)
+            print(
+                f"{kind}: {size:.1f}M parameters, {options.batch_size} pairs of {options.length} tokens, "
+                f"{torch.get_num_threads()} threads\n"
+                f"  step without humanline {statistics.median(t for t, _ in times):.3f} s, "
+                f"with {statistics.median(t for _, t in times):.3f} s\n"
+                f"  ratio {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, "
+                f"{options.blocks} pairs of blocks)"
+            )
+            if kind == "lora":
+                adapter = sum(p.nbytes for n, p in trainer.model.named_parameters() if ".default." in n)
+                print(f"  the reference holds {held} bytes, the adapter {adapter}")
+
+
+if __name__ == "__main__":
+    main()

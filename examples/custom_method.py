@@ -1,0 +1,52 @@
+"""A method of your own: a subclass with one function, trained like any other.
+
+    python examples/custom_method.py                           # embedded default: no network
+
+This one is a simplified KTO. Its reference point is not an estimate over mismatched prompts and completions, but the
+mean log-ratio of the other side of the micro-batch.
+"""
+
+import torch
+
+from halos_trl import KTOConfig, UnpairedPreferenceTrainer, cli
+from halos_trl.humanline import log_ratios
+from halos_trl.records import LossOutput, UnpairedLogps
+
+
+class DummyKTOTrainer(UnpairedPreferenceTrainer):
+    """Gains of desirable rows over the undesirable mean go up, those of undesirable rows over the other mean down."""
+
+    def loss(self, record: UnpairedLogps) -> LossOutput:
+        beta, desirable_B = self.args.beta, record.desirable
+        ratios_BT, _ = log_ratios(record.policy, record.reference, record.mask, self.args.humanline_clamp)
+        ratios_B = ratios_BT.sum(-1)
+        desirable_kl, undesirable_kl = (mean_or_zero(ratios_B.detach()[s]) for s in (desirable_B, ~desirable_B))
+        losses_B = torch.where(  # 1 - sigmoid(x) is sigmoid(-x)
+            desirable_B,
+            torch.sigmoid(beta * (undesirable_kl - ratios_B)),
+            torch.sigmoid(beta * (ratios_B - desirable_kl)),
+        )
+        rewards_B = beta * ratios_B.detach()
+        return LossOutput(losses_B, rewards_B[desirable_B], rewards_B[~desirable_B], {})
+
+
+def mean_or_zero(ratios: torch.Tensor) -> torch.Tensor:
+    """The mean, at least 0; 0 for a micro-batch without rows of this side."""
+    return (ratios.sum() / max(len(ratios), 1)).clamp(min=0)
+
+
+TOY = {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "num_train_epochs": 4}
+
+
+def main() -> None:
+    script_args, training_args, model_args, data = cli.parse(KTOConfig, "unpaired", TOY)
+    trainer = DummyKTOTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=data[script_args.dataset_train_split],
+    )
+    cli.run(trainer, script_args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,425 @@
+"""What the example scripts share: flags, data, the run itself, and the embedded default task."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from accelerate import PartialState
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers.integrations import unset_hf_deepspeed_config
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+
+from . import model_card, toy
+from .trainers.base import last_complete_checkpoint
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+_USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
+_DESCRIPTION = """\
+The flags of TRL's own script for this method, and a few more. `--config FILE.yaml` sets flags by name from a file;
+a flag on the command line wins over the file. `--model_name_or_path` and `--dataset_name` are hub ids or local paths.
+Without both, the script runs on its embedded default task (no network), with defaults of its own for some settings.
+"""
+
+# The embedded model is small and trains from a high learning rate; these hold only where no flag says otherwise.
+TOY_DEFAULTS: dict[str, Any] = {
+    "output_dir": "outputs/toy",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "logging_steps": 20,
+    "max_length": 64,
+}
+
+
+@dataclass
+class HalosScriptArguments(ScriptArguments):
+    """TRL's script arguments and ours.
+
+    Parameters:
+        dataset_name (`str`, *optional*):
+            Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow), folder of such files, or folder of `save_to_disk`.
+        merge_adapter (`bool`, *optional*, defaults to `False`):
+            After training an adapter, also save the merged model to `<output_dir>-merged` (and push it to
+            `<hub_model_id>-merged` with `--push_to_hub`).
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow), folder of such files with a split in each "
+            "name, or folder of `save_to_disk`. Excludes `datasets`."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of the hub dataset, where it has several. Excludes `datasets`."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on; read only where `eval_strategy` is not `no`."}
+    )
+    dataset_streaming: bool = field(
+        default=False,
+        metadata={"help": "Stream the dataset of `dataset_name`; needs `max_steps`. For `datasets`: `streaming`."},
+    )
+    ignore_bias_buffers: bool = field(
+        default=False,
+        metadata={
+            "help": "The same as `--ddp_broadcast_buffers false`: for old models whose boolean mask buffers cannot be "
+            "broadcast between processes."
+        },
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "With `use_peft`: also save the model with its adapter merged into the unquantized base, to "
+            "`<output_dir>-merged`; with `push_to_hub`, also push it to `<hub_model_id>-merged`."
+        },
+    )
+
+    # Set by `parse`, not by a flag.
+    embedded: bool = field(default=False, init=False)
+    used_datasets: list[str] = field(default_factory=list, init=False)
+
+
+# ----------------------------------------------------------------------------------------------------------- the flags
+
+
+def parse(
+    config_class: type, toy_kind: str, toy_defaults: dict[str, Any] | None = None, argv: list[str] | None = None
+) -> tuple[HalosScriptArguments, Any, ModelConfig, datasets.DatasetDict]:
+    """Read the flags (and `--config FILE.yaml`), and load the data.
+
+    With neither a model nor a dataset given, the embedded default is used: its model, its feedback of `toy_kind`
+    ("unpaired", "paired", "scored") and `toy_defaults` for every setting that no flag or config file names.
+
+    Returns (script arguments, training config, model config, dataset splits). Raises ValueError for flags and paths
+    that cannot work, before any model is loaded.
+    """
+    dataclass_types: Any = (HalosScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+    parser: Any = TrlParser(dataclass_types, usage=_USAGE, description=_DESCRIPTION)
+    argv, config = _split_off_config(sys.argv[1:] if argv is None else argv)
+    embedded = _names_nothing(parser, argv, config)
+    if embedded:
+        parser.set_defaults_with_config(**(TOY_DEFAULTS | (toy_defaults or {})))
+    script_args, training_args, model_args, mixture = parser.parse_args_and_config(args=argv)
+    script_args.embedded = embedded
+    _refuse_what_cannot_work(script_args, model_args, mixture)
+    training_args.resume_from_checkpoint = _checkpoint(training_args)
+    if script_args.ignore_bias_buffers:
+        training_args.ddp_broadcast_buffers = False
+    if embedded:
+        with PartialState().main_process_first():
+            model_args.model_name_or_path = toy.load_model_path()
+            data = toy.load_feedback_data(toy_kind)  # type: ignore[arg-type]
+    else:
+        _check_model_path(model_args)
+        data = load_data(script_args, mixture)
+        script_args.used_datasets = _dataset_names(script_args, mixture)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    _check_splits(script_args, training_args, data)
+    return script_args, training_args, model_args, data
+
+
+def _split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command line with the config file in the one form that `TrlParser` reads, and the file's settings."""
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="--config FILE.yaml")
+    config_parser.add_argument("--config")
+    known, flags = config_parser.parse_known_args(argv)
+    if known.config is None:
+        return flags, {}
+    try:
+        settings = yaml.safe_load(Path(known.config).read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"`--config {known.config}` cannot be opened: {error.strerror}. Check the path.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`--config {known.config}` cannot be read as YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"`--config {known.config}` holds {type(settings).__name__}, not settings by name. Write one "
+            "`name: value` on each line, e.g. `learning_rate: 1.0e-6`."
+        )
+    return ["--config", known.config, *flags], settings
+
+
+def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dict[str, Any]) -> bool:
+    """Whether neither a model nor a dataset is named. Refuses unknown names, and one of the two without the other."""
+    flags = argv[2:] if argv[:1] == ["--config"] else argv
+    # argparse itself, so that `--help`, abbreviations and `--flag=value` mean here what they mean in the real parse.
+    namespace, unknown = parser.parse_known_args(flags)
+    known = vars(namespace)
+    if unknown:
+        name = unknown[0].lstrip("-").split("=")[0]
+        raise ValueError(f"Unknown argument `{unknown[0]}`.{_similar(name, known, '--')}")
+    foreign = sorted(config.keys() - known.keys() - {"env"})
+    if foreign:
+        names = ", ".join(f"`{name}`" for name in foreign)
+        raise ValueError(f"The config file sets {names}, unknown to this script.{_similar(foreign[0], known)}")
+    has_model, *has_data = (
+        bool(known[name] or config.get(name)) for name in ("model_name_or_path", "dataset_name", "datasets")
+    )
+    if has_model != any(has_data):
+        named, missing = ("a model", "dataset_name") if has_model else ("a dataset", "model_name_or_path")
+        raise ValueError(
+            f"The flags name {named} but not `--{missing}`. Pass it too (a hub id or a local path), or neither of the "
+            "two to run on the embedded default task."
+        )
+    return not has_model
+
+
+def _similar(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return (f" Did you mean `{prefix}{close[0]}`?" if close else "") + " `--help` lists all names."
+
+
+def _refuse_what_cannot_work(
+    script_args: HalosScriptArguments, model_args: ModelConfig, mixture: DatasetMixtureConfig
+) -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+    lora = [
+        name
+        for name, default in defaults.items()
+        if name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(model_args, name) != default
+    ]
+    quantized = model_args.load_in_4bit or model_args.load_in_8bit
+    no_peft = not model_args.use_peft
+    refusals = (
+        (
+            script_args.merge_adapter and no_peft,
+            "`--merge_adapter` was set without `--use_peft`, so there will be no adapter to merge: the whole model is "
+            "trained and saved. Add `--use_peft`, or leave `--merge_adapter` out.",
+        ),
+        (
+            quantized and no_peft,
+            "`--load_in_4bit` and `--load_in_8bit` need `--use_peft`: quantized weights cannot be trained, only an "
+            "adapter on top of them. Add `--use_peft`, or leave the quantization out.",
+        ),
+        (
+            lora and no_peft,
+            f"{', '.join(f'`--{name}`' for name in lora)} would have no effect without `--use_peft`: the whole model "
+            "is trained. Add `--use_peft`, or leave the LoRA settings out.",
+        ),
+        (
+            mixture.datasets and script_args.dataset_name,
+            "Both `dataset_name` and a `datasets` mixture are given. Leave one of them out.",
+        ),
+        (
+            mixture.datasets and (script_args.dataset_streaming or script_args.dataset_config),
+            "`dataset_streaming` and `dataset_config` belong to `dataset_name` and have no effect on a `datasets` "
+            "mixture. Use `streaming`, and `name` inside the mixture.",
+        ),
+        (
+            not mixture.datasets and (mixture.streaming or mixture.test_split_size is not None),
+            "`streaming` and `test_split_size` belong to a `datasets` mixture, and there is none. To stream "
+            "`dataset_name`, use `--dataset_streaming`; to split it, list it under `datasets` in a `--config` file.",
+        ),
+    )
+    for applies, message in refusals:
+        if applies:
+            raise ValueError(message)
+
+
+def _checkpoint(training_args: Any) -> str | None:
+    """The checkpoint to resume from; `true` stands for the last one of the output directory."""
+    wanted = str(training_args.resume_from_checkpoint or "false")
+    if wanted.lower() in ("false", "none"):
+        return None
+    output_dir = training_args.output_dir
+    if wanted.lower() == "true":
+        last = last_complete_checkpoint(output_dir)
+        if last is None:
+            raise ValueError(
+                f"`--resume_from_checkpoint true` was set, but `{output_dir}` holds no complete checkpoint. Check "
+                "`--output_dir`, or leave it out to start anew."
+            )
+        return last
+    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+        raise ValueError(
+            f"`--resume_from_checkpoint {wanted}` is no checkpoint: there is no `{wanted}/trainer_state.json`. Name a "
+            "`checkpoint-<step>` folder, or `true` for the last one of the output directory."
+        )
+    return wanted
+
+
+def _check_model_path(model_args: ModelConfig) -> None:
+    name = str(model_args.model_name_or_path)
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            adapter = os.path.isfile(os.path.join(name, "adapter_config.json"))
+            raise ValueError(
+                f"`--model_name_or_path {name}` is a folder without `config.json`. "
+                + (
+                    "It holds an adapter: merge it into its base model first (`--merge_adapter` does so after "
+                    "training), or resume its training with `--resume_from_checkpoint`."
+                    if adapter
+                    else "Name the folder that `save_pretrained` wrote."
+                )
+            )
+    elif os.path.exists(name) or _is_path(name):
+        raise ValueError(
+            f"`--model_name_or_path {name}` is a local path, but no folder of this name exists. Name the folder that "
+            "`save_pretrained` wrote, or a hub id."
+        )
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a local path."""
+    return not model_card.is_repo_id(name) or Path(name).suffix in _READERS
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> datasets.DatasetDict:
+    """Splits of a hub dataset, a local file, a folder of such, a `save_to_disk` folder, or a TRL mixture."""
+    if mixture.datasets:
+        return get_dataset(mixture)
+    name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
+    path = Path(name)
+    if path.exists() and script_args.dataset_config:
+        raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
+    if not path.exists() and _is_path(name):
+        raise ValueError(f"`--dataset_name {name}` is a local path, but there is no such file or folder.")
+    if path.is_file() and path.suffix not in _READERS:
+        raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"`--dataset_name {name}` is an empty file.")
+    try:
+        if path.is_file():
+            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), streaming=streaming)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _from_disk(name, streaming)
+        return datasets.load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    except (DatasetsError, OSError) as error:
+        if isinstance(error, ConnectionError):  # nothing that other flags would repair
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
+
+
+def _from_disk(folder: str, streaming: bool) -> Any:
+    saved = datasets.load_from_disk(folder)
+    splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict({"train": saved})
+    if not streaming:
+        return splits
+    return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+
+
+def _check_splits(script_args: HalosScriptArguments, training_args: Any, data: Any) -> None:
+    wanted = {"dataset_train_split": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        wanted["dataset_test_split"] = script_args.dataset_test_split
+    for flag, split in wanted.items():
+        if split not in data:
+            remedy = (
+                ", or use `--eval_strategy no`. A single file is one split, `train`; put `train` and `test` files "
+                "into one folder and name the folder."
+                if flag == "dataset_test_split"
+                else "."
+            )
+            raise ValueError(f"The dataset has splits {sorted(data)}, not {split!r}. Name one with `--{flag}`{remedy}")
+
+
+def _dataset_names(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """What the model card names. A mixture's `path` may be a reader ("json"); then its files are what was used."""
+    if not mixture.datasets:
+        return [str(script_args.dataset_name)]
+    names: list[str] = []
+    for part in mixture.datasets:
+        files = part.data_files if part.path in _READERS.values() else None
+        values = list(files.values()) if isinstance(files, dict) else files if isinstance(files, list) else [files]
+        names += [str(value) for value in values] if files else [part.path]
+    return names
+
+
+def eval_split(script_args: ScriptArguments, training_args: Any, data: Any) -> Any:
+    """The evaluation split, or None with evaluation off."""
+    return data[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def run(trainer: Any, script_args: HalosScriptArguments) -> None:
+    """Train, save, push. On the embedded default, end with the held-out accuracy before and after."""
+    before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    save_and_push(trainer, script_args)
+    if before is not None:
+        after = toy.accuracy(trainer.model, trainer.processing_class)
+        trainer.accelerator.print(f"held-out accuracy: {before:.3f} -> {after:.3f}")
+    trainer.accelerator.end_training()
+
+
+def save_and_push(trainer: Any, script_args: HalosScriptArguments) -> None:
+    """What the flags ask for after training: the model with its card, on the Hub, with its adapter merged."""
+    args, say = trainer.args, trainer.accelerator.print
+    trainer.save_state()
+    if args.push_to_hub:
+        # Saves first. `save_model` would push as well, and everything would be sent twice.
+        trainer.push_to_hub(dataset_name=script_args.used_datasets)
+        say(f"Model saved to {args.output_dir} and pushed to {trainer.hub_model_id}")
+    else:
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(dataset_name=script_args.used_datasets)
+        say(f"Model saved to {args.output_dir}")
+    if script_args.merge_adapter and trainer.is_world_process_zero():
+        merge_adapter(trainer, script_args.used_datasets)
+
+
+def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
+    """Merge the saved adapter into its base model and save (and push) the result; on one process only.
+
+    The base is loaded anew, unquantized, in the dtype of the run (`--dtype`): merging into quantized weights would
+    round the update away, and the trainer's own model may be sharded.
+    """
+    args = trainer.args
+    # DeepSpeed ZeRO-3 would shard every model that is loaded while its configuration is set, with all processes.
+    unset_hf_deepspeed_config()
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    # FSDP puts a class of its own in front of the model's.
+    model_class: Any = next(c for c in type(trained.get_base_model()).__mro__ if not c.__module__.startswith("torch."))
+    settings = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if trained.active_peft_config.task_type == "SEQ_CLS":  # a reward model; its base may be a language model
+        settings["num_labels"] = trained.config.num_labels
+    base = model_class.from_pretrained(trained.active_peft_config.base_model_name_or_path, **settings)
+    merged = PeftModel.from_pretrained(base, args.output_dir).merge_and_unload()
+    merged.generation_config = getattr(trained, "generation_config", None)
+    # A trained copy of tied embeddings (`--lora_modules_to_save embed_tokens`) unties them; reloading has to know.
+    # PEFT sees to it itself from some version on.
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        merged.config.get_text_config().tie_word_embeddings = False
+
+    target = model_card.merged_name(os.path.normpath(args.output_dir))
+    merged.save_pretrained(target)
+    trainer.processing_class.save_pretrained(target)
+    model_card.write(trainer, None, used_datasets, None, merged_dir=target)
+    print(f"Merged model saved to {target}")
+    if args.push_to_hub:
+        api, repo = HfApi(token=args.hub_token), model_card.merged_name(trainer.hub_model_id)
+        api.create_repo(repo, private=args.hub_private_repo, exist_ok=True)
+        revision = getattr(args, "hub_revision", None)
+        if revision:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=target, revision=revision, commit_message="Merged model")
+        print(f"Merged model pushed to {repo}")

@@ -1,0 +1,148 @@
+"""Batches of whole groups: which examples make an optimizer step, and which process takes which micro-batch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+FILLER = -1
+"""Index of the row that stands in a micro-batch without examples."""
+
+
+def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Steps of at most `capacity` examples, each a list of indices into `sizes`; no size may exceed the capacity.
+
+    Best fit, largest first: a step is closed only when nothing that is left fits into it. Deterministic.
+    """
+    steps: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        room = next((r for r in range(sizes[i], capacity + 1) if with_room[r]), None)
+        if room is None:
+            room, step = capacity, len(steps)
+            steps.append([])
+        else:
+            step = with_room[room].pop()
+        steps[step].append(i)
+        with_room[room - sizes[i]].append(step)
+    return steps
+
+
+class GroupBatchSampler(Sampler[list[int]]):
+    """Micro-batches of one process, so that the examples of a group meet in one optimizer step.
+
+    A step holds at most `micro_batch_size * micro_batches * num_processes` examples, fewer where no further group
+    fits. Its examples are dealt evenly over exactly `micro_batches` micro-batches on each process (round-robin over
+    processes), so every process runs the same number of them; a micro-batch that gets no example holds `FILLER`.
+
+    Group sizes are packed once, so every epoch has the same number of steps, which the learning-rate schedule and an
+    exact resume need. An epoch shuffles which group takes which place of its size, and the order of the steps, from
+    `seed` and the epoch alone. A group larger than a step is split (`oversized` counts them).
+
+    Args:
+        group_ids: the group of each example.
+        micro_batch_size: most examples of a micro-batch.
+        micro_batches: micro-batches of a step on one process (gradient accumulation).
+        num_processes, process_index: of the run.
+        shuffle: a new order in each epoch; otherwise groups stay in the order of the data as far as sizes allow.
+        seed: of the shuffle.
+        repeats: how often each step comes in a row (epochs of PPO over one batch).
+    """
+
+    def __init__(
+        self,
+        group_ids: Sequence[int],
+        *,
+        micro_batch_size: int,
+        micro_batches: int = 1,
+        num_processes: int = 1,
+        process_index: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        repeats: int = 1,
+    ):
+        self.micro_batches = micro_batches
+        self.num_processes = num_processes
+        self.process_index = process_index
+        self.shuffle = shuffle
+        self.seed = seed
+        self.repeats = repeats
+        self.epoch = 0
+        self.step_size = micro_batch_size * micro_batches * num_processes
+        groups: dict[int, list[int]] = {}
+        for example, group in enumerate(group_ids):
+            groups.setdefault(group, []).append(example)
+        self.oversized = sum(len(group) > self.step_size for group in groups.values())
+        self._pieces = [
+            group[i : i + self.step_size] for group in groups.values() for i in range(0, len(group), self.step_size)
+        ]
+        self._steps = sorted(map(sorted, pack([len(piece) for piece in self._pieces], self.step_size)))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._steps) * self.micro_batches * self.repeats
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self._order_of_epoch():
+            examples = [example for piece in step for example in self._pieces[piece]]
+            yield from self._own_share(examples) * self.repeats
+
+    def _order_of_epoch(self) -> list[list[int]]:
+        if not self.shuffle:
+            return self._steps
+        rng = random.Random(f"{self.seed}/{self.epoch}")
+        by_size: dict[int, list[int]] = {}
+        for i, piece in enumerate(self._pieces):
+            by_size.setdefault(len(piece), []).append(i)
+        for pieces in by_size.values():
+            rng.shuffle(pieces)
+        steps = [[by_size[len(self._pieces[place])].pop() for place in step] for step in self._steps]
+        rng.shuffle(steps)
+        return steps
+
+    def _own_share(self, examples: list[int]) -> list[list[int]]:
+        total = self.micro_batches * self.num_processes
+        bounds = [len(examples) * k // total for k in range(total + 1)]
+        dealt = [examples[bounds[k] : bounds[k + 1]] or [FILLER] for k in range(total)]
+        return dealt[self.process_index :: self.num_processes]
+
+
+class StepRows(torch.utils.data.Dataset):
+    """Rows of a prepared dataset by index, and under `FILLER` a row without a completion, which adds nothing."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        first = dataset[0]
+        # A handful of tokens: the models have to run on it, with every parameter, as on the other processes.
+        self.filler = first | {"prompt_ids": (first["prompt_ids"] + first["completion_ids"])[:8], "completion_ids": []}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.filler if index == FILLER else self.dataset[index]
+
+
+class ScoredCollator:
+    """Adds the numbers of a row to what a collator of token ids makes: `score` and `advantage`, each `(B,)`."""
+
+    def __init__(self, collate_tokens: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collate_tokens = collate_tokens
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = self.collate_tokens(rows)
+        for column in ("score", "advantage"):
+            if column in rows[0]:
+                batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
+        return batch
+
+
+__all__ = ["FILLER", "GroupBatchSampler", "ScoredCollator", "StepRows", "pack"]

@@ -1,0 +1,86 @@
+"""From loss outputs to logged numbers: named sums and counts, divided once per log line.
+
+A mean of micro-batch means depends on how a step was split; a sum over a count does not. So everything that is logged
+travels as `(sum, count)`, stays on its device, and is reduced over processes only when a line is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .records import LossOutput
+
+Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Metric name -> (sum, number of things summed), both scalars."""
+
+
+def total(values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum and count of `values`, over `mask` where one is given. Detached, at least float32."""
+    values = values.detach()
+    values = values if values.dtype == torch.float64 else values.float()
+    if mask is None:
+        return values.sum(), values.new_tensor(values.numel())
+    return (values * mask).sum(), mask.sum().to(values.dtype)
+
+
+def loss_sums(output: LossOutput) -> Sums:
+    """Rewards of both sides and the method's own metrics."""
+    sums = {"rewards/chosen": total(output.chosen_rewards), "rewards/rejected": total(output.rejected_rewards)}
+    sums.update({name: total(values) for name, values in output.metrics.items()})
+    return sums
+
+
+def accuracy_sums(output: LossOutput) -> Sums:
+    """Share of pairs whose chosen reward is larger (a tie is not a win)."""
+    return {"rewards/accuracies": total((output.chosen_rewards > output.rejected_rewards).float())}
+
+
+def side_sums(name: str, values_BT: torch.Tensor, mask_BT: torch.Tensor, desirable_B: torch.Tensor) -> Sums:
+    """Token means of `values_BT`, apart for desirable (`name/chosen`) and undesirable (`name/rejected`) rows."""
+    return {
+        f"{name}/chosen": total(values_BT, mask_BT & desirable_B[:, None]),
+        f"{name}/rejected": total(values_BT, mask_BT & ~desirable_B[:, None]),
+    }
+
+
+def logps_sums(logps_BT: torch.Tensor, desirable_B: torch.Tensor) -> Sums:
+    """Summed log-prob of a completion in nats, averaged over the completions of each side."""
+    logps_B = logps_BT.sum(-1)
+    return {"logps/chosen": total(logps_B, desirable_B), "logps/rejected": total(logps_B, ~desirable_B)}
+
+
+class RunningMeans:
+    """Sums and counts since the last log line."""
+
+    def __init__(self) -> None:
+        self._sums: Sums = {}
+
+    def add(self, sums: Sums) -> None:
+        for name, (value, count) in sums.items():
+            if name in self._sums:
+                before, number = self._sums[name]
+                value, count = before + value, number + count
+            self._sums[name] = (value, count)
+
+    def drain(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Means over everything since the last call and over all processes; then start again.
+
+        `reduce_sum` adds a tensor over processes. Every process must have seen the same metric names, which holds when
+        names do not depend on the data (a side without rows has count 0). A metric nobody counted is left out.
+        `rewards/margins` is the difference of the two mean rewards, the way TRL defines it.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        # One float64 buffer, one reduction: counts of many steps do not lose their units.
+        device = next(iter(self._sums.values()))[0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        flat = [x.to(device, dtype) for name in names for x in self._sums[name]]
+        sums = reduce_sum(torch.stack(flat)).tolist()
+        self._sums = {}
+        means = {name: sums[2 * i] / sums[2 * i + 1] for i, name in enumerate(names) if sums[2 * i + 1] > 0}
+        if "rewards/chosen" in means and "rewards/rejected" in means:
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means

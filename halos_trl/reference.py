@@ -1,0 +1,264 @@
+"""Where reference log-probs come from, and how the reference follows the policy.
+
+One object per source, all answering `log_probs(batch)`; those that can move also answer `sync(policy)`:
+
+===================  ==================================================  =====
+class                the reference is                                    moves
+===================  ==================================================  =====
+`FrozenCopy`         a second model: a copy of the policy or `ref_model`  yes
+`AdapterOff`         the policy with its adapter switched off            no
+`FrozenAdapter`      a second adapter on the policy's base model         yes
+`PrecomputedColumn`  sums stored with the dataset                        no
+`NoReference`        absent (SimPO, SLiC)                                no
+===================  ==================================================  =====
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+
+from ._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, SyncRefModelCallback, reading_adapter, score_tokens
+
+REFERENCE_FILE = "reference.safetensors"
+"""A moving reference lies under this name in every checkpoint."""
+
+ForwardContext = Callable[[], AbstractContextManager[None]]
+
+
+class Reference:
+    """What the policy is compared with."""
+
+    can_move: ClassVar[bool] = False
+    moved: bool = False
+    """Whether it has left its start, so that a checkpoint has to hold it."""
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Per-token log-probs `(B, T)` in nats of a collated batch, without gradient; 0 outside the completion."""
+        raise NotImplementedError
+
+    def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
+        """reference := mix * policy + (1 - mix) * reference; `mix=1` copies bit for bit."""
+        raise ValueError(
+            f"{type(self).__name__} cannot follow the policy. Switch off `humanline` or `sync_ref_model`, or leave "
+            "out what fixes the reference (`precompute_ref_log_probs`)."
+        )
+
+    def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The tensors that move, by name."""
+        return {}
+
+
+class NoReference(Reference):
+    """For methods that compare with nothing."""
+
+    def log_probs(self, batch: dict[str, Any]) -> None:  # type: ignore[override]
+        return None
+
+
+class PrecomputedColumn(Reference):
+    """Log-probs that TRL summed over each completion and stored with the dataset.
+
+    Only the sum is known. It is spread evenly over the completion, so every loss that reads sums is exact and none
+    may read single tokens; humanline, which does, is refused together with `precompute_ref_log_probs`.
+    """
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        if "ref_chosen_logps" in batch:
+            sums_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        else:
+            sums_B = batch["ref_logps"]
+        mask_BT = batch["completion_mask"][:, 1:].to(sums_B.dtype)
+        return mask_BT * (sums_B / mask_BT.sum(-1).clamp(min=1))[:, None]
+
+
+class FrozenCopy(Reference):
+    """A second model of the policy's shape."""
+
+    can_move = True
+
+    def __init__(self, model: torch.nn.Module, unwrap: Callable[[Any], torch.nn.Module], forward: ForwardContext):
+        self.model = model
+        self._unwrap = unwrap
+        self._forward = forward
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        with self._forward():
+            return score_tokens(self.model, batch).logps_BT
+
+    @torch.no_grad()
+    def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
+        self.moved = True
+        own = dict(self._unwrap(self.model).named_parameters())
+        all_of_policy = dict(self._unwrap(policy).named_parameters())
+        # By name, since a policy may hold more than the reference does: PPO's has a value head.
+        targets, sources = list(own.values()), [all_of_policy[name] for name in own]
+        if any(hasattr(p, "ds_id") for p in targets):  # ZeRO-3 shards have to be gathered first
+            SyncRefModelCallback.sync_target_model(self._unwrap(policy), self._unwrap(self.model), mix)
+        else:
+            _move(targets, sources, mix)
+
+    def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return dict(self._unwrap(self.model).named_parameters())
+
+
+class AdapterOff(Reference):
+    """The base model of the policy: its adapter is new, so switching it off gives the initial policy."""
+
+    adapter: ClassVar[str | None] = None
+
+    def __init__(self, model: torch.nn.Module, unwrap: Callable[[Any], torch.nn.Module], forward: ForwardContext):
+        self.model = model
+        self._unwrap = unwrap
+        self._forward = forward
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        # The policy's adapter is read again before anybody calls `backward`; else its gradients would be None.
+        with self._forward(), reading_adapter(self._unwrap(self.model), self.adapter):
+            return score_tokens(self.model, batch).logps_BT
+
+
+class FrozenAdapter(AdapterOff):
+    """A frozen adapter beside the policy's own, on one base model. Moving it copies adapter weights only."""
+
+    can_move = True
+    adapter = REFERENCE_ADAPTER
+
+    def __init__(self, model: torch.nn.Module, unwrap: Callable[[Any], torch.nn.Module], forward: ForwardContext):
+        super().__init__(model, unwrap, forward)
+        peft_model: Any = unwrap(model)
+        if REFERENCE_ADAPTER not in peft_model.peft_config:
+            try:
+                peft_model.add_adapter(REFERENCE_ADAPTER, peft_model.peft_config[POLICY_ADAPTER])
+            except ValueError as error:
+                raise ValueError(
+                    "`humanline` and `sync_ref_model` keep the reference in a second adapter, and PEFT cannot add one "
+                    f"to this model: {error} Change the adapter's configuration, or switch the setting off."
+                ) from error
+        for name, module in peft_model.named_modules():
+            # A reference without noise, whatever `disable_dropout` says about the policy.
+            if isinstance(module, torch.nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
+                module.p = 0.0
+        for reference, policy in _adapter_pairs(peft_model):
+            # Same dtype too: a quantized policy's adapter is bfloat16, and rounding has to happen in the same places.
+            reference.data = policy.data.clone()
+            reference.requires_grad_(False)
+
+    @torch.no_grad()
+    def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
+        self.moved = True
+        pairs = _adapter_pairs(self._unwrap(policy))
+        _move([reference for reference, _ in pairs], [source for _, source in pairs], mix)
+
+    def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+        named = self._unwrap(policy).named_parameters()
+        return {name: p for name, p in named if _adapter_of(name) == REFERENCE_ADAPTER}
+
+
+def _adapter_of(parameter_name: str) -> str | None:
+    found = re.search(rf"\.({POLICY_ADAPTER}|{REFERENCE_ADAPTER})(?=\.|$)", parameter_name)
+    return found.group(1) if found else None
+
+
+def _adapter_pairs(peft_model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    """(reference, policy) parameters of the two adapters."""
+    parameters = dict(peft_model.named_parameters())
+    pairs = []
+    for name, reference in parameters.items():
+        if _adapter_of(name) == REFERENCE_ADAPTER:
+            source = re.sub(rf"\.{REFERENCE_ADAPTER}(?=\.|$)", f".{POLICY_ADAPTER}", name, count=1)
+            pairs.append((reference, parameters[source]))
+    return pairs
+
+
+def _move(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix: float) -> None:
+    if mix == 1.0:
+        torch._foreach_copy_(list(targets), list(sources))
+    else:
+        torch._foreach_mul_(list(targets), 1.0 - mix)
+        torch._foreach_add_(list(targets), [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], alpha=mix)
+
+
+# -- following the policy ------------------------------------------------------------------------------------------
+
+
+class ReferenceSync(TrainerCallback):
+    """Moves the reference.
+
+    Humanline (arXiv:2509.24207): reference := policy as it is *before* the optimizer step, every `every` steps.
+    TR-DPO (arXiv:2404.09656, `sync_ref_model`): after the step, mixed with weight `mix`.
+    """
+
+    def __init__(self, reference: Reference, *, every: int, mix: float = 1.0, before_step: bool):
+        self.reference = reference
+        self.every = every
+        self.mix = mix
+        self.before_step = before_step
+
+    def syncs_until(self, step: int) -> int:
+        """How often the reference has moved once `step` optimizer steps are done."""
+        return step // self.every
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.before_step and (state.global_step + 1) % self.every == 0:
+            self.reference.sync(model, self.mix)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.before_step and state.global_step % self.every == 0:
+            self.reference.sync(model, self.mix)
+
+
+def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU. Under FSDP2 every process has to call this, since each holds a shard."""
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+
+
+def save_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
+    """Write a moved reference into a checkpoint folder, whole or not at all."""
+    folder = Path(checkpoint_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{REFERENCE_FILE}.partial"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+    partial.replace(folder / REFERENCE_FILE)
+
+
+@torch.no_grad()
+def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
+    """Restore a moved reference in place. Raises ValueError when the file is missing, damaged or of another model."""
+    path = Path(checkpoint_dir) / REFERENCE_FILE
+    consequence = "Training cannot resume exactly without it, and would silently restart from another reference."
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: this run moves its reference (`humanline` or `sync_ref_model`), and so must have the "
+            f"run that wrote the checkpoint. {consequence} Resume from another checkpoint, or train with the settings "
+            "that the checkpoint was written with."
+        )
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it is probably truncated. {consequence} Resume from an "
+            "earlier checkpoint."
+        ) from error
+    differing = sorted(set(stored) ^ set(tensors)) or sorted(
+        name for name in tensors if stored[name].shape != tensors[name].shape
+    )
+    if differing:
+        raise ValueError(
+            f"{path} holds another model's reference: {differing[0]!r} and {len(differing) - 1} more tensors do not "
+            "match. Resume with the model and adapter configuration that the checkpoint was written with."
+        )
+    for name, tensor in tensors.items():
+        whole = stored[name].to(tensor.device)
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+        tensor.copy_(whole)

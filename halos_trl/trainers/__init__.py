@@ -1,0 +1,28 @@
+"""The trainers: two bases to extend, and the named methods."""
+
+from .cdpo import CDPOTrainer
+from .dpo import DPOTrainer
+from .grpo import GRPOTrainer
+from .ipo import IPOTrainer
+from .kto import KTOTrainer
+from .paired import PairedPreferenceTrainer
+from .ppo import PPOTrainer
+from .reward import BradleyTerryTrainer, load_reward_model
+from .simpo import SimPOTrainer
+from .slic import SLiCTrainer
+from .unpaired import UnpairedPreferenceTrainer
+
+__all__ = [
+    "BradleyTerryTrainer",
+    "CDPOTrainer",
+    "DPOTrainer",
+    "GRPOTrainer",
+    "IPOTrainer",
+    "KTOTrainer",
+    "PPOTrainer",
+    "PairedPreferenceTrainer",
+    "SLiCTrainer",
+    "SimPOTrainer",
+    "UnpairedPreferenceTrainer",
+    "load_reward_model",
+]

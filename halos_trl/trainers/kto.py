@@ -1,0 +1,81 @@
+"""KTO: Kahneman-Tversky optimization."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import losses
+from .._trl import Method
+from ..configs import KTOConfig
+from ..data.checks import Rows
+from ..records import LossOutput, UnpairedLogps
+from .unpaired import UnpairedPreferenceTrainer
+
+_PAPER = Method(
+    name="KTO",
+    title="KTO: Model Alignment as Prospect Theoretic Optimization",
+    arxiv="2402.01306",
+    citation="""\
+@inproceedings{ethayarajh2024kto,
+    title     = {{KTO}: Model Alignment as Prospect Theoretic Optimization},
+    author    = {Ethayarajh, Kawin and Xu, Winnie and Muennighoff, Niklas and Jurafsky, Dan and Kiela, Douwe},
+    booktitle = {International Conference on Machine Learning},
+    year      = {2024},
+    eprint    = {2402.01306},
+}""",
+)
+
+
+class KTOTrainer(UnpairedPreferenceTrainer):
+    """KTO (arXiv:2402.01306) with partners for its KL term from inside the optimizer step.
+
+    Takes the arguments of `trl.KTOTrainer`. Data may be shuffled or streamed, `per_device_train_batch_size=1` works,
+    and the loss does not depend on how a step is split over micro-batches and processes.
+    """
+
+    config_class = KTOConfig
+    takes_precomputed = True
+    needs_kl = True
+    method = _PAPER
+    card_fields = ("loss_type", "beta", "desirable_weight", "undesirable_weight")
+
+    def loss(self, record: UnpairedLogps) -> LossOutput:
+        # apo_zero_unpaired is KTO without the KL term: `kl` is 0 then.
+        return losses.kto(
+            record,
+            kl=self.kl,
+            beta=self.args.beta,
+            desirable_weight=self.args.desirable_weight,
+            undesirable_weight=self.args.undesirable_weight,
+            humanline=self.args.humanline_clamp,
+        )
+
+    def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
+        super().check_arguments(args, model, ref_model)
+        if args.loss_type == "apo_zero_unpaired":
+            return
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        remedy = "or use `loss_type='apo_zero_unpaired'`, which has no KL term."
+        if step < 2:
+            raise ValueError(
+                "One optimizer step holds a single example (`per_device_train_batch_size` x "
+                f"`gradient_accumulation_steps` x processes = {step}), but KTO estimates its KL term by giving each "
+                "prompt the completion of another example of the step. Raise one of them to have at least 2 examples "
+                f"per step, {remedy}"
+            )
+        if args.eval_strategy != "no" and args.per_device_eval_batch_size * args.world_size < 2:
+            raise ValueError(
+                "An evaluation batch holds a single example (`per_device_eval_batch_size` x processes = 1), but KTO "
+                "estimates its KL term per evaluation batch from other examples of it. Set "
+                f"`per_device_eval_batch_size` to 2 or more, {remedy}"
+            )
+
+    def check_rows(self, dataset: Rows, name: str) -> Rows:
+        dataset = super().check_rows(dataset, name)
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        if rows == 1 and self.estimates_kl and "chosen" not in next(iter(dataset)):
+            raise ValueError(
+                f"The {name} dataset has one row. KTO's KL term pairs each prompt with another row's completion, so "
+                "it needs at least 2. Add rows, or use `loss_type='apo_zero_unpaired'`."
+            )
+        return dataset

@@ -1,0 +1,243 @@
+"""PPO: proximal policy optimization with a value head, offline."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .. import losses
+from .._trl import Method, TokenTable, ValueHost, score_tokens
+from ..configs import PPOConfig
+from ..humanline import log_ratios
+from ..metrics import Sums, total
+from ..records import LossOutput, PolicyStep
+from ..value_head import VALUE_HEAD_FILE, load_value_head
+from .reward_scores import RewardModelScores
+from .rollout import Rollout, load_rollouts, roll_out, rollout_file, save_rollouts
+from .scored import ScoredTrainer
+
+logger = get_logger(__name__)
+
+
+class PPOTrainer(ScoredTrainer, ValueHost):
+    """PPO (arXiv:1707.06347) on completions that exist already, with a value head and GAE; nothing is generated.
+
+    The reward stands on the last token of a completion: its `score` where the rows have one, else the score of
+    `reward_model`, else +1 or -1 by the label. Before a batch's first update, the log-probs that the ratio is taken
+    against, the advantages (whitened over the whole optimizer step) and the critic's targets are computed, once;
+    `ppo_epochs` optimizer steps use them. As in HALOs the ratio is against the reference, which stands for the model
+    that the completions were sampled from, and the critic does not train the policy's weights.
+
+    Takes the arguments of `trl.KTOTrainer`, and
+
+        reward_model: an `AutoModelForSequenceClassification` with one logit, or with two (the score is logit 1).
+        reward_processing_class: its tokenizer, with its chat template.
+
+    Rows have the forms that `GRPOTrainer` takes; with a reward model they need no score. The saved policy is a plain
+    causal LM; its value head lies beside it in `value_head.safetensors`, and goes on from there when that folder is
+    passed as `model`.
+    """
+
+    config_class = PPOConfig
+    method = Method(
+        name="PPO",
+        title="Proximal Policy Optimization Algorithms",
+        arxiv="1707.06347",
+        citation="""\
+@article{schulman2017proximal,
+    title  = {Proximal Policy Optimization Algorithms},
+    author = {Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg},
+    year   = {2017},
+    eprint = {arXiv:1707.06347},
+}""",
+    )
+    card_fields = ("cliprange", "critic_coef", "kl_coef", "gamma", "lam", "ppo_epochs")
+    groups_stay_together = False  # advantages come from the critic, not from the other completions of the prompt
+
+    def __init__(
+        self,
+        *args: Any,
+        reward_model: PreTrainedModel | None = None,
+        reward_processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if (kwargs.get("optimizers") or (None,))[0] is not None:
+            raise ValueError(
+                "`optimizers` holds an optimizer, which was made before the value head and would never train it. "
+                "Leave it out and choose one with `optim` and `learning_rate`."
+            )
+        self._reward = (reward_model, reward_processing_class)
+        self._rollouts: list[Rollout] | None = None
+        super().__init__(*args, **kwargs)
+        self.attach_value_head()
+        if self._policy_folder is not None:
+            load_value_head(self.value_head, self._policy_folder)
+            logger.info(f"The value head goes on from {self._policy_folder}.")
+        self.add_callback(_ClipValueHead(self))
+
+    def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
+        super().check_arguments(args, model, ref_model)
+        has_head = isinstance(model, str) and os.path.isfile(os.path.join(model, VALUE_HEAD_FILE))
+        self._policy_folder: str | None = model if has_head else None
+        reward_model, tokenizer = self._reward
+        if (reward_model is None) != (tokenizer is None):
+            given, missing = ("reward_model", "reward_processing_class")[:: 1 if tokenizer is None else -1]
+            raise ValueError(f"`{given}` was passed without `{missing}`. Pass both: a model and its own tokenizer.")
+        if reward_model is not None and tokenizer is not None:
+            self.score_rows = RewardModelScores(reward_model, tokenizer, args.reward_batch_size)
+
+    @property
+    def passes_per_batch(self) -> int:
+        return self.args.ppo_epochs
+
+    # -- the batch before its first update ---------------------------------------------------------------------
+
+    def begin_step(self, batches: list[dict[str, Any]]) -> None:
+        super().begin_step(batches)
+        if self.state.global_step % self.args.ppo_epochs == 0:
+            self._rollouts = self.roll_out(batches)
+        shapes = [rollout.advantages.shape for rollout in self._rollouts or []]
+        if shapes != [batch["completion_mask"][:, 1:].shape for batch in batches]:
+            raise ValueError(
+                f"The rollout of step {self.state.global_step + 1} belongs to other rows than the batch does. The run "
+                "was resumed with other data, another seed, or another split of the step than its checkpoint."
+            )
+
+    def roll_out(self, batches: list[dict[str, Any]]) -> list[Rollout]:
+        """Rollout statistics of all micro-batches that this process holds of a step (or of an evaluation batch).
+
+        Every process has to call this at the same time. Values come from the policy as it is now, without dropout.
+        """
+        model = self.model_wrapped if self.mode == "train" else self.model
+        with self._evaluation_mode(), self.no_grad_forward():
+            tables = [score_tokens(model, batch) for batch in batches]
+            old_policy = [known(self.reference.log_probs(batch)) for batch in batches]
+        for tokens, old_BT in zip(tables, old_policy, strict=True):
+            self.refuse_non_finite(tokens, old_BT)
+        rollouts = roll_out(
+            old_policy,
+            [known(tokens.values_BT) for tokens in tables],
+            [batch["score"] for batch in batches],
+            [tokens.mask_BT for tokens in tables],
+            gamma=self.args.gamma,
+            lam=self.args.lam,
+            reduce_sum=lambda x: self.accelerator.reduce(x, reduction="sum"),
+        )
+        for tokens, rollout in zip(tables, rollouts, strict=True):
+            self.record_metrics({"returns": total(rollout.returns, tokens.mask_BT)})
+        return rollouts
+
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    # -- the update --------------------------------------------------------------------------------------------
+
+    def loss(self, record: PolicyStep) -> LossOutput:
+        """The per-token losses `(B, T)` of a micro-batch: policy, critic and KL penalty."""
+        return losses.ppo(
+            record,
+            cliprange=self.args.cliprange,
+            critic_coef=self.args.critic_coef,
+            kl_coef=self.args.kl_coef,
+            humanline=self.args.humanline_clamp,
+        )
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rollout = self._rollout_of(inputs)
+        tokens = self.policy_tokens(model, inputs)
+        self.refuse_non_finite(tokens, None)
+        record = PolicyStep(
+            policy=tokens.logps_BT,
+            old_policy=rollout.old_policy,
+            mask=tokens.mask_BT,
+            values=known(tokens.values_BT),
+            advantages=rollout.advantages,
+            discounted_future_rewards=rollout.discounted_future_rewards,
+        )
+        output = self.loss(record)
+        self.record_metrics(self._sums(output, record) | self.scored_sums(inputs, tokens, rollout.old_policy))
+        self.count_tokens(inputs)
+        loss = self.mean_over_tokens(output, tokens.mask_BT)
+        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
+        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
+
+    def _rollout_of(self, batch: dict[str, Any]) -> Rollout:
+        if self.mode == "eval" or self._step is None or self._rollouts is None:
+            return self.roll_out([batch])[0]
+        return self._rollouts[-self._step.microbatches_left]
+
+    def _sums(self, output: LossOutput, record: PolicyStep) -> Sums:
+        names = {
+            "policy_loss": "policy_loss",
+            "critic_loss": "critic_loss",
+            "kl": "policykl",
+            "clip_fraction": "clipfrac",
+            "values": "values_mean",
+        }
+        ratios_BT, _ = log_ratios(record.policy, record.old_policy, record.mask, self.args.humanline_clamp)
+        seqratio = total(ratios_BT.sum(-1).exp(), record.mask.any(-1))
+        return self.token_means(output, names, record.mask) | {"seqratio": seqratio}
+
+    def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
+        super().refuse_non_finite(policy, reference_BT)
+        if not torch.isfinite(known(policy.values_BT)).all():
+            raise ValueError(
+                f"The value head gave values that are NaN or infinite at step {self.state.global_step + 1}. The "
+                "weights were not updated with them. Lower `learning_rate` or the scale of the scores."
+            )
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def _is_between_epochs(self, step: int) -> bool:
+        return step % self.args.ppo_epochs != 0
+
+    def before_checkpoint(self, checkpoint_dir: str) -> None:
+        super().before_checkpoint(checkpoint_dir)
+        if self._is_between_epochs(self.state.global_step):
+            save_rollouts(self._rollouts or [], rollout_file(checkpoint_dir, self.accelerator.process_index))
+
+    def _restore_reference(self, folder: str) -> None:
+        super()._restore_reference(folder)
+        state_file = os.path.join(folder, TRAINER_STATE_NAME)
+        if not os.path.isfile(state_file):
+            return  # transformers has its own message for what is no checkpoint
+        load_value_head(self.value_head, folder)
+        if self._is_between_epochs(TrainerState.load_from_json(state_file).global_step):
+            path = rollout_file(folder, self.accelerator.process_index)
+            self._rollouts = load_rollouts(path, self.accelerator.device)
+
+
+def known(table_BT: torch.Tensor | None) -> torch.Tensor:
+    """A table that PPO's policy and reference always give."""
+    assert table_BT is not None
+    return table_BT
+
+
+class _ClipValueHead(TrainerCallback):
+    """Limits the value head's gradient by itself; the trainer limits the rest."""
+
+    def __init__(self, trainer: PPOTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parameters = self.trainer.value_head.parameters()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.v_head_max_grad_norm)
+        self.trainer.record_metrics({"v_head_grad_norm": (norm.detach(), torch.ones_like(norm))})
+
+
+__all__ = ["PPOTrainer"]

@@ -1,0 +1,93 @@
+"""Scores from a reward model, computed once, when the data are prepared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import is_conversational
+
+logger = get_logger(__name__)
+
+
+class RewardModelScores:
+    """Scores completions with an `AutoModelForSequenceClassification` of one logit, or of two: then the second.
+
+    The reward model has its own tokenizer and chat template, which may differ from the policy's. Completions do not
+    change, so each is scored once, before training, and the model is not needed afterwards. The rows are shared out
+    over the processes.
+
+    Raises ValueError for a model without padding token or with another number of labels.
+    """
+
+    def __init__(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, batch_size: int = 32):
+        if model.config.num_labels not in (1, 2):
+            raise ValueError(
+                f"The reward model has {model.config.num_labels} labels. It needs one logit (its score), or two as "
+                "HALOs trains them (the score is logit 1). Pass a reward model, e.g. of `BradleyTerryTrainer`."
+            )
+        if processing_class.pad_token_id is None or model.config.get_text_config().pad_token_id is None:
+            raise ValueError(
+                "The reward model has no padding token "
+                f"(tokenizer: {processing_class.pad_token!r}, `model.config.pad_token_id`: "
+                f"{model.config.get_text_config().pad_token_id!r}), so it cannot tell where a completion ends in a "
+                "padded batch. Set both, e.g. `tokenizer.pad_token = tokenizer.eos_token` and "
+                "`reward_model.config.pad_token_id = tokenizer.pad_token_id`."
+            )
+        self.model = model
+        self.processing_class = processing_class
+        self.batch_size = batch_size
+
+    def __call__(self, dataset: Dataset) -> list[float]:
+        """One score for each row of `prompt` and `completion`, in order, on every process."""
+        state = PartialState()
+        own = range(state.process_index, len(dataset), state.num_processes)
+        ids = [self._token_ids(dataset[i]) for i in own]
+        self._report_truncation(ids)
+        shares = gather_object([self._scores(ids, state.device)])
+        scores = [0.0] * len(dataset)
+        for process, share in enumerate(shares):
+            scores[process :: state.num_processes] = share
+        return scores
+
+    def _token_ids(self, row: dict[str, Any]) -> list[int]:
+        if is_conversational(row):
+            text = self.processing_class.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+            return self.processing_class(text, add_special_tokens=False)["input_ids"]
+        text = row["prompt"] + row["completion"]
+        eos = self.processing_class.eos_token
+        # As TRL's reward trainer sees plain text.
+        return self.processing_class(text if eos is None or text.endswith(eos) else text + eos)["input_ids"]
+
+    @property
+    def _limit(self) -> int:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return min(self.processing_class.model_max_length, positions or self.processing_class.model_max_length)
+
+    def _report_truncation(self, ids: list[list[int]]) -> None:
+        longer = sum(len(row) > self._limit for row in ids)
+        if longer:
+            logger.warning(
+                f"{longer} of {len(ids)} rows are longer than the {self._limit} tokens that the reward model takes. "
+                "It scores their beginning. Shorten them, or use a reward model with a longer context."
+            )
+
+    @torch.no_grad()
+    def _scores(self, ids: list[list[int]], device: torch.device) -> list[float]:
+        home, was_training = self.model.device, self.model.training
+        self.model.to(device).eval()
+        scores: list[float] = []
+        for start in range(0, len(ids), self.batch_size):
+            rows = [row[: self._limit] for row in ids[start : start + self.batch_size]]
+            batch = self.processing_class.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
+            scores += self.model(**batch.to(device)).logits[:, -1].float().tolist()
+        self.model.to(home).train(was_training)
+        return scores
+
+
+__all__ = ["RewardModelScores"]

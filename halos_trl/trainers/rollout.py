@@ -1,0 +1,121 @@
+"""What PPO knows about a batch before its first update: old log-probs, advantages, and the critic's targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..advantages import gae
+
+
+class Rollout(NamedTuple):
+    """Rollout statistics of a micro-batch, every table (B, T), without gradient and 0 outside the completions.
+
+    `old_policy` holds the log-probs that the ratio is taken against, in nats. `advantages` have no unit; the rest is
+    in units of the score.
+    """
+
+    old_policy: Tensor
+    advantages: Tensor
+    returns: Tensor
+    discounted_future_rewards: Tensor
+
+
+def last_token_rewards(scores_B: Tensor, mask_BT: Tensor) -> Tensor:
+    """Each score on the last completion token of its row: (B, T); nowhere in a row without one."""
+    positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+    last_B1 = (positions_T * mask_BT).amax(-1, keepdim=True)
+    is_last_BT = (positions_T == last_B1) & mask_BT
+    return scores_B.unsqueeze(-1) * is_last_BT
+
+
+@torch.no_grad()
+def roll_out(
+    old_policy: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    *,
+    gamma: float,
+    lam: float,
+    reduce_sum: Callable[[Tensor], Tensor],
+) -> list[Rollout]:
+    """Statistics of the micro-batches that one process holds of an optimizer step.
+
+    `old_policy`, `values` and `masks` are tables (B, T), `scores` vectors (B,), one for each micro-batch; `reduce_sum`
+    adds a tensor over processes. Equal to `halos_trl.advantages.gae` on all rows of the step in one table: advantages
+    are whitened over the tokens of the whole step, so they do not depend on how it was split.
+    """
+    estimates = [
+        gae(values_BT, last_token_rewards(scores_B, mask_BT), mask_BT.float(), gamma=gamma, lam=lam)
+        for values_BT, scores_B, mask_BT in zip(values, scores, masks, strict=True)
+    ]
+    # `gae` whitens over what it is given; the returns give the advantages back as they were before.
+    raw = [
+        (estimate.returns - values_BT).where(mask_BT, 0.0)
+        for estimate, values_BT, mask_BT in zip(estimates, values, masks, strict=True)
+    ]
+    count = torch.stack([mask_BT.sum() for mask_BT in masks]).sum().to(raw[0].dtype)
+    total, count = reduce_sum(torch.stack([torch.stack([x.sum() for x in raw]).sum(), count]))
+    mean = total / count.clamp(min=1)
+    # A second pass around the mean: the difference of two large sums would lose the digits of a small variance.
+    squares = [(x - mean).square().where(mask_BT, 0.0).sum() for x, mask_BT in zip(raw, masks, strict=True)]
+    variance = reduce_sum(torch.stack(squares).sum()) / count.clamp(min=1)
+    scale = (variance + 1e-8).rsqrt()
+    return [
+        Rollout(
+            old_BT.detach(),
+            ((raw_BT - mean) * scale).where(mask_BT, 0.0),
+            estimate.returns,
+            estimate.discounted_future_rewards,
+        )
+        for old_BT, raw_BT, mask_BT, estimate in zip(old_policy, raw, masks, estimates, strict=True)
+    ]
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def rollout_file(folder: str, process: int) -> Path:
+    """Where a process keeps its rollout in a checkpoint that was written between two epochs over one batch."""
+    return Path(folder) / f"ppo_rollout_{process}.safetensors"
+
+
+def save_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
+    """Write the rollout in progress, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{i}.{name}": table.cpu().contiguous()
+        for i, rollout in enumerate(rollouts)
+        for name, table in rollout._asdict().items()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def load_rollouts(path: Path, device: torch.device) -> list[Rollout]:
+    """The rollout in progress. Raises ValueError when the file is missing or damaged."""
+    consequence = (
+        "The checkpoint was written between two epochs over one batch, whose advantages cannot be computed again, "
+        "because the policy has moved since. Resume from another checkpoint, with the number of processes and the "
+        "`ppo_epochs` that it was written with."
+    )
+    if not path.is_file():
+        raise ValueError(f"{path} is missing. {consequence}")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). {consequence}") from error
+    names = Rollout.__annotations__
+    count = len(tensors) // len(names)
+    return [Rollout(*(tensors[f"{i}.{name}"].to(device) for name in names)) for i in range(count)]
+
+
+__all__ = ["Rollout", "last_token_rewards", "load_rollouts", "roll_out", "rollout_file", "save_rollouts"]

@@ -1,0 +1,146 @@
+"""What GRPO and PPO share: scored completions, batches of whole groups, and losses averaged over tokens."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from .._trl import ScoredHost, TokenTable
+from ..data.checks import Rows
+from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
+from ..data.groups import ScoreRows, check_completion_tokens, scored_rows
+from ..humanline import log_ratios, unclamped_counts
+from ..metrics import RunningMeans, Sums, total
+from ..records import LossOutput
+from ..reference import Reference
+from .base import AlignmentTrainer, Step
+
+logger = get_logger(__name__)
+
+
+class PrecomputedTokens(Reference):
+    """Reference log-probs of every completion token, stored with the dataset."""
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        mask_BT = batch["completion_mask"][:, 1:].bool()
+        stored_BW = batch["ref_logps"]
+        # The k-th completion token of a row stands in its k-th column, wherever the prompt ends.
+        column_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
+
+
+class ScoredTrainer(AlignmentTrainer, ScoredHost):
+    """Base of the methods on scored completions. Rows may have any form that `scored_rows` accepts."""
+
+    takes_precomputed = True  # one number for each token is stored
+
+    groups_stay_together: ClassVar[bool] = True
+    """Whether the completions of a prompt have to meet in one optimizer step."""
+
+    score_rows: ScoreRows | None = None
+    """Scores rows that bring no score of their own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._evaluation_loss = RunningMeans()
+        self.data_collator: Any = ScoredCollator(self.data_collator)
+
+    def _make_reference(self) -> Reference:
+        return PrecomputedTokens() if self.args.precompute_ref_log_probs else super()._make_reference()
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def check_rows(self, dataset: Rows, name: str) -> Dataset:
+        return scored_rows(dataset, name.removeprefix("scored "), self.score_rows)
+
+    def check_tokenized(self, dataset: Dataset, name: str) -> Dataset:
+        return check_completion_tokens(dataset, name)
+
+    @property
+    def passes_per_batch(self) -> int:
+        """How many optimizer steps in a row use one batch."""
+        return 1
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Micro-batches of this process, from a sampler that already knows the processes."""
+        args, data = self.args, self.train_dataset
+        sampler = GroupBatchSampler(
+            data["group"] if self.groups_stay_together else range(len(data)),
+            micro_batch_size=self.micro_batch_size,
+            micro_batches=args.gradient_accumulation_steps,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            shuffle=args.train_sampling_strategy == "random",
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            repeats=self.passes_per_batch,
+        )
+        if sampler.oversized:
+            logger.warning(
+                f"{sampler.oversized} groups of the train dataset have more completions than an optimizer step holds "
+                f"({sampler.step_size}) and are spread over several steps. Their advantages still are those of the "
+                "whole group. Raise `gradient_accumulation_steps` to keep them together."
+            )
+        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+            StepRows(data.select_columns([column for column in self.columns if column in data.column_names])),
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # As for one process: sharding the batches once more would lose examples.
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    # -- one optimizer step is one batch of tokens -------------------------------------------------------------
+
+    def batch_size(self, batch: dict[str, Any]) -> Any:
+        """The weight of a micro-batch in its step: the number of its completion tokens."""
+        return batch["completion_mask"][:, 1:].sum()
+
+    def begin_step(self, batches: list[dict[str, Any]]) -> None:
+        tokens = torch.stack([self.batch_size(batch) for batch in batches]).sum()
+        self._step = Step(self.accelerator.reduce(tokens, reduction="sum"), len(batches))
+
+    def mean_over_tokens(self, output: LossOutput, mask_BT: torch.Tensor) -> torch.Tensor:
+        """The loss of a batch by itself; 0, with a gradient of 0, where it has no completion token."""
+        if self.mode == "eval":
+            self._evaluation_loss.add({"loss": (output.losses.detach().sum(), mask_BT.sum())})
+        return output.losses.sum() / mask_BT.sum().clamp(min=1)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The host's loop, whose loss is a mean over examples, with a mean over all tokens in its place."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        for mean in self._evaluation_loss.drain(lambda x: self.accelerator.reduce(x, reduction="sum")).values():
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        return output
+
+    # -- metrics -----------------------------------------------------------------------------------------------
+
+    def token_means(self, output: LossOutput, names: dict[str, str], mask_BT: torch.Tensor) -> Sums:
+        """A loss's token means (logged name -> its name in `metrics`) as sums and counts."""
+        tokens = mask_BT.sum()
+        return {logged: (output.metrics[name].double() * tokens, tokens) for logged, name in names.items()}
+
+    def scored_sums(self, batch: dict[str, Any], tokens: TokenTable, reference_BT: torch.Tensor) -> Sums:
+        """What both methods log about a batch: the scores, the forward pass, the clamp."""
+        sums = {"scores": total(batch["score"], tokens.mask_BT.any(-1))} | self.token_sums(tokens)
+        clamp = self.args.humanline_clamp
+        if clamp is not None:
+            ratios_BT, _ = log_ratios(tokens.logps_BT, reference_BT, tokens.mask_BT)
+            sums["unclamped"] = unclamped_counts(ratios_BT, clamp)
+        return sums
+
+    def count_tokens(self, batch: dict[str, Any]) -> None:
+        # A micro-batch that got no example holds a few tokens without a completion.
+        real_B1 = batch["completion_mask"].any(-1, keepdim=True)
+        super().count_tokens({"attention_mask": batch["attention_mask"] * real_B1})
+
+
+__all__ = ["PrecomputedTokens", "ScoredTrainer"]

@@ -1,0 +1,143 @@
+"""Completions that were each judged alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+
+from .._trl import TokenTable, UnpairedHost, score_tokens
+from ..configs import KTOConfig
+from ..data import kl_partners
+from ..data.checks import Rows, check_unpaired_rows
+from ..losses import kto_kl
+from ..metrics import Sums, logps_sums, side_sums
+from ..records import LossOutput, UnpairedLogps
+from .base import AlignmentTrainer
+
+logger = get_logger(__name__)
+
+
+class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
+    """Base of every method on rows of `prompt`, `completion` and a boolean `label`.
+
+    A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and returns
+    a `LossOutput`; everything else (loading, adapters, batching, metrics, saving) is there. Extends `trl.KTOTrainer`
+    and takes the same arguments.
+    """
+
+    config_class = KTOConfig
+    needs_kl: ClassVar[bool] = False
+    """Whether `loss` reads `self.kl`, the KL estimate of the whole optimizer step in nats."""
+
+    def loss(self, record: UnpairedLogps) -> LossOutput:
+        """The losses `(B,)` of a micro-batch, in row order, and its rewards."""
+        raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        tokens = self.policy_tokens(model, inputs)
+        reference_BT = self.reference.log_probs(inputs)
+        self.refuse_non_finite(tokens, reference_BT)
+        if self._step is None or self.mode == "eval":
+            self.kl = self.estimate_kl([inputs])
+        desirable_B = inputs["label"].bool()
+        output = self.loss(UnpairedLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, desirable_B))
+        self.record_metrics(self.loss_sums(output) | self._sums(tokens, desirable_B))
+        self.record_metrics(self.clamp_sums(tokens, reference_BT, desirable_B))
+        self.count_tokens(inputs)
+        loss = self.share_of_step(self.with_aux_loss(output.losses.mean(), tokens), inputs)
+        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
+
+    def _sums(self, tokens: TokenTable, desirable_B: torch.Tensor) -> Sums:
+        sums = self.token_sums(tokens) | logps_sums(tokens.logps_BT, desirable_B)
+        if tokens.mean_logits_BT is not None:
+            sums |= side_sums("logits", tokens.mean_logits_BT, tokens.mask_BT, desirable_B)
+        return sums
+
+    def batch_size(self, batch: dict[str, Any]) -> int:
+        return batch["label"].shape[0]
+
+    # -- the KL estimate ---------------------------------------------------------------------------------------
+
+    def begin_step(self, batches: list[dict[str, Any]]) -> None:
+        super().begin_step(batches)
+        self.kl = self.estimate_kl(batches)
+
+    def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """KL of policy and reference in nats, over the prompts of `batches` with each other's completions.
+
+        `batches` are all micro-batches that this process holds of one optimizer step (or one evaluation batch); every
+        process of the run must call this at the same time. Scalar, at least 0, without gradient; 0 for methods that
+        do not use it. Equation 8 of the KTO paper (arXiv:2402.01306).
+        """
+        device = self.accelerator.device
+        if not self.estimates_kl:
+            zero = torch.zeros((), device=device)
+            if self.needs_kl:
+                self.record_metrics({"kl": (zero, torch.ones_like(zero))})
+            return zero
+        model = self.model_wrapped if self.mode == "train" else self.model
+        parts = [self._kl_of(model, batch) for batch in self._kl_batches(batches)]
+        sum_count = (
+            torch.stack([torch.stack(part) for part in parts]).sum(0) if parts else torch.zeros(2, device=device)
+        )
+        kl_sum, count = self.accelerator.reduce(sum_count, reduction="sum")
+        kl = (kl_sum / count.clamp(min=1)).clamp(min=0)
+        if not torch.isfinite(kl):
+            raise ValueError(
+                f"The KL estimate of step {self.state.global_step + 1} is {kl.item()}: a model gave log-probabilities "
+                "that are NaN or infinite. The weights were not updated. Look for NaN in the model's weights, or "
+                "lower `learning_rate`."
+            )
+        self.record_metrics({"kl": (kl, torch.ones_like(kl))})
+        return kl
+
+    def _kl_of(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.no_grad_forward():
+            tokens = score_tokens(model, batch)
+        reference_BT = self.reference.log_probs(batch)
+        return kto_kl(tokens.logps_BT, reference_BT, tokens.mask_BT, self.args.humanline_clamp)
+
+    def _kl_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What this process scores."""
+        if "KL_input_ids" in batches[0]:
+            # Fixed partners: precomputed with the reference log-probs, or paired by TRL's vision collator.
+            return [_fixed_partners(batch) for batch in batches]
+        own = [kl_partners.split_sequences(batch) for batch in batches]
+        whole = kl_partners.in_batch_order(gather_object([own]))
+        paired = kl_partners.rotate(whole)
+        if not paired:
+            logger.warning_once(
+                "A step or evaluation batch holds a single example, which has no partner for the KL estimate; its KL "
+                "term is 0. Make the batch larger, or set `dataloader_drop_last=True`."
+            )
+            return []
+        share = kl_partners.share_of(paired, self.accelerator.process_index, self.accelerator.num_processes)
+        size = max(map(self.batch_size, batches))
+        return [
+            kl_partners.collate(
+                share[i : i + size],
+                pad_token_id=self.model.config.get_text_config().pad_token_id,
+                max_length=self.args.max_length,
+                device=self.accelerator.device,
+            )
+            for i in range(0, len(share), size)
+        ]
+
+    # -- refusals ----------------------------------------------------------------------------------------------
+
+    def check_rows(self, dataset: Rows, name: str) -> Rows:
+        return check_unpaired_rows(dataset, name)
+
+
+def _fixed_partners(batch: dict[str, Any]) -> dict[str, Any]:
+    """The KL sequences that came with a batch, under the plain names (images stay those of the prompts)."""
+    renamed = {k.removeprefix("KL_"): v for k, v in batch.items() if k.startswith("KL_")}
+    if "ref_KL_logps" in batch:
+        renamed["ref_logps"] = batch["ref_KL_logps"]
+    kept = {k: v for k, v in batch.items() if not k.startswith("KL_") and k not in ("ref_KL_logps", "label")}
+    return kept | renamed

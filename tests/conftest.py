@@ -1,0 +1,121 @@
+"""Fixtures: the toy's tokenizer, models of a few thousand parameters, rows, and configs that fit a CPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are so small that threads only cost
+
+import copy
+import logging
+
+import datasets
+import pytest
+import torch
+
+from halos_trl import toy
+
+datasets.disable_progress_bars()
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toy.build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def _tiny(tokenizer):
+    return toy.tiny_model(tokenizer)
+
+
+@pytest.fixture
+def model(_tiny):
+    """A fresh policy with a fixed initialization."""
+    return copy.deepcopy(_tiny)
+
+
+@pytest.fixture
+def other_model(_tiny):
+    """A model near the policy, to serve as a reference that differs from it."""
+    return perturbed(_tiny)
+
+
+def perturbed(model, scale=0.02, seed=5):
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def unpaired_rows(n, seed=0):
+    """Conversational rows of prompt, completion, label; two desirable ones to one undesirable."""
+    prompts = toy.make_prompts(n, seed, "feedback")
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": user(prompt),
+                "completion": assistant(toy.answer(prompt) if i % 3 else "ba"),
+                "label": bool(i % 3),
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+    )
+
+
+def paired_rows(n, seed=0):
+    prompts = toy.make_prompts(n, seed, "feedback")
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": user(p), "chosen": assistant(toy.answer(p)), "rejected": assistant(toy.answer(p)[::-1] + "a")}
+            for p in prompts
+        ]
+    )
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """`make_config(KTOConfig, beta=0.5)`: a config for a CPU, quiet, three deterministic steps."""
+
+    def make(config_class, **overrides):
+        settings = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 3,
+            "learning_rate": 1e-4,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 8,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+        }
+        settings |= overrides
+        if "train_sampling_strategy" not in config_class.__dataclass_fields__:  # before transformers 5.2
+            settings.pop("train_sampling_strategy", None)
+        return config_class(**settings)
+
+    return make
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.fixture
+def said(caplog):
+    """Everything the libraries warned about, as one string."""
+    caplog.set_level(logging.WARNING)
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)

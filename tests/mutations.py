@@ -1,0 +1,74 @@
+"""Break the package on purpose, one place at a time, and see the tests notice.
+
+    python tests/mutations.py
+
+Each mutation is made in a copy of the repository, on which the named tests then run. A mutation that no test notices
+is reported, and makes the exit status 1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN, KTO, PAIRED, HUMANLINE = (
+    f"tests/test_{name}.py" for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training")
+)
+# what is broken, file, text, its replacement, tests that have to notice
+MUTATIONS = [
+    ("KTO: sign of the desirable side", "losses/unpaired.py", "sigmoid(-gains_B)", "sigmoid(gains_B)", [GOLDEN]),
+    ("KTO: no KL term in the loss", "losses/unpaired.py", "sums_B - (kl.detach()", "sums_B - 0 * (kl.detach()",
+     [GOLDEN]),
+    ("KTO: no KL estimate in the trainer", "trainers/unpaired.py", ".clamp(min=0)", ".clamp(min=0, max=0)", [KTO]),
+    ("KTO: each example is its own partner", "data/kl_partners.py", "sequences[1:] + sequences[:1]", "sequences",
+     [KTO]),
+    ("mask shifted by one token", "_trl.py", '["completion_mask"][:, 1:].bool()', '["completion_mask"][:, :-1].bool()',
+     [KTO]),
+    ("every micro-batch weighs the same", "trainers/base.py", "weight = self.batch_size(batch)", "weight = 4", [KTO]),
+    ("DPO: sign", "losses/paired.py", "logsigmoid(chosen_B - rejected_B)", "logsigmoid(rejected_B - chosen_B)",
+     [GOLDEN]),
+    ("reference of an instance is re-loaded", "_trl.py", "return _copy_of(policy)",
+     "return load(path, *args, **kwargs)", [KTO]),
+    ("humanline: reference follows after the step", "reference.py", "def on_pre_optimizer_step",
+     "def on_optimizer_step", [HUMANLINE]),
+    ("humanline: checkpoints without the reference", "trainers/base.py", "save_reference(tensors, checkpoint_dir)",
+     "pass", [HUMANLINE]),
+    ("humanline: bounds swapped", "humanline.py", "clamp(humanline.log_epsilon_p, humanline.log_epsilon_r)",
+     "clamp(-humanline.log_epsilon_r, -humanline.log_epsilon_p)", [GOLDEN]),
+    ("NaN is let through", "trainers/base.py", "not torch.isfinite(table).all()", "False", [KTO]),
+    ("dropped rows are not counted", "_trl.py", "if len(kept) < len(dataset):", "if False:", [KTO]),
+]  # fmt: skip
+
+
+def is_noticed(folder: Path, file: str, old: str, new: str, tests: list[str]) -> bool:
+    path = folder / "halos_trl" / file
+    source = path.read_text()
+    if source.count(old) != 1:
+        raise RuntimeError(f"{file} holds {old!r} {source.count(old)} times; a mutation needs it once")
+    path.write_text(source.replace(old, new))
+    try:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        environment = os.environ | {"PYTHONPATH": str(folder)}
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 1
+    finally:
+        path.write_text(source)
+
+
+def main() -> int:
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "copy"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".*_cache", "outputs", "wandb"))
+        for name, *mutation in MUTATIONS:
+            noticed = is_noticed(folder, *mutation)
+            unnoticed += not noticed
+            print(f"{'noticed ' if noticed else 'UNNOTICED'}  {name}", flush=True)
+    print(f"{unnoticed} of {len(MUTATIONS)} mutations went unnoticed")
+    return int(unnoticed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

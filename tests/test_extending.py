@@ -1,0 +1,172 @@
+"""The README's methods of one's own, taken from its text and trained as they stand there."""
+
+import copy
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import paired_rows, perturbed, unpaired_rows, weights
+
+from halos_trl import KTOConfig
+from halos_trl.records import PairedLogps, UnpairedLogps
+
+ROOT = Path(__file__).parents[1]
+
+
+def quoted(marker):
+    """The Python block of the README that follows an HTML comment."""
+    text = (ROOT / "README.md").read_text()
+    return re.search(rf"<!-- {re.escape(marker)} -->\n```python\n(.*?)```\n", text, flags=re.S).group(1)
+
+
+def run_as_module(source, name, tmp_path):
+    """Import source code as a module: dataclasses look their module up by name."""
+    path = tmp_path / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def dummy_kto(tmp_path):
+    return run_as_module(quoted("examples/custom_method.py"), "readme_dummy_kto", tmp_path).DummyKTOTrainer
+
+
+@pytest.fixture
+def margin(tmp_path):
+    return run_as_module(quoted("paired method"), "readme_margin", tmp_path)
+
+
+@pytest.fixture
+def fit(model, tokenizer, make_config):
+    def run(trainer_class, config_class, data, *, train=True, **overrides):
+        trainer = trainer_class(
+            model=copy.deepcopy(model),
+            ref_model=perturbed(model) if trainer_class.needs_reference else None,
+            args=make_config(config_class, **({"train_sampling_strategy": "sequential"} | overrides)),
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
+        if train:
+            trainer.train()
+        return trainer
+
+    return run
+
+
+def test_readme_quotes_the_example_file():
+    assert quoted("examples/custom_method.py") == (ROOT / "examples" / "custom_method.py").read_text()
+
+
+def test_dummy_kto_is_its_formula(fit, dummy_kto):
+    """Two desirable rows of log-ratio 1 and 3, two undesirable of -1 and 2, one token each, beta 0.5."""
+    trainer = fit(dummy_kto, KTOConfig, unpaired_rows(4), train=False, beta=0.5)
+    ratios = torch.tensor([[1.0], [-1.0], [3.0], [2.0]], requires_grad=True)
+    desirable = torch.tensor([True, False, True, False])
+    output = trainer.loss(UnpairedLogps(ratios, torch.zeros(4, 1), torch.ones(4, 1), desirable))
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    desirable_kl, undesirable_kl = 2.0, 0.5  # (1 + 3) / 2 and (-1 + 2) / 2
+    expected = [
+        1 - sigmoid(0.5 * (1 - undesirable_kl)),
+        1 - sigmoid(0.5 * (desirable_kl + 1)),
+        1 - sigmoid(0.5 * (3 - undesirable_kl)),
+        1 - sigmoid(0.5 * (desirable_kl - 2)),
+    ]
+    torch.testing.assert_close(output.losses.detach(), torch.tensor(expected))
+    torch.testing.assert_close(output.chosen_rewards, torch.tensor([0.5, 1.5]))
+    torch.testing.assert_close(output.rejected_rewards, torch.tensor([-0.5, 1.0]))
+    output.losses.mean().backward()
+    assert (ratios.grad[desirable] < 0).all(), "desirable rows are pushed up"
+    assert (ratios.grad[~desirable] > 0).all()
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_dummy_kto_on_a_micro_batch_of_one_kind(fit, dummy_kto, label):
+    trainer = fit(dummy_kto, KTOConfig, unpaired_rows(4), train=False)
+    ratios = torch.ones(2, 1)
+    output = trainer.loss(UnpairedLogps(ratios, 0 * ratios, ratios, torch.tensor([label, label])))
+    assert torch.isfinite(output.losses).all()
+
+
+def test_dummy_kto_trains_and_logs(fit, dummy_kto):
+    trainer = fit(dummy_kto, KTOConfig, unpaired_rows(24), beta=0.5, learning_rate=1e-3)
+    first, *_, last = [e for e in trainer.state.log_history if "loss" in e]
+    assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "entropy"} <= set(first)
+    assert "kl" not in first, "it does not use the package's estimate"
+    assert last["loss"] < first["loss"]
+    assert last["rewards/margins"] > first["rewards/margins"]
+
+
+def test_dummy_kto_under_humanline_and_with_an_adapter(model, tokenizer, make_config, dummy_kto):
+    from peft import LoraConfig
+
+    trainer = dummy_kto(
+        copy.deepcopy(model), args=make_config(KTOConfig, humanline=True), train_dataset=unpaired_rows(24),
+        processing_class=tokenizer, peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train()
+    steps = [e for e in trainer.state.log_history if "loss" in e]
+    assert "unclamped" in steps[-1]
+    assert steps[0]["rewards/chosen"] == 0.0
+
+
+def test_paired_method_is_its_formula_and_trains(fit, margin):
+    trainer = fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(24), margin=2.0, learning_rate=1e-3)
+    assert trainer.ref_model is None
+    record = PairedLogps(
+        torch.tensor([[-1.0, -2.0]]), torch.tensor([[-4.0]]), None, None, torch.ones(1, 2), torch.ones(1, 1)
+    )
+    output = trainer.loss(record)
+    assert output.losses.tolist() == [0.0]  # 2 + 1.5 - 4 < 0
+    assert trainer.loss(record.swapped()).losses.tolist() == [4.5]  # 2 + 4 - 1.5
+    first, *_, last = [e for e in trainer.state.log_history if "loss" in e]
+    assert last["loss"] < first["loss"]
+
+
+def test_card_of_ones_own_method_claims_no_paper(fit, dummy_kto, margin, tmp_path):
+    for trainer_class, config_class, data, papers in (
+        (dummy_kto, KTOConfig, unpaired_rows(8), ("2402.01306", "ethayarajh")),
+        (margin.MarginTrainer, margin.MarginConfig, paired_rows(8), ("2305.18290", "rafailov")),
+    ):
+        trainer = fit(trainer_class, config_class, data, max_steps=1)
+        trainer.create_model_card()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"**{trainer_class.__name__.removesuffix('Trainer')}**" in card
+        assert not any(paper in card for paper in papers)
+        assert not re.search(r"^- (kto|dpo)$", card, flags=re.M)
+
+
+def test_a_method_without_a_loss_says_what_to_write(fit):
+    from halos_trl import UnpairedPreferenceTrainer
+
+    class Empty(UnpairedPreferenceTrainer):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Empty has to write"):
+        fit(Empty, KTOConfig, unpaired_rows(8))
+
+
+@pytest.mark.slow
+def test_example_runs_on_named_data(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    unpaired_rows(16).to_json(tmp_path / "rows.jsonl")
+    flags = "--max_steps 2 --use_cpu true --bf16 false --report_to none --per_device_train_batch_size 4"
+    command = [sys.executable, str(ROOT / "examples" / "custom_method.py"), *flags.split()]
+    command += ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not torch.equal(weights(model), weights(type(model).from_pretrained(tmp_path / "out")))

@@ -1,0 +1,225 @@
+"""The group sampler: every example once, groups whole, processes in step; and the forms of rows that become groups."""
+
+import datasets
+import pytest
+import torch
+from accelerate import PartialState
+from conftest import assistant, user
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from halos_trl.advantages import group_advantages
+from halos_trl.data.group_sampler import FILLER, GroupBatchSampler, StepRows, pack
+from halos_trl.data.groups import group_numbers, prompt_hash, scored_rows
+from halos_trl.trainers.grpo import with_advantages
+
+SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=30)
+
+
+def grouped(sizes):
+    return [group for group, size in enumerate(sizes) for _ in range(size)]
+
+
+def steps_of(samplers, micro_batches):
+    """What the processes do together in each optimizer step: `[step][process][micro-batch]`."""
+    shares = [list(sampler) for sampler in samplers]
+    assert len({len(share) for share in shares}) == 1, "every process has to run the same number of micro-batches"
+    return [[share[i : i + micro_batches] for share in shares] for i in range(0, len(shares[0]), micro_batches)]
+
+
+def examples_of(step):
+    return sorted(i for share in step for batch in share for i in batch if i != FILLER)
+
+
+@given(SIZES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.integers(0, 2))
+@settings(max_examples=150, deadline=None)
+def test_every_example_once_groups_whole_processes_in_step(sizes, size, micro_batches, processes, shuffle, epoch):
+    groups = grouped(sizes)
+    samplers = [
+        GroupBatchSampler(
+            groups,
+            micro_batch_size=size,
+            micro_batches=micro_batches,
+            num_processes=processes,
+            process_index=process,
+            shuffle=shuffle,
+            seed=7,
+        )
+        for process in range(processes)
+    ]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        assert len(list(sampler)) == len(sampler)
+    steps = steps_of(samplers, micro_batches)
+    assert sorted(i for step in steps for i in examples_of(step)) == list(range(len(groups)))
+    capacity = size * micro_batches * processes
+    for step in steps:
+        assert all(0 < len(batch) <= size for share in step for batch in share)
+        assert 0 < len(examples_of(step)) <= capacity
+    for group, group_size in enumerate(sizes):
+        holding = [step for step in steps if any(groups[i] == group for i in examples_of(step))]
+        assert len(holding) == -(-group_size // capacity)
+    assert samplers[0].oversized == sum(s > capacity for s in sizes)
+
+
+@given(SIZES)
+@settings(max_examples=50, deadline=None)
+def test_packing_closes_a_step_only_when_nothing_fits(sizes):
+    steps = pack(sizes, 7)
+    assert sorted(i for step in steps for i in step) == list(range(len(sizes)))
+    fills = sorted(sum(sizes[i] for i in step) for step in steps)
+    assert fills[-1] <= 7
+    assert len(fills) < 2 or fills[0] + fills[1] > 7 or min(sizes) > 7 - fills[0]
+
+
+def test_shuffle_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        sampler = GroupBatchSampler(grouped([3, 5, 2, 4] * 6), micro_batch_size=8, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert len({str(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    assert len({len(order(0, epoch)) for epoch in range(5)}) == 1, "the schedule counts on equal epochs"
+
+
+def test_in_order_without_shuffle_and_repeated_for_ppo():
+    sampler = GroupBatchSampler(grouped([2] * 4), micro_batch_size=2, micro_batches=2, shuffle=False, repeats=2)
+    assert list(sampler) == [[0, 1], [2, 3]] * 2 + [[4, 5], [6, 7]] * 2
+    assert len(sampler) == 8
+
+
+def test_examples_are_dealt_evenly_round_robin():
+    """5 examples over 2 processes of 2 micro-batches; the third has room for a filler only."""
+    shares = [
+        list(
+            GroupBatchSampler(
+                grouped([5]), micro_batch_size=2, micro_batches=2, num_processes=2, process_index=p, shuffle=False
+            )
+        )
+        for p in (0, 1)
+    ]
+    assert shares == [[[0], [2]], [[1], [3, 4]]]
+    lonely = GroupBatchSampler(grouped([1]), micro_batch_size=1, micro_batches=3)
+    assert sorted(map(tuple, lonely)) == [(FILLER,), (FILLER,), (0,)]
+
+
+def test_filler_row_has_no_completion():
+    rows = StepRows(datasets.Dataset.from_dict({"prompt_ids": [[1, 2]], "completion_ids": [[3]], "score": [0.5]}))
+    assert rows[FILLER]["completion_ids"] == []
+    assert rows[FILLER]["prompt_ids"] == [1, 2, 3]
+    assert rows[0]["completion_ids"] == [3]
+
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def plain(*rows):
+    return datasets.Dataset.from_list(list(rows))
+
+
+def test_forms_of_rows_give_the_same_groups():
+    flat = plain(
+        {"prompt": "a", "completion": "x", "score": 0.0},
+        {"prompt": "b", "completion": "y", "score": 1.0},
+        {"prompt": "a", "completion": "z", "score": 2.0},
+    )
+    lists = plain(
+        {"prompt": "a", "completions": ["x", "z"], "scores": [0.0, 2.0]},
+        {"prompt": "b", "completions": ["y"], "scores": [1.0]},
+    )
+    assert scored_rows(flat, "train")["group"] == [0, 1, 0]
+    unfolded = scored_rows(lists, "train")
+    assert list(unfolded["completion"]) == ["x", "z", "y"]
+    assert list(unfolded["score"]) == [0.0, 2.0, 1.0]
+    assert list(unfolded["group"]) == [0, 0, 1]
+    assert list(unfolded["label"]) == [False, True, True]
+
+
+def test_labels_and_pairs_count_as_plus_and_minus_one():
+    labelled = plain(
+        {"prompt": "a", "completion": "x", "label": True}, {"prompt": "a", "completion": "y", "label": False}
+    )
+    assert list(scored_rows(labelled, "train")["score"]) == [1.0, -1.0]
+    explicit = plain({"prompt": "a", "chosen": "x", "rejected": "y"})
+    implicit = plain({"chosen": [*user("a"), *assistant("x")], "rejected": [*user("a"), *assistant("y")]})
+    for pairs in (explicit, implicit):
+        rows = scored_rows(pairs, "train")
+        assert list(rows["score"]) == [1.0, -1.0]
+        assert list(rows["group"]) == [0, 0]
+
+
+def test_groups_follow_prompt_id_else_roles_and_contents():
+    with_ids = plain(
+        {"prompt": "a", "prompt_id": "q"}, {"prompt": "a", "prompt_id": "r"}, {"prompt": "b", "prompt_id": "q"}
+    )
+    assert group_numbers(with_ids, "train") == [0, 1, 0]
+    joined = [
+        [{"role": "user", "content": "ab"}],
+        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+        [{"role": "system", "content": "ab"}],
+        "ab",
+    ]
+    assert len(set(map(prompt_hash, joined))) == 4
+
+
+def test_advantages_are_over_the_whole_group():
+    rows = scored_rows(
+        plain(
+            *({"prompt": p, "completion": "x", "score": s} for p, s in zip("abab", (0.0, 5.0, 1.0, 5.0), strict=True))
+        ),
+        "train",
+    )
+    # Group a: mean 1/2, population deviation 1/2. Group b: equal scores.
+    expected = [-0.5 / 0.51, 0.0, 0.5 / 0.51, 0.0]
+    assert list(with_advantages(rows, "train", scale_by_std=True)["advantage"]) == pytest.approx(expected, abs=1e-12)
+    unscaled = with_advantages(rows, "train", scale_by_std=False)["advantage"]
+    assert list(unscaled) == pytest.approx([-0.5, 0.0, 0.5, 0.0])
+    assert torch.equal(group_advantages(torch.tensor(rows["score"]), rows["group"])[1:2], torch.zeros(1))
+
+
+def test_group_of_one_is_counted(said):
+    PartialState()  # as any trainer does; the warning comes from the main process only
+    rows = scored_rows(plain({"prompt": "a", "completion": "x", "score": 3.0}), "train")
+    assert list(with_advantages(rows, "train", scale_by_std=True)["advantage"]) == [0.0]
+    assert "1 of 1 prompts of the train dataset have a single completion" in said()
+
+
+GOOD = {"prompt": "a", "completion": "x", "score": 1.0}
+BAD_ROWS = {
+    "NaN score": ([GOOD, GOOD | {"score": float("nan")}], r"Row 1 of the train dataset .*score nan"),
+    "infinite score": ([GOOD | {"score": float("-inf")}], r"Row 0 .*score -inf"),
+    "missing score": ([GOOD, GOOD | {"score": None}], r"Row 1 .*score None"),
+    "string score": ([GOOD | {"score": "5"}], r"Row 0 .*score '5'"),
+    "no score": ([{"prompt": "a", "completion": "x"}], r"neither `score` .* nor `label`.*reward_model"),
+    "label of numbers": ([{"prompt": "a", "completion": "x", "label": 0.5}], r"Row 0 .*label 0.5.*Rename"),
+    "empty completion": ([GOOD, GOOD | {"completion": ""}], r"Row 1 .*empty `completion`"),
+    "lists of two lengths": (
+        [{"prompt": "a", "completions": ["x", "y"], "scores": [1.0]}],
+        r"Row 0 .*2 completions but 1 scores",
+    ),
+    "empty list": ([{"prompt": "a", "completions": [], "scores": []}], r"Row 0 .*no completions"),
+    "empty in list": (
+        [{"prompt": "a", "completions": ["x", ""], "scores": [0.0, 1.0]}],
+        r"Row 0 .*empty `completions`",
+    ),
+    "missing prompt_id": ([GOOD | {"prompt_id": 1}, GOOD | {"prompt_id": None}], r"Row 1 .*no `prompt_id`"),
+    "misnamed": ([{"prompt": "a", "completon": "x", "score": 1.0}], r"rename_column\('completon', 'completion'\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_refused(case):
+    rows, message = BAD_ROWS[case]
+    with pytest.raises(ValueError, match=message):
+        scored_rows(plain(*rows), "train")
+
+
+def test_turn_that_ended_at_once_is_a_completion():
+    row = {"prompt": user("a"), "completion": assistant(""), "score": 0.0}
+    assert scored_rows(plain(row, row), "train")["group"] == [0, 0]
+
+
+def test_streams_are_refused():
+    with pytest.raises(ValueError, match="do not stream"):
+        scored_rows(plain(GOOD).to_iterable_dataset(), "train")

@@ -1,0 +1,261 @@
+"""GRPOTrainer: one step is one batch of tokens however it is split, whole groups, per-token reference, refusals."""
+
+import datasets
+import pytest
+import torch
+import trl
+from conftest import paired_rows, unpaired_rows, weights
+from peft import LoraConfig
+from policy_runs import GRPO, build, logged, scored
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from halos_trl import GRPOConfig, GRPOTrainer
+from halos_trl.advantages import group_advantages
+from halos_trl.losses import grpo
+from halos_trl.records import GroupLogps
+
+NAMES = (
+    "loss", "kl", "entropy", "weighted_advantage", "clip_fraction", "scores", "advantages/abs", "num_tokens",
+    "grad_norm",
+)  # fmt: skip
+
+
+@pytest.fixture
+def fit(model, tokenizer, make_config):
+    def run(data, *, train=True, ref="near", peft_config=None, callbacks=None, eval_dataset=None, **overrides):
+        config = make_config(GRPOConfig, **(GRPO | overrides))
+        extra = {"peft_config": peft_config, "callbacks": callbacks, "eval_dataset": eval_dataset}
+        trainer = build(GRPOTrainer, config, model, tokenizer, data, ref=ref, **extra)
+        if train:
+            trainer.train()
+        return trainer
+
+    return run
+
+
+# -- the loss ------------------------------------------------------------------------------------------------------
+
+
+def test_step_equals_the_loss_written_out(fit):
+    """One step on all rows: token mean of the pure loss, with advantages of whole groups, computed apart."""
+    data = scored(4)
+    trainer = fit(data, train=False, per_device_train_batch_size=14, train_sampling_strategy="sequential")
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+
+    def logps(model):
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
+
+    mask = batch["completion_mask"][:, 1:]
+    advantages = group_advantages(torch.tensor(data["score"]), data["prompt_id"])
+    torch.testing.assert_close(sorted(batch["advantage"].tolist()), sorted(advantages.tolist()), rtol=0, atol=1e-6)
+    record = GroupLogps(logps(trainer.model), logps(trainer.ref_model).detach(), mask, batch["advantage"])
+    expected = grpo(record, **GRPO).losses.sum() / mask.sum()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6)
+
+
+def test_options_reach_the_loss(fit):
+    data = scored(4)
+    plain = weights(fit(data, max_steps=1, learning_rate=1e-3).model)
+    for option in ({"epsilon_high": 2.0}, {"scale_rewards": False}, {"sequence_level": True}, {"beta": 3.0}):
+        assert not torch.equal(weights(fit(data, max_steps=1, learning_rate=1e-3, **option).model), plain), option
+
+
+# -- one optimizer step is one batch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential"])
+def test_loss_and_weights_do_not_depend_on_the_split(fit, strategy):
+    """Groups of 2 to 5 rows in steps of at most 8: they cross micro-batches, and some micro-batches stay empty."""
+    data = scored(10)
+    whole = fit(data, train_sampling_strategy=strategy, max_steps=4)
+    for size in (1, 2, 4):
+        steps = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        split = fit(data, train_sampling_strategy=strategy, max_steps=4, **steps)
+        torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
+        for mine, theirs in zip(logged(split, *NAMES), logged(whole, *NAMES), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+    assert all(clipped > 0 for (clipped,) in logged(whole, "clip_fraction")), "the clip must have a say"
+
+
+def test_humanline_does_not_depend_on_the_split(fit):
+    data = scored(10)
+    settings = {"humanline": True, "ref": None, "learning_rate": 3e-3, "log_epsilon_p": -0.05, "log_epsilon_r": 0.05}
+    whole = fit(data, **settings)
+    split = fit(data, **settings, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=2e-5)  # lr is 30 times larger
+    unclamped = logged(whole, "unclamped")
+    assert unclamped == [pytest.approx(row, abs=1e-6) for row in logged(split, "unclamped")]
+    assert 0 < unclamped[2][0] < 1
+
+
+def test_epochs_reshuffle_and_end_when_all_rows_were_seen(fit):
+    data = scored(10)
+    trainer = fit(data, num_train_epochs=2, max_steps=-1)
+    # 36 rows in groups of 2 to 5: five steps of at most 8 hold them.
+    assert trainer.state.global_step == 10
+    assert trainer.state.epoch == 2
+    rows = sum(min(1, n) for (n,) in logged(trainer, "num_tokens"))
+    assert rows == 10
+
+
+def test_steps_hold_whole_groups_with_their_advantages(fit):
+    trainer = fit(scored(10), train=False, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    loader = trainer.get_train_dataloader()
+    micro_batches = list(loader)
+    assert len(micro_batches) == len(loader) == 5 * 4
+    for i in range(0, len(micro_batches), 4):
+        step = micro_batches[i : i + 4]
+        real = torch.cat([batch["completion_mask"].any(-1) for batch in step])
+        advantages = torch.cat([batch["advantage"] for batch in step])[real]
+        assert advantages.sum().abs() < 1e-5, "advantages of a whole group add up to 0"
+
+
+# -- precomputed reference log-probs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_length", [None, 17])
+def test_precomputed_reference_is_exact_per_token(fit, max_length):
+    online = fit(scored(10), max_length=max_length, epsilon=0.01)
+    stored = fit(scored(10), max_length=max_length, epsilon=0.01, precompute_ref_log_probs=True)
+    torch.testing.assert_close(weights(stored.model), weights(online.model), rtol=0, atol=1e-6)
+    for mine, theirs in zip(logged(stored, *NAMES), logged(online, *NAMES), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+
+
+def test_precomputed_reference_with_split_and_evaluation(fit):
+    settings = {"precompute_ref_log_probs": True, "eval_dataset": scored(4, seed=1)}
+    whole = fit(scored(10), **settings)
+    split = fit(scored(10), **settings, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
+    assert whole.evaluate()["eval_loss"] == pytest.approx(split.evaluate()["eval_loss"], abs=1e-6)
+
+
+def test_precomputed_reference_of_an_adapter_is_its_base(fit):
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    online = fit(scored(10), ref=None, peft_config=lora, epsilon=0.01)
+    stored = fit(scored(10), ref=None, peft_config=lora, epsilon=0.01, precompute_ref_log_probs=True)
+    assert logged(stored, "kl") == [pytest.approx(row, rel=1e-4) for row in logged(online, "kl")]
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_labelled_paired_listed_and_standard_rows(fit, tokenizer):
+    assert len(fit(unpaired_rows(8), max_steps=1).train_dataset) == 8
+    assert len(fit(paired_rows(8), max_steps=1).train_dataset) == 16
+    lists = [{"prompt": p, "completions": [" b", " c"], "scores": [0.0, 1.0]} for p in ("a", "d")]
+    trainer = fit(datasets.Dataset.from_list(lists), max_steps=1)
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in trainer.train_dataset["completion_ids"])
+    assert sorted(trainer.train_dataset["advantage"]) == pytest.approx([-0.5 / 0.51] * 2 + [0.5 / 0.51] * 2)
+
+
+def test_equal_scores_are_legal_and_only_the_penalty_acts(fit):
+    data = scored(4).remove_columns("score").add_column("score", [0.3] * 14)
+    trainer = fit(data, beta=0.0, weight_decay=0.0, max_steps=2)
+    before = fit(data, train=False)
+    assert torch.equal(weights(trainer.model), weights(before.model))
+    assert logged(trainer, "advantages/abs") == [[0.0]] * 2
+
+
+def test_group_of_one_and_oversized_group_are_counted(fit, said):
+    trainer = fit(scored(2, sizes=(1, 20)), max_steps=2)
+    assert "1 of 2 prompts of the train dataset have a single completion" in said()
+    assert "1 groups of the train dataset have more completions than an optimizer step holds (8)" in said()
+    assert torch.isfinite(weights(trainer.model)).all()
+
+
+def test_evaluation_accepts_raw_and_prepared_data(fit):
+    held_out = scored(4, seed=1)
+    trainer = fit(scored(10), eval_dataset={"a": held_out, "b": scored(4, seed=2)}, per_device_eval_batch_size=64)
+    metrics = trainer.evaluate()
+    assert trainer.evaluate(held_out)["eval_loss"] == metrics["eval_a_loss"] != metrics["eval_b_loss"]
+    assert trainer.model.training is False
+    entry = trainer.state.log_history[-1]
+    assert entry["eval_scores"] == pytest.approx(sum(held_out["score"]) / 14)
+
+
+def test_evaluation_does_not_depend_on_its_batch_size(fit):
+    settings = {"eval_dataset": scored(4, seed=1), "train": False}
+    whole, split = (fit(scored(10), per_device_eval_batch_size=n, **settings).evaluate() for n in (14, 3))
+    assert split["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+
+
+def test_lora_trains_and_saves(fit, tmp_path):
+    trainer = fit(scored(10), ref=None, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+    kl = logged(trainer, "kl")
+    assert kl[0] == [0.0]
+    assert kl[2] != [0.0]
+    trainer.save_model(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
+
+
+def test_saved_policy_loads_plainly(fit, tmp_path):
+    trainer = fit(scored(10))
+    trainer.save_model(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(weights(loaded), weights(trainer.model))
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"epsilon": 0.0}, "epsilon=0.0"),
+        ({"epsilon_high": -1.0}, "epsilon_high=-1.0"),
+        ({"beta": -0.1}, "beta=-0.1"),
+        ({"loss_type": "apo_zero_unpaired"}, "GRPO has no such option"),
+        ({"desirable_weight": 2.0}, "desirable_weight=2.0"),
+        ({"train_sampling_strategy": "group_by_length"}, "stay together"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
+        ({"humanline": True, "precompute_ref_log_probs": True}, "exclude each other"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_construction(make_config, flags, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(GRPOConfig, **flags)
+
+
+def test_trl_config_is_refused(model, tokenizer, make_config):
+    with pytest.raises(ValueError, match="from halos_trl import GRPOConfig"):
+        GRPOTrainer(model, args=make_config(trl.KTOConfig), train_dataset=scored(4), processing_class=tokenizer)
+
+
+def test_bad_rows_are_refused_before_training(fit):
+    rows = scored(4).to_list()
+    rows[3]["score"] = float("nan")
+    with pytest.raises(ValueError, match="Row 3 of the train dataset"):
+        fit(datasets.Dataset.from_list(rows))
+    with pytest.raises(ValueError, match="do not stream"):
+        fit(scored(4).to_iterable_dataset())
+
+
+def test_completion_of_zero_tokens_is_refused(fit, tokenizer):
+    silent = "{%- for m in messages %}{%- if m['role'] == 'user' %}{{ m['content'] }}{%- endif %}{%- endfor %}"
+    tokenizer_template, tokenizer.chat_template = tokenizer.chat_template, silent
+    try:
+        with pytest.raises(ValueError, match="Row 0 of the train dataset has a completion of zero tokens"):
+            fit(scored(4))
+    finally:
+        tokenizer.chat_template = tokenizer_template
+
+
+def test_nan_stops_at_its_step(fit):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                model.model.norm.weight.data[0] = float("nan")
+
+    with pytest.raises(ValueError, match=r"policy model gave .* at step 2"):
+        fit(scored(10), callbacks=[Poison()])
+
+
+def test_trls_online_grpo_is_pointed_to(model, tokenizer, make_config):
+    with pytest.raises(ValueError, match=r"`reward_funcs` belongs to `trl\.GRPOTrainer`.*offline"):
+        GRPOTrainer(model, reward_funcs=len, train_dataset=scored(4), processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r"`trl\.GRPOConfig`, where there is one, has other fields"):
+        GRPOTrainer(model, args=make_config(trl.GRPOConfig, per_device_train_batch_size=8), train_dataset=scored(4))

@@ -1,0 +1,424 @@
+"""KTOTrainer: equal to TRL where TRL is right, invariant to how a step is split; options work or are refused."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+import transformers
+import trl
+from conftest import perturbed, unpaired_rows, weights
+from packaging.version import Version
+
+from halos_trl import KTOConfig, KTOTrainer
+
+
+class TRLWithOurPartners(trl.KTOTrainer):
+    """TRL pairs prompt i with completion i-1 of its batch; HALOs and we with i+1. Everything else is TRL's."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+        def rotate(rows):
+            rows["KL_completion_ids"] = rows["completion_ids"][1:] + rows["completion_ids"][:1]
+            return rows
+
+        return dataset.map(rotate, batched=True, batch_size=args.per_device_train_batch_size)
+
+
+@pytest.fixture
+def fit(model, tokenizer, make_config):
+    """Train a copy of the policy against a reference that differs from it; the trainer comes back."""
+
+    def run(data, trainer_class=KTOTrainer, config_class=KTOConfig, *, train=True, ref="near", **overrides):
+        settings = {"train_sampling_strategy": "sequential"} | overrides
+        extra = {k: settings.pop(k) for k in ("eval_dataset", "callbacks", "peft_config") if k in settings}
+        trainer = trainer_class(
+            model=copy.deepcopy(model),
+            ref_model=perturbed(model) if ref == "near" else ref,
+            args=make_config(config_class, **settings),
+            train_dataset=data,
+            processing_class=tokenizer,
+            **extra,
+        )
+        if train:
+            trainer.train()
+        return trainer
+
+    return run
+
+
+def logged(trainer, *names):
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if names[0] in entry]
+
+
+# -- equal to TRL --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_three_steps_equal_trl(fit, loss_type):
+    data = unpaired_rows(24)
+    settings = {"loss_type": loss_type, "beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+    if Version(transformers.__version__) < Version("5.2") and loss_type != "kto":
+        # There TRL shuffles whatever `train_sampling_strategy` says, so one step holds all rows.
+        data, settings["per_device_train_batch_size"] = unpaired_rows(24), 24
+    ours = fit(data, **settings)
+    theirs = fit(data, TRLWithOurPartners, trl.KTOConfig, **settings)
+
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=1e-6)
+    assert len(ours.state.log_history) == len(theirs.state.log_history) == 4
+    for mine, trls in zip(ours.state.log_history[:3], theirs.state.log_history[:3], strict=True):
+        assert set(mine) == set(trls)
+        for name, value in trls.items():
+            assert mine[name] == pytest.approx(value, rel=1e-5, abs=5e-6), name  # float32 sums of 30 nats
+    if loss_type == "kto":
+        assert any(entry["kl"] > 0 for entry in ours.state.log_history[:3]), "the KL term must have a say"
+
+
+def test_loss_and_gradient_on_one_batch_equal_trl(fit):
+    data = unpaired_rows(8)
+    losses, gradients = [], []
+    for trainer_class, config_class in [(KTOTrainer, KTOConfig), (TRLWithOurPartners, trl.KTOConfig)]:
+        trainer = fit(data, trainer_class, config_class, train=False, beta=0.5)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
+
+
+# -- one optimizer step is one batch -------------------------------------------------------------------------------
+
+
+def test_loss_and_weights_do_not_depend_on_the_split(fit):
+    data = unpaired_rows(16)
+    whole = fit(data, max_steps=2, per_device_train_batch_size=8)
+    for size in (1, 2, 4):
+        split = fit(data, max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
+        names = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "entropy")
+        for mine, theirs in zip(logged(split, *names), logged(whole, *names), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_last_smaller_microbatch_weighs_by_its_examples(fit):
+    """6 rows as 6, and as 4 + 2: TRL would count each row of the second micro-batch twice as much."""
+    data = unpaired_rows(6)
+    whole = fit(data, max_steps=1, per_device_train_batch_size=6, learning_rate=1e-3)
+    split = fit(data, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-3)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=2e-6)
+    assert logged(split, "loss")[0] == pytest.approx(logged(whole, "loss")[0], abs=1e-6)
+
+
+def test_log_line_averages_everything_since_the_last_one(fit):
+    data = unpaired_rows(16)
+    each = logged(fit(data, max_steps=4, per_device_train_batch_size=4), "kl", "rewards/chosen", "loss")
+    every_other = fit(data, max_steps=4, per_device_train_batch_size=4, logging_steps=2)
+    kl, _, loss = zip(*each, strict=True)
+    assert [row[0] for row in logged(every_other, "kl")] == pytest.approx(
+        [(kl[0] + kl[1]) / 2, (kl[2] + kl[3]) / 2], rel=1e-5
+    )
+    assert [row[0] for row in logged(every_other, "loss")] == pytest.approx(
+        [(loss[0] + loss[1]) / 2, (loss[2] + loss[3]) / 2], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("per_device", [1, 4])
+def test_shuffled_by_default_and_deterministic(fit, per_device):
+    data = unpaired_rows(16)
+    steps = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": 8 // per_device}
+    shuffled = fit(data, train_sampling_strategy="random", **steps)
+    again = fit(data, train_sampling_strategy="random", **steps)
+    in_order = fit(data, **steps)
+    assert KTOConfig(output_dir="x", bf16=False, use_cpu=True).train_sampling_strategy == "random"
+    assert torch.equal(weights(shuffled.model), weights(again.model))
+    assert not torch.equal(weights(shuffled.model), weights(in_order.model))
+
+
+@pytest.mark.skipif("train_sampling_strategy" not in trl.DPOConfig.__dataclass_fields__, reason="transformers < 5.2")
+def test_group_by_length_batches_rows_of_a_length(fit):
+    trainer = fit(unpaired_rows(64), train_sampling_strategy="group_by_length", per_device_train_batch_size=4)
+    rows = trainer.train_dataset
+    lengths = [len(p) + len(c) for p, c in zip(rows["prompt_ids"], rows["completion_ids"], strict=True)]
+
+    def spread(order):
+        chunks = [order[i : i + 4] for i in range(0, 64, 4)]
+        return sum(max(lengths[i] for i in chunk) - min(lengths[i] for i in chunk) for chunk in chunks)
+
+    order = list(trainer.get_train_dataloader().batch_sampler.sampler)
+    assert sorted(order) == list(range(64))
+    assert spread(order) < spread(list(range(64)))
+
+
+def test_streaming_equals_map_style(fit):
+    data = unpaired_rows(24)
+    streamed = fit(data.to_iterable_dataset())
+    assert torch.equal(weights(streamed.model), weights(fit(data).model))
+
+
+def test_leftover_example_of_an_epoch_trains_with_kl_zero_and_says_so(fit, said):
+    trainer = fit(unpaired_rows(9), max_steps=2)
+    assert logged(trainer, "kl")[1] == [0.0]
+    assert torch.isfinite(weights(trainer.model)).all()
+    assert "has no partner" in said()
+
+
+# -- precomputed reference log-probs -------------------------------------------------------------------------------
+
+
+def test_precomputed_reference_equals_online_reference(fit):
+    """With the whole data set in each step, the next row of the data set is also the partner inside the step."""
+    data = unpaired_rows(8)
+    online = fit(data)
+    stored = fit(data, precompute_ref_log_probs=True)
+    torch.testing.assert_close(weights(stored.model), weights(online.model), rtol=0, atol=1e-6)
+    assert logged(stored, "kl")[0] == pytest.approx(logged(online, "kl")[0], abs=5e-6)
+
+
+def test_precompute_works_with_shuffling_and_accumulation(fit):
+    settings = {"precompute_ref_log_probs": True, "train_sampling_strategy": "random", "max_steps": 2}
+    whole = fit(unpaired_rows(16), **settings)
+    split = fit(unpaired_rows(16), **settings, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
+    assert logged(whole, "kl")[0][0] != 0
+
+
+def test_precomputed_sums_are_refused_for_a_loss_that_may_read_tokens(fit):
+    from halos_trl import UnpairedPreferenceTrainer
+
+    class OwnTrainer(UnpairedPreferenceTrainer):
+        pass
+
+    with pytest.raises(ValueError, match="may read single tokens of the reference"):
+        fit(unpaired_rows(8), OwnTrainer, precompute_ref_log_probs=True)
+
+
+# -- the reference -------------------------------------------------------------------------------------------------
+
+
+def test_instance_with_changed_weights_is_its_own_reference(fit, model, tokenizer, make_config, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    from transformers import AutoModelForCausalLM
+
+    changed = perturbed(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), scale=0.5)
+    trainer = KTOTrainer(changed, args=make_config(KTOConfig, max_steps=1), train_dataset=unpaired_rows(8))
+    trainer.train()
+    assert logged(trainer, "rewards/chosen", "rewards/rejected", "kl") == [[0.0, 0.0, 0.0]]
+
+
+def test_model_without_a_path_is_its_own_reference(fit):
+    trainer = fit(unpaired_rows(8), ref=None, max_steps=1)
+    assert logged(trainer, "rewards/chosen", "rewards/rejected", "kl") == [[0.0, 0.0, 0.0]]
+
+
+def test_lora_trains_against_its_base(fit):
+    from peft import LoraConfig
+
+    trainer = fit(unpaired_rows(16), ref=None, peft_config=LoraConfig(r=4, target_modules="all-linear"), beta=0.5)
+    rewards = logged(trainer, "rewards/chosen")
+    assert rewards[0] == [0.0]
+    assert rewards[2] != [0.0]
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_estimates_kl_per_batch_and_accepts_raw_data(fit):
+    trainer = fit(unpaired_rows(16), eval_dataset={"a": unpaired_rows(8, 1), "b": unpaired_rows(8, 2)}, train=False)
+    metrics = trainer.evaluate()
+    of_a, of_b = [entry["eval_kl"] for entry in trainer.state.log_history]
+    raw = trainer.evaluate(unpaired_rows(8, 1))
+    assert raw["eval_kl"] == of_a != of_b
+    assert raw["eval_loss"] == metrics["eval_a_loss"]
+
+
+def test_compute_metrics_gets_logits(fit, model, tokenizer, make_config):
+    seen = []
+
+    def shape_of(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"shape": len(prediction.predictions.shape)}
+
+    trainer = KTOTrainer(
+        model,
+        args=make_config(KTOConfig),
+        train_dataset=unpaired_rows(8),
+        eval_dataset=unpaired_rows(8, 1),
+        processing_class=tokenizer,
+        compute_metrics=shape_of,
+    )
+    assert trainer.evaluate()["eval_shape"] == 3
+    assert seen[0][0] == 8
+
+
+# -- data formats --------------------------------------------------------------------------------------------------
+
+
+def test_paired_data_is_unpaired(fit):
+    from conftest import paired_rows
+
+    trainer = fit(paired_rows(8), max_steps=1)
+    assert len(trainer.train_dataset) == 16
+    assert sum(trainer.train_dataset["label"]) == 8
+
+
+def test_standard_text_gets_an_eos(fit, tokenizer):
+    rows = [{"prompt": "a b", "completion": " c", "label": True}, {"prompt": "d", "completion": " e", "label": False}]
+    trainer = fit(datasets.Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=2)
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in trainer.train_dataset["completion_ids"])
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+BAD_ROWS = {
+    "missing label": (
+        [{"prompt": "a", "completion": "b"}] * 2,
+        r"train dataset has columns .*missing: \['label'\]",
+    ),
+    "misnamed completion": (
+        [{"prompt": "a", "completions": "b", "label": True}] * 2,
+        r"rename_column\('completions', 'completion'\)",
+    ),
+    "string label": (
+        [{"prompt": "a", "completion": "b", "label": "good"}] * 2,
+        r"Row 0 .*label 'good' of type str",
+    ),
+    "float label": ([{"prompt": "a", "completion": "b", "label": 0.5}] * 2, r"Row 0 .*label 0.5 of type float"),
+    "missing value": (
+        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "b", "label": None}],
+        r"Row 1 .*label None",
+    ),
+    "empty completion": (
+        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "", "label": False}],
+        r"Row 1 .*empty `completion`",
+    ),
+    "one row": ([{"prompt": "a", "completion": "b", "label": True}], r"one row"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "streaming"), [(c, s) for c in BAD_ROWS for s in (False, True) if not (s and c == "one row")]
+)
+def test_bad_rows_are_refused(fit, case, streaming):
+    rows, message = BAD_ROWS[case]
+    data = datasets.Dataset.from_list(rows)
+    if streaming:
+        data = data.to_iterable_dataset()
+    with pytest.raises(ValueError, match=message):
+        fit(data)
+
+
+def test_reasoning_counts_as_a_completion(fit):
+    rows = unpaired_rows(4).to_list()
+    for row in rows:
+        row["completion"][0]["reasoning_content"] = "hm"
+    rows[2]["completion"] = [{"role": "assistant", "content": "", "reasoning_content": "hm"}]
+    fit(datasets.Dataset.from_list(rows), max_steps=1)
+
+
+def test_empty_conversational_completion_is_refused(fit):
+    rows = unpaired_rows(4).to_list()
+    rows[2]["completion"] = [{"role": "assistant", "content": ""}]
+    with pytest.raises(ValueError, match="Row 2"):
+        fit(datasets.Dataset.from_list(rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_prompt_that_fills_max_length_is_dropped_and_counted(fit, said, streaming):
+    rows = [{"prompt": "x" * n, "completion": " b", "label": n % 2 == 0} for n in (2, 60, 3, 70, 4, 5)]
+    data = datasets.Dataset.from_list(rows)
+    trainer = fit(data.to_iterable_dataset() if streaming else data, max_length=32, per_device_train_batch_size=2)
+    if streaming:
+        assert "Dropped 2 rows of the streamed train dataset so far" in said()
+    else:
+        assert "Dropped 2 of 6 rows of the train dataset (the first is row 1)" in said()
+        assert len(trainer.train_dataset) == 4
+
+
+def test_all_rows_dropped_is_an_error(fit):
+    rows = [{"prompt": "x" * 99, "completion": " b", "label": True}] * 3
+    with pytest.raises(ValueError, match="No row of the train dataset"):
+        fit(datasets.Dataset.from_list(rows), max_length=32)
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_one_sided_batches_are_legal(fit, label):
+    rows = [row | {"label": label} for row in unpaired_rows(8).to_list()]
+    trainer = fit(datasets.Dataset.from_list(rows), learning_rate=1e-3)
+    side, other = ("chosen", "rejected") if label else ("rejected", "chosen")
+    last = trainer.state.log_history[2]
+    assert last["loss"] > 0
+    assert f"rewards/{side}" in last
+    assert f"rewards/{other}" not in last
+    assert torch.isfinite(weights(trainer.model)).all()
+
+
+def test_step_of_one_example_is_refused(fit):
+    with pytest.raises(ValueError, match="optimizer step holds a single example"):
+        fit(unpaired_rows(8), per_device_train_batch_size=1)
+    fit(unpaired_rows(8), per_device_train_batch_size=1, loss_type="apo_zero_unpaired")
+
+
+def test_evaluation_batch_of_one_example_is_refused(fit):
+    settings = {"eval_strategy": "steps", "eval_dataset": unpaired_rows(4)}
+    with pytest.raises(ValueError, match="evaluation batch holds a single example"):
+        fit(unpaired_rows(8), per_device_eval_batch_size=1, **settings)
+
+
+def test_policy_as_reference_is_refused(model, tokenizer, make_config):
+    with pytest.raises(ValueError, match="cannot be the same object"):
+        KTOTrainer(model, model, make_config(KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
+
+
+def test_adapter_of_another_name_is_refused(model, tokenizer, make_config):
+    from peft import LoraConfig, get_peft_model
+
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear"), adapter_name="policy")
+    with pytest.raises(ValueError, match=r"has adapters \['policy'\].*must be called 'default'"):
+        KTOTrainer(policy, args=make_config(KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
+
+
+def test_trl_config_is_refused_with_the_import_to_use(model, tokenizer, make_config):
+    with pytest.raises(ValueError, match="from halos_trl import KTOConfig"):
+        KTOTrainer(model, args=make_config(trl.KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"log_epsilon_p": -2.0}, r"log_epsilon_p=-2.0.*`humanline` is off"),
+        ({"humanline_sync_steps": 4}, "`humanline` is off"),
+        ({"beta": 0.0}, "beta=0.0"),
+        ({"desirable_weight": -1.0}, "desirable_weight=-1.0"),
+        ({"loss_type": "kt0"}, "loss_type='kt0'"),
+        ({"humanline": True, "precompute_ref_log_probs": True}, "exclude each other"),
+        ({"humanline": True, "log_epsilon_p": 0.5}, "log_epsilon_p <= 0"),
+        ({"humanline": True, "sync_ref_model": True}, "both decide how the reference moves"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_construction(make_config, flags, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(KTOConfig, **flags)
+
+
+@pytest.mark.parametrize("which", ["policy", "reference"])
+def test_nan_stops_at_its_step_and_never_reaches_the_weights(fit, which):
+    from transformers import TrainerCallback
+
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1:
+                target = model if which == "policy" else trainer.ref_model
+                target.model.norm.weight.data[0] = float("nan")
+                self.before = weights(model).clone()
+
+    poison = Poison()
+    trainer = fit(unpaired_rows(24), train=False, callbacks=[poison])
+    # The callback fires after the KL estimate of step 2, so the forward of step 2 meets it.
+    with pytest.raises(ValueError, match=rf"The {which} model gave .* NaN or infinite at step 2, in rows"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model).nan_to_num(7.0), poison.before.nan_to_num(7.0))

@@ -1,0 +1,332 @@
+"""The paired trainers: equal to TRL where TRL has the method, and every TRL option works or is refused."""
+
+import copy
+
+import datasets
+import pytest
+import torch
+import trl
+from conftest import paired_rows, perturbed, weights
+
+import halos_trl
+from halos_trl import (
+    CDPOConfig,
+    CDPOTrainer,
+    DPOConfig,
+    DPOTrainer,
+    IPOConfig,
+    IPOTrainer,
+    SimPOConfig,
+    SimPOTrainer,
+    SLiCConfig,
+    SLiCTrainer,
+)
+
+PAIRED = {
+    "dpo": (DPOTrainer, DPOConfig),
+    "cdpo": (CDPOTrainer, CDPOConfig),
+    "ipo": (IPOTrainer, IPOConfig),
+    "simpo": (SimPOTrainer, SimPOConfig),
+    "slic": (SLiCTrainer, SLiCConfig),
+}
+LOSS_TYPES = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+@pytest.fixture
+def fit(model, tokenizer, make_config):
+    """Train a copy of the policy against a reference that differs from it; the trainer comes back."""
+
+    def run(data, trainer_class, config_class, *, train=True, ref="near", trainer_args=None, **overrides):
+        needs_reference = getattr(trainer_class, "needs_reference", True)
+        trainer = trainer_class(
+            model=copy.deepcopy(model),
+            ref_model=perturbed(model) if ref == "near" and needs_reference else None,
+            args=make_config(config_class, **({"train_sampling_strategy": "sequential"} | overrides)),
+            train_dataset=data,
+            processing_class=tokenizer,
+            **(trainer_args or {}),
+        )
+        if train:
+            trainer.train()
+        return trainer
+
+    return run
+
+
+def assert_same_run(ours, theirs, *, bf16=False):
+    # Under bf16, TRL sums log-probs in bfloat16 and we in float32.
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=3e-4 if bf16 else 1e-6)
+    steps = [[e for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
+    assert len(steps[0]) == len(steps[1]) > 0
+    for mine, trls in zip(*steps, strict=True):
+        assert set(mine) == set(trls)
+        for name, value in trls.items():
+            # float32 sums of 30 nats, times beta
+            tolerance = {"rel": 1e-2, "abs": 1e-2} if bf16 else {"rel": 1e-5, "abs": 5e-6}
+            assert mine[name] == pytest.approx(value, **tolerance), name
+
+
+# -- equal to TRL --------------------------------------------------------------------------------------------------
+
+
+def test_dpo_three_steps_equal_trl(fit):
+    data = paired_rows(24)
+    assert_same_run(fit(data, DPOTrainer, DPOConfig, beta=0.5), fit(data, trl.DPOTrainer, trl.DPOConfig, beta=0.5))
+
+
+def test_ipo_three_steps_equal_trl(fit):
+    data = paired_rows(24)
+    theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, beta=0.3, loss_type="ipo", learning_rate=5e-5)
+    assert_same_run(fit(data, IPOTrainer, IPOConfig, tau=0.3, learning_rate=5e-5), theirs)
+
+
+def test_cdpo_equals_trl_with_label_smoothing_mixed_by_hand(fit):
+    """cDPO is (1 - eps) * sigmoid + eps * flipped; TRL's `robust` is that, rescaled and with the sign of the flip."""
+    data = paired_rows(8)
+    ours = fit(data, CDPOTrainer, CDPOConfig, beta=0.5, epsilon=0.2, train=False)
+    theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, beta=0.5, train=False)
+    batch = next(iter(ours.get_train_dataloader()))
+    half = batch["input_ids"].shape[0] // 2
+    flipped = {k: torch.cat([v[half:], v[:half]]) for k, v in batch.items()}
+    expected = 0.8 * theirs.compute_loss(theirs.model, batch) + 0.2 * theirs.compute_loss(theirs.model, flipped)
+    assert ours.compute_loss(ours.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
+def test_loss_and_gradient_on_one_batch_equal_trl(fit, ours, theirs):
+    data = paired_rows(8)
+    parameter = {"dpo": "beta", "ipo": "tau"}[ours]
+    results = []
+    for trainer in (
+        fit(data, *PAIRED[ours], train=False, **{parameter: 0.4}),
+        fit(data, trl.DPOTrainer, trl.DPOConfig, train=False, beta=0.4, loss_type=theirs),
+    ):
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
+
+
+OPTIONS = [{"loss_type": name, "label_smoothing": 0.1} for name in LOSS_TYPES] + [
+    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    {"loss_weights": [2.0]},
+    {"use_weighting": True},
+    {"ld_alpha": 0.5},
+    {"f_divergence_type": "js_divergence"},
+    {"f_divergence_type": "forward_kl"},
+    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+    {"loss_type": "discopop", "discopop_tau": 0.1},
+    {"max_length": 14},
+    {"max_length": 14, "truncation_mode": "keep_end"},
+    {"pad_to_multiple_of": 16},
+    {"precompute_ref_log_probs": True},
+    {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
+    {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.7},
+    {"disable_dropout": False},
+    {"gradient_checkpointing": True},
+    {"dataset_num_proc": 1},
+    {"bf16": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_every_trl_option_of_dpo_gives_trls_run(fit, options):
+    data = paired_rows(16)
+    # Adam turns the rounding of a gradient near 0 into a share of the learning rate.
+    settings = {"beta": 0.5, "max_steps": 2, "learning_rate": 5e-5} | options
+    ours = fit(data, DPOTrainer, DPOConfig, **settings)
+    theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, **settings)
+    assert_same_run(ours, theirs, bf16=options.get("bf16", False))
+
+
+# -- one optimizer step is one batch -------------------------------------------------------------------------------
+
+
+fixed_order = pytest.mark.skipif(
+    "train_sampling_strategy" not in DPOConfig.__dataclass_fields__,
+    reason="before transformers 5.2 the order of a map-style data set cannot be fixed",
+)
+
+
+@fixed_order
+@pytest.mark.parametrize("method", PAIRED)
+def test_loss_and_weights_do_not_depend_on_the_split(fit, method):
+    data = paired_rows(16)
+    common = {"max_steps": 2, "learning_rate": 5e-5}
+    whole = fit(data, *PAIRED[method], **common)
+    split = fit(data, *PAIRED[method], **common, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
+
+
+@fixed_order
+def test_last_smaller_microbatch_weighs_by_its_examples(fit):
+    data = paired_rows(6)
+    common = {"max_steps": 1, "beta": 0.5}
+    whole = fit(data, DPOTrainer, DPOConfig, per_device_train_batch_size=6, **common)
+    split = fit(data, DPOTrainer, DPOConfig, per_device_train_batch_size=4, gradient_accumulation_steps=2, **common)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
+
+
+# -- the reference -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["simpo", "slic"])
+def test_methods_without_reference_load_only_the_policy(
+    method, monkeypatch, model, tokenizer, make_config, tmp_path, said
+):
+    from transformers import LlamaForCausalLM
+
+    loaded = []
+    load = LlamaForCausalLM.from_pretrained.__func__
+    counting = classmethod(lambda cls, *args, **kwargs: loaded.append(args) or load(cls, *args, **kwargs))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", counting)
+    trainer_class, config_class = PAIRED[method]
+    trainer = trainer_class(str(tmp_path / "base"), args=make_config(config_class), train_dataset=paired_rows(8))
+    trainer.train()
+    assert len(loaded) == 1
+    assert trainer.ref_model is None
+    assert "reference" not in said().lower()
+
+
+@pytest.mark.parametrize("method", ["simpo", "slic"])
+def test_methods_without_reference_keep_no_reference_adapter(method, model, tokenizer, make_config):
+    from peft import LoraConfig, get_peft_model
+
+    trainer_class, config_class = PAIRED[method]
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    trainer = trainer_class(
+        policy, args=make_config(config_class), train_dataset=paired_rows(8), processing_class=tokenizer
+    )
+    assert list(trainer.model.peft_config) == ["default"]
+    before = weights(trainer.model)
+    trainer.train()
+    assert not torch.equal(before, weights(trainer.model))
+
+
+def test_reference_for_a_method_without_one_is_refused(model, tokenizer, make_config):
+    with pytest.raises(ValueError, match="compares with no reference"):
+        SimPOTrainer(
+            model, perturbed(model), make_config(SimPOConfig), train_dataset=paired_rows(8), processing_class=tokenizer
+        )
+
+
+@pytest.mark.parametrize("method", ["dpo", "cdpo", "ipo"])
+def test_policy_instance_without_path_is_its_own_reference(fit, method):
+    trainer = fit(paired_rows(8), *PAIRED[method], ref=None, max_steps=1)
+    first = trainer.state.log_history[0]
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
+
+
+def test_ipo_from_policy_equal_to_reference_stays_finite(fit):
+    """HALOs divides by the number of non-zero log-ratios: 0/0, then NaN weights. The first loss is (1/2tau)^2."""
+    trainer = fit(paired_rows(24), IPOTrainer, IPOConfig, ref=None, tau=0.5)
+    losses = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses[0] == pytest.approx((1 / (2 * 0.5)) ** 2, abs=1e-6)
+    assert all(0 < loss < 2 for loss in losses)
+    assert torch.isfinite(weights(trainer.model)).all()
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_equal_chosen_and_rejected_are_counted(fit, said):
+    rows = paired_rows(8).to_list()
+    rows[3]["rejected"] = rows[3]["chosen"]
+    fit(datasets.Dataset.from_list(rows), DPOTrainer, DPOConfig, max_steps=1)
+    assert "1 of 8 rows of the train dataset have equal `chosen` and `rejected` (the first is row 3)" in said()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected": [{"role": "assistant", "content": ""}]}, "Row 5 .*empty `rejected`"),
+        ({"chosen": []}, "Row 5 .*empty `chosen`"),
+    ],
+)
+def test_empty_completions_are_refused(fit, change, message):
+    rows = paired_rows(8).to_list()
+    rows[5] |= change
+    with pytest.raises(ValueError, match=message):
+        fit(datasets.Dataset.from_list(rows), DPOTrainer, DPOConfig)
+
+
+def test_misnamed_column_is_named(fit):
+    data = paired_rows(8).rename_column("rejected", "rejects")
+    with pytest.raises(ValueError, match=r"rename_column\('rejects', 'rejected'\)"):
+        fit(data, DPOTrainer, DPOConfig)
+
+
+@pytest.mark.parametrize("method", PAIRED)
+def test_streaming_and_evaluation(fit, method):
+    data = paired_rows(24)
+    evaluated = {"eval_dataset": {"a": paired_rows(8, 1), "b": paired_rows(8, 2)}}
+    streamed = fit(data.to_iterable_dataset(), *PAIRED[method], max_steps=2, trainer_args=evaluated)
+    if "train_sampling_strategy" in DPOConfig.__dataclass_fields__:  # else a map-style data set is always shuffled
+        assert torch.equal(weights(streamed.model), weights(fit(data, *PAIRED[method], max_steps=2).model))
+    metrics = streamed.evaluate()
+    assert streamed.evaluate(paired_rows(8, 1))["eval_loss"] == metrics["eval_a_loss"] != metrics["eval_b_loss"]
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        (DPOConfig, {"beta": 0.0}, "beta=0.0"),
+        (CDPOConfig, {"epsilon": 0.5}, "epsilon=0.5"),
+        (CDPOConfig, {"epsilon": -0.1}, "epsilon=-0.1"),
+        (CDPOConfig, {"loss_type": "ipo"}, "CDPO has no such option"),
+        (CDPOConfig, {"label_smoothing": 0.1}, "label_smoothing=0.1"),
+        (IPOConfig, {"tau": 0.0}, "tau=0.0"),
+        (IPOConfig, {"beta": 0.3}, "beta=0.3"),
+        (SimPOConfig, {"beta": -1.0}, "beta=-1.0"),
+        (SimPOConfig, {"gamma_beta_ratio": -0.1}, "gamma_beta_ratio=-0.1"),
+        (SimPOConfig, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True"),
+        (SLiCConfig, {"sync_ref_model": True}, "sync_ref_model=True"),
+        (SLiCConfig, {"lambda_coef": -1.0}, "lambda_coef=-1.0"),
+        (SLiCConfig, {"use_weighting": True}, "use_weighting=True"),
+        (DPOConfig, {"humanline": True, "use_weighting": True}, "exclude each other"),
+        (DPOConfig, {"sync_ref_model": True, "precompute_ref_log_probs": True}, "exclude each other"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_at_construction(make_config, config, flags, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(config, **flags)
+
+
+# -- HALOs' defaults -----------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_halos_own(make_config):
+    assert make_config(DPOConfig).beta == 0.1
+    assert (make_config(CDPOConfig).beta, make_config(CDPOConfig).epsilon) == (0.1, 0.2)
+    assert make_config(IPOConfig).tau == 0.1
+    assert (make_config(SimPOConfig).beta, make_config(SimPOConfig).gamma_beta_ratio) == (10.0, 0.3)
+    assert (make_config(SLiCConfig).beta, make_config(SLiCConfig).lambda_coef) == (1.0, 0.1)
+
+
+def test_names_tags_and_papers():
+    from halos_trl._trl import card_identity
+
+    for name in ("DPOTrainer", "CDPOTrainer", "IPOTrainer", "SimPOTrainer", "SLiCTrainer", "KTOTrainer"):
+        trainer_class = getattr(halos_trl, name)
+        identity = card_identity(trainer_class)
+        assert identity["name"] == trainer_class.method.name
+        assert set(identity["tags"]) == {"trl", "halos-trl", identity["name"].lower()}
+
+
+def test_a_users_own_method_is_not_published_under_dpos_name():
+    from halos_trl._trl import card_identity
+
+    class MarginTrainer(DPOTrainer):
+        pass
+
+    assert card_identity(MarginTrainer) == {"name": "Margin", "paper": {}, "tags": ["trl", "halos-trl", "margin"]}

@@ -1,0 +1,200 @@
+"""BradleyTerryTrainer: TRL's loss, one step whatever its split, and reward models with one logit or HALOs' two."""
+
+import copy
+import re
+
+import datasets
+import pytest
+import torch
+import trl
+from conftest import assistant, paired_rows, user, weights
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, toy
+from halos_trl.trainers.reward import load_reward_model
+
+
+@pytest.fixture(scope="module")
+def _scorer():
+    return classifier(1)
+
+
+@pytest.fixture
+def scorer(_scorer):
+    """A fresh reward model with a fixed initialization."""
+    return copy.deepcopy(_scorer)
+
+
+def classifier(labels):
+    config = toy.tiny_model(toy.build_tokenizer()).config
+    config.num_labels = labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return LlamaForSequenceClassification(config).float().eval()
+
+
+@pytest.fixture
+def fit(scorer, tokenizer, make_config):
+    def run(data, trainer_class=BradleyTerryTrainer, config_class=BradleyTerryConfig, *, train=True, **overrides):
+        extra = {k: overrides.pop(k) for k in ("eval_dataset", "peft_config") if k in overrides}
+        settings = {"train_sampling_strategy": "sequential"} | overrides
+        trainer = trainer_class(
+            model=copy.deepcopy(scorer),
+            args=make_config(config_class, **settings),
+            train_dataset=data,
+            processing_class=tokenizer,
+            **extra,
+        )
+        if train:
+            trainer.train()
+        return trainer
+
+    return run
+
+
+def learnable_rows(n, seed=0):
+    """Pairs whose chosen completion is sorted and whose rejected one is the same letters in reverse."""
+    prompts = [p for p in toy.make_prompts(2 * n, seed, "feedback") if len(set(toy.answer(p))) > 1][:n]
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": user(p),
+                "chosen": assistant(toy.answer(p)),
+                "rejected": assistant(toy.answer(p)[::-1]),
+            }
+            for p in prompts
+        ]
+    )
+
+
+# -- the loss ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"center_rewards_coefficient": 0.1}, {"max_length": 14}])
+def test_three_steps_equal_trl(fit, options):
+    data = paired_rows(24)
+    ours, theirs = fit(data, **options), fit(data, trl.RewardTrainer, trl.RewardConfig, **options)
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=1e-6)
+    steps = [[e for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
+    assert len(steps[0]) == 3
+    for mine, trls in zip(*steps, strict=True):
+        assert set(mine) == set(trls)
+        for name, value in trls.items():
+            assert mine[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+
+
+def test_loss_is_minus_log_sigmoid_of_the_score_difference(fit):
+    trainer = fit(paired_rows(4), train=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        chosen, rejected = (
+            trainer.model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].chunk(2)
+        )
+        loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx((1 + (rejected - chosen).exp()).log().mean().item(), abs=1e-6)
+    assert not torch.equal(chosen, rejected)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_weights_do_not_depend_on_the_split(fit, size):
+    data = paired_rows(12)
+    whole = fit(data, max_steps=2, per_device_train_batch_size=6)
+    split = fit(data, max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=6 // size)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=2e-6)
+
+
+def test_last_smaller_microbatch_weighs_by_its_pairs(fit):
+    data = paired_rows(6)
+    whole = fit(data, max_steps=1, per_device_train_batch_size=6)
+    split = fit(data, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_learns_to_score_chosen_above_rejected_on_held_out_pairs(fit):
+    trainer = fit(
+        learnable_rows(256), eval_dataset=learnable_rows(64, seed=1), max_steps=60, learning_rate=3e-3,
+        per_device_train_batch_size=16, per_device_eval_batch_size=32, train=False,
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_accuracy"] > 0.95 > before["eval_accuracy"]
+    assert after["eval_margin"] > before["eval_margin"]
+    assert after["eval_loss"] < 0.3 < before["eval_loss"]
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_refused(fit):
+    rows = paired_rows(4).to_list()
+    rows[2]["rejected"] = []
+    with pytest.raises(ValueError, match=r"Row 2 .*empty `rejected`"):
+        fit(datasets.Dataset.from_list(rows))
+    with pytest.raises(ValueError, match=r"rename_column\('rejects', 'rejected'\)"):
+        fit(paired_rows(4).rename_column("rejected", "rejects"))
+
+
+def test_rows_that_trl_drops_for_their_length_are_counted(fit, said):
+    fit(paired_rows(8), max_length=9, train=False)
+    assert re.search(r"TRL dropped \d of 8 rows of the train dataset", said())
+
+
+def test_trl_config_is_refused_with_the_import_to_use(scorer, tokenizer, make_config):
+    with pytest.raises(ValueError, match="from halos_trl import BradleyTerryConfig"):
+        BradleyTerryTrainer(
+            scorer, make_config(trl.RewardConfig), train_dataset=paired_rows(4), processing_class=tokenizer
+        )
+
+
+def test_nan_stops_before_it_reaches_the_weights(fit):
+    trainer = fit(paired_rows(8), train=False)
+    trainer.model.score.weight.data[0, 0] = float("nan")
+    before = weights(trainer.model).clone()
+    with pytest.raises(ValueError, match=r"loss is nan at step 1\. The weights were not updated"):
+        trainer.train()
+    assert torch.equal(before.nan_to_num(7.0), weights(trainer.model).nan_to_num(7.0))
+
+
+# -- saved models --------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_and_card(fit, tokenizer, tmp_path):
+    trainer = fit(paired_rows(8), max_steps=1, save_strategy="steps", save_steps=1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Bradley-Terry" in card
+    assert "bradley1952rank" in card
+    assert "text-generation" not in card, "a reward model generates nothing"
+    trainer.save_model(tmp_path / "saved")
+    loaded = load_reward_model(str(tmp_path / "saved"))
+    ids = torch.tensor([tokenizer("ab c")["input_ids"]])
+    torch.testing.assert_close(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_two_logits_of_a_halos_checkpoint_become_logit_1(tokenizer, tmp_path):
+    halos = classifier(2)
+    halos.save_pretrained(tmp_path / "halos")
+    ids = torch.tensor([tokenizer("ab c")["input_ids"], tokenizer("dd e")["input_ids"]])
+    ours = load_reward_model(str(tmp_path / "halos")).eval()
+    assert ours.config.num_labels == 1
+    assert ours(ids).logits.shape == (2, 1)
+    torch.testing.assert_close(ours(ids).logits[:, 0], halos(ids).logits[:, 1])
+    ours.save_pretrained(tmp_path / "single")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "single").eval()
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits)
+
+
+def test_another_number_of_logits_is_refused(tmp_path):
+    classifier(3).save_pretrained(tmp_path / "three")
+    with pytest.raises(ValueError, match="has 3 labels"):
+        load_reward_model(str(tmp_path / "three"))
+
+
+def test_lora(fit):
+    from peft import LoraConfig
+
+    trainer = fit(paired_rows(8), max_steps=1, peft_config=LoraConfig(r=2, task_type="SEQ_CLS"), train=False)
+    before = weights(trainer.model)
+    trainer.train()
+    assert not torch.equal(before, weights(trainer.model))

@@ -1,0 +1,50 @@
+"""One optimizer step over two real processes (gloo) is the same step as in one process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import unpaired_rows
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+RUNS = [
+    "kto", "kto, accumulated", "kto, streamed", "kto, humanline", "kto, humanline, lora", "kto, precomputed",
+    "dpo", "dpo, robust", "dpo, humanline", "dpo, humanline, lora",
+]  # fmt: skip
+
+
+def launch(out, *, processes):
+    unpaired_rows(24).save_to_disk(out / "rows")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(SCRIPT), str(out)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return torch.load(out / "results.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    return launch(folder / "one", processes=1), launch(folder / "two", processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one(results, name):
+    one, two = results[0][name], results[1][name]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
+    assert len(one["logs"]) == len(two["logs"]) == 3
+    for alone, together in zip(one["logs"], two["logs"], strict=True):
+        assert set(alone) == set(together)
+        for metric, value in alone.items():
+            assert together[metric] == pytest.approx(value, rel=1e-5, abs=5e-6), metric  # float32 sums of 30 nats
+
+
+def test_table_names_every_run_of_the_script():
+    source = SCRIPT.read_text()
+    assert all(f'"{name}": run(' in source for name in RUNS)
+    assert source.count(": run(") == len(RUNS)

@@ -1,0 +1,112 @@
+"""Runs in every process of a `torchrun` launch (or alone) and saves how the runs ended. OUT holds saved `rows`.
+
+python tests/two_processes.py OUT                                             # one process
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT   # two
+"""
+
+import copy
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import paired_rows, perturbed, unpaired_rows, weights
+from datasets import load_from_disk
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from halos_trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, toy
+
+EXAMPLES_PER_STEP = 8
+STEPS = 3
+
+
+class CompareReference(TrainerCallback):
+    """Checks that after step t the reference holds the policy as it was before step t, bit for bit."""
+
+    def __init__(self):
+        self.checked = 0
+        self.before = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before = {k: v.detach().clone() for k, v in self.policy(model).items()}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        after = self.policy(model)
+        assert any(not torch.equal(self.before[k], after[k]) for k in after), "the policy did not move"
+        reference = self.trainer.reference.tensors(self.trainer.model)
+        assert len(reference) == len(self.before)
+        for name, tensor in reference.items():
+            assert torch.equal(tensor, self.before[name.replace(".ref.", ".default.")]), name
+        self.checked += 1
+
+    def policy(self, model):
+        parameters = dict(self.trainer.accelerator.unwrap_model(model).named_parameters())
+        return {k: v for k, v in parameters.items() if not self.lora or ".default." in k}
+
+
+def run(trainer_class, config_class, data, out, *, ref=True, per_device=None, lora=False, **settings):
+    tokenizer = toy.build_tokenizer()
+    model = toy.tiny_model(tokenizer)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_device = per_device or EXAMPLES_PER_STEP // processes
+    args = config_class(
+        output_dir=str(out / "runs"),
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        **settings,
+    )
+    compare = CompareReference()
+    trainer = trainer_class(
+        copy.deepcopy(model),
+        perturbed(model) if ref else None,
+        args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[compare] if settings.get("humanline") else None,
+        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
+    )
+    compare.trainer, compare.lora = trainer, lora
+    trainer.train()
+    assert trainer.accelerator.num_processes == args.world_size
+    if settings.get("humanline"):
+        assert compare.checked == STEPS
+    logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
+    return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
+
+
+def main(out: Path) -> None:
+    kto = (KTOTrainer, KTOConfig, unpaired_rows(24), out)
+    dpo = (DPOTrainer, DPOConfig, paired_rows(24), out)
+    results = {
+        "kto": run(*kto, beta=0.5),
+        "kto, accumulated": run(*kto, beta=0.5, per_device=2),
+        "kto, streamed": run(KTOTrainer, KTOConfig, unpaired_rows(24).to_iterable_dataset(), out, beta=0.5),
+        "kto, humanline": run(*kto, beta=0.5, ref=False, humanline=True),
+        "kto, humanline, lora": run(*kto, beta=0.5, ref=False, humanline=True, lora=True),
+        # From disk: processes share what is precomputed through the data set's cache folder.
+        "kto, precomputed": run(
+            KTOTrainer, KTOConfig, load_from_disk(out / "rows"), out, beta=0.5, precompute_ref_log_probs=True
+        ),
+        "dpo": run(*dpo, beta=0.5),
+        "dpo, robust": run(*dpo, beta=0.5, loss_type="robust", label_smoothing=0.1),
+        "dpo, humanline": run(*dpo, beta=0.5, ref=False, humanline=True),
+        "dpo, humanline, lora": run(*dpo, beta=0.5, ref=False, humanline=True, lora=True),
+    }
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(results, out / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,78 @@
+"""Runs in every process of a `torchrun` launch (or alone) and saves what GRPO and PPO ended with. OUT holds `rows`.
+
+python tests/two_processes_policy.py OUT                                               # one process
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT   # two
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from conftest import weights
+from datasets import load_from_disk
+from peft import LoraConfig
+from policy_runs import build, scored, settings_of
+from test_ppo_trainer import reward_model
+
+from halos_trl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, toy
+
+EXAMPLES_PER_STEP = 8
+STEPS = 4
+
+
+def run(trainer_class, config_class, data, out, *, per_device=None, ref="near", lora=False, **overrides):
+    tokenizer = toy.build_tokenizer()
+    extra = {"reward_model": reward_model(tokenizer)} if overrides.pop("learned", False) else {}
+    extra |= {"reward_processing_class": tokenizer} if extra else {}
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_device = per_device or EXAMPLES_PER_STEP // processes
+    args = config_class(
+        output_dir=str(out / "runs"),
+        max_steps=STEPS,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        **(settings_of(trainer_class) | overrides),
+    )
+    extra["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
+    trainer = build(trainer_class, args, toy.tiny_model(tokenizer), tokenizer, data, ref=ref, **extra)
+    trainer.train()
+    assert trainer.accelerator.num_processes == args.world_size == processes
+    logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
+    return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
+
+
+def main(out: Path) -> None:
+    grpo, ppo = (GRPOTrainer, GRPOConfig), (PPOTrainer, PPOConfig)
+    data = scored(10)
+    # From disk: processes share what is precomputed through the data set's cache folder.
+    rows = load_from_disk(out / "rows")
+    unscored = data.remove_columns("score")
+    humanline = {"humanline": True, "ref": None, "log_epsilon_p": -0.001, "log_epsilon_r": 0.001}
+    results = {
+        "grpo": run(*grpo, data, out),
+        "grpo, accumulated": run(*grpo, data, out, per_device=1),
+        "grpo, precomputed": run(*grpo, rows, out, precompute_ref_log_probs=True),
+        "grpo, humanline": run(*grpo, data, out, **humanline),
+        "grpo, lora": run(*grpo, data, out, ref=None, lora=True),
+        "ppo": run(*ppo, data, out),
+        "ppo, accumulated, two epochs": run(*ppo, data, out, per_device=2, ppo_epochs=2),
+        "ppo, three epochs": run(*ppo, data, out, ppo_epochs=3),
+        "ppo, lora": run(*ppo, data, out, ref=None, lora=True, ppo_epochs=2),
+        "ppo, reward model": run(*ppo, unscored, out, learned=True),
+    }
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(results, out / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
