@@ -39,6 +39,7 @@ COMMON_OPTIONS = [
         "ddp_find_unused_parameters": True, "accelerator_config": {"split_batches": True},
     },
     {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8},
+    {"save_strategy": "steps", "save_steps": 1},
     {"learning_rate": 1e-2, "max_grad_norm": 0.1, "weight_decay": 0.1, "optim": "sgd", "warmup_steps": 2},
     {"num_train_epochs": 1, "max_steps": -1, "dataloader_drop_last": True, "lr_scheduler_type": "cosine"},
     {"per_device_train_batch_size": 4},
