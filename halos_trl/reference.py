@@ -181,11 +181,17 @@ def _adapter_pairs(peft_model: torch.nn.Module) -> list[tuple[torch.nn.Parameter
 
 
 def _move(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix: float) -> None:
+    # FSDP2 shards policy and reference alike, so each process moves its own shard; the fused copy knows no DTensor.
+    own, theirs = [_local(t) for t in targets], [_local(s) for s in sources]
     if mix == 1.0:
-        torch._foreach_copy_(list(targets), list(sources))
+        torch._foreach_copy_(own, theirs)
     else:
-        torch._foreach_mul_(list(targets), 1.0 - mix)
-        torch._foreach_add_(list(targets), [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], alpha=mix)
+        torch._foreach_mul_(own, 1.0 - mix)
+        torch._foreach_add_(own, [s.to(t.dtype) for s, t in zip(theirs, own, strict=True)], alpha=mix)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # -- following the policy ------------------------------------------------------------------------------------------

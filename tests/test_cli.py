@@ -480,9 +480,7 @@ def test_card_names_method_papers_and_settings(make_config, tokenizer, model):
         "[KTO: Model Alignment as Prospect Theoretic Optimization](https://huggingface.co/papers/2402.01306)" in text
     )
     assert "https://huggingface.co/papers/2509.24207" in text
-    assert (
-        "| `beta` | 0.3 |" in text and "| `log_epsilon_p` | -0.5 |" in text and "| `learning_rate` | 0.0001 |" in text
-    )
+    assert "| `beta` | 0.3 |" in text and "| `log_epsilon_p` | -0.5 |" in text and "| `learning_rate` | 0.1 |" in text
     # `max_steps` (3) rules, so epochs had no effect; there was no limit to name.
     assert "| `max_steps` | 3 |" in text and "num_train_epochs" not in text and "max_length" not in text
     assert f"| torch | {torch.__version__} |" in text and "| halos_trl |" in text

@@ -99,7 +99,7 @@ def test_dummy_kto_on_a_micro_batch_of_one_kind(fit, dummy_kto, label):
 
 
 def test_dummy_kto_trains_and_logs(fit, dummy_kto):
-    trainer = fit(dummy_kto, KTOConfig, unpaired_rows(24), beta=0.5, learning_rate=1e-3)
+    trainer = fit(dummy_kto, KTOConfig, unpaired_rows(24), beta=0.5)
     first, *_, last = [e for e in trainer.state.log_history if "loss" in e]
     assert {"rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "entropy"} <= set(first)
     assert "kl" not in first, "it does not use the package's estimate"
@@ -121,7 +121,7 @@ def test_dummy_kto_under_humanline_and_with_an_adapter(model, tokenizer, make_co
 
 
 def test_paired_method_is_its_formula_and_trains(fit, margin):
-    trainer = fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(24), margin=2.0, learning_rate=1e-3)
+    trainer = fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(24), margin=2.0)
     assert trainer.ref_model is None
     record = PairedLogps(
         torch.tensor([[-1.0, -2.0]]), torch.tensor([[-4.0]]), None, None, torch.ones(1, 2), torch.ones(1, 1)

@@ -58,9 +58,9 @@ def test_step_equals_the_loss_written_out(fit):
 
 def test_options_reach_the_loss(fit):
     data = scored(4)
-    plain = weights(fit(data, max_steps=1, learning_rate=1e-3).model)
+    plain = weights(fit(data, max_steps=1).model)
     for option in ({"epsilon_high": 2.0}, {"scale_rewards": False}, {"sequence_level": True}, {"beta": 3.0}):
-        assert not torch.equal(weights(fit(data, max_steps=1, learning_rate=1e-3, **option).model), plain), option
+        assert not torch.equal(weights(fit(data, max_steps=1, **option).model), plain), option
 
 
 # -- one optimizer step is one batch -------------------------------------------------------------------------------
@@ -82,13 +82,13 @@ def test_loss_and_weights_do_not_depend_on_the_split(fit, strategy):
 
 def test_humanline_does_not_depend_on_the_split(fit):
     data = scored(10)
-    settings = {"humanline": True, "ref": None, "learning_rate": 3e-3, "log_epsilon_p": -0.05, "log_epsilon_r": 0.05}
+    settings = {"humanline": True, "ref": None, "log_epsilon_p": -0.01, "log_epsilon_r": 0.01}
     whole = fit(data, **settings)
     split = fit(data, **settings, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=2e-5)  # lr is 30 times larger
+    torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
     unclamped = logged(whole, "unclamped")
     assert unclamped == [pytest.approx(row, abs=1e-6) for row in logged(split, "unclamped")]
-    assert 0 < unclamped[2][0] < 1
+    assert 0 < unclamped[1][0] < 1
 
 
 def test_epochs_reshuffle_and_end_when_all_rows_were_seen(fit):

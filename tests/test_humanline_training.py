@@ -29,7 +29,7 @@ def make(model, tokenizer, make_config):
 
     def build(method="dpo", *, policy=None, ref_model=None, peft_config=None, callbacks=None, data=None, **settings):
         trainer_class, config_class = METHODS[method]
-        defaults = {"humanline": True, "train_sampling_strategy": "sequential", "learning_rate": 1e-3}
+        defaults = {"humanline": True, "train_sampling_strategy": "sequential"}
         return trainer_class(
             copy.deepcopy(model) if policy is None else policy,
             ref_model,

@@ -79,8 +79,8 @@ def test_dpo_three_steps_equal_trl(fit):
 
 def test_ipo_three_steps_equal_trl(fit):
     data = paired_rows(24)
-    theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, beta=0.3, loss_type="ipo", learning_rate=5e-5)
-    assert_same_run(fit(data, IPOTrainer, IPOConfig, tau=0.3, learning_rate=5e-5), theirs)
+    theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, beta=0.3, loss_type="ipo")
+    assert_same_run(fit(data, IPOTrainer, IPOConfig, tau=0.3), theirs)
 
 
 def test_cdpo_equals_trl_with_label_smoothing_mixed_by_hand(fit):
@@ -138,7 +138,7 @@ OPTIONS = [{"loss_type": name, "label_smoothing": 0.1} for name in LOSS_TYPES] +
 def test_every_trl_option_of_dpo_gives_trls_run(fit, options):
     data = paired_rows(16)
     # Adam turns the rounding of a gradient near 0 into a share of the learning rate.
-    settings = {"beta": 0.5, "max_steps": 2, "learning_rate": 5e-5} | options
+    settings = {"beta": 0.5, "max_steps": 2} | options
     ours = fit(data, DPOTrainer, DPOConfig, **settings)
     theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, **settings)
     assert_same_run(ours, theirs, bf16=options.get("bf16", False))
@@ -157,7 +157,7 @@ fixed_order = pytest.mark.skipif(
 @pytest.mark.parametrize("method", PAIRED)
 def test_loss_and_weights_do_not_depend_on_the_split(fit, method):
     data = paired_rows(16)
-    common = {"max_steps": 2, "learning_rate": 5e-5}
+    common = {"max_steps": 2}
     whole = fit(data, *PAIRED[method], **common)
     split = fit(data, *PAIRED[method], **common, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)

@@ -191,6 +191,7 @@ def test_critic_learns_a_constant_reward(fit):
         critic_coef=1.0,
         v_head_max_grad_norm=100.0,
         max_steps=60,
+        optim="adamw_torch",
         learning_rate=3e-3,
         logging_steps=60,
     )
@@ -308,7 +309,9 @@ def test_learned_reward_model_drives_ppo(fit, tokenizer, make_config, tmp_path):
     """Bradley-Terry on pairs whose chosen answers are right; saved; then PPO on labelled rows without using labels."""
     trained = BradleyTerryTrainer(
         reward_model(tokenizer),
-        make_config(BradleyTerryConfig, max_steps=40, learning_rate=1e-2, per_device_train_batch_size=16),
+        make_config(
+            BradleyTerryConfig, max_steps=40, optim="adamw_torch", learning_rate=1e-2, per_device_train_batch_size=16
+        ),
         train_dataset=paired_rows(64),
         processing_class=tokenizer,
     )
@@ -321,6 +324,7 @@ def test_learned_reward_model_drives_ppo(fit, tokenizer, make_config, tmp_path):
         reward_model=reward,
         reward_processing_class=AutoTokenizer.from_pretrained(tmp_path / "reward"),
         max_steps=40,
+        optim="adamw_torch",
         learning_rate=3e-3,
         kl_coef=0.0,
         cliprange=0.5,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import paired_rows, perturbed, unpaired_rows, weights
+from conftest import cpu_config, paired_rows, perturbed, unpaired_rows, weights
 from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -50,21 +50,13 @@ def run(trainer_class, config_class, data, out, *, ref=True, per_device=None, lo
     model = toy.tiny_model(tokenizer)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     per_device = per_device or EXAMPLES_PER_STEP // processes
-    args = config_class(
-        output_dir=str(out / "runs"),
+    args = cpu_config(
+        config_class,
+        out / "runs",
         max_steps=STEPS,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
         train_sampling_strategy="sequential",
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
         **settings,
     )
     compare = CompareReference()

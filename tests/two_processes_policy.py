@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import weights
+from conftest import cpu_config, weights
 from datasets import load_from_disk
 from peft import LoraConfig
 from policy_runs import build, scored, settings_of
@@ -27,20 +27,12 @@ def run(trainer_class, config_class, data, out, *, per_device=None, ref="near", 
     extra |= {"reward_processing_class": tokenizer} if extra else {}
     processes = int(os.environ.get("WORLD_SIZE", 1))
     per_device = per_device or EXAMPLES_PER_STEP // processes
-    args = config_class(
-        output_dir=str(out / "runs"),
+    args = cpu_config(
+        config_class,
+        out / "runs",
         max_steps=STEPS,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
         **(settings_of(trainer_class) | overrides),
     )
     extra["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
