@@ -16,6 +16,8 @@ from halos_trl.records import LossOutput, UnpairedLogps
 class DummyKTOTrainer(UnpairedPreferenceTrainer):
     """Gains of desirable rows over the undesirable mean go up, those of undesirable rows over the other mean down."""
 
+    takes_humanline = True  # `log_ratios` clamps
+
     def loss(self, record: UnpairedLogps) -> LossOutput:
         beta, desirable_B = self.args.beta, record.desirable
         ratios_BT, _ = log_ratios(record.policy, record.reference, record.mask, self.args.humanline_clamp)

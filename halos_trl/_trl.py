@@ -26,10 +26,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -38,12 +40,12 @@ import trl
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from packaging.version import Version
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers.integrations import is_wandb_available
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import (
     FusedCausalLMOutput,
     get_comet_experiment_url,
@@ -52,8 +54,9 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
-from .humanline import Humanline, clamp, log_ratios, unclamped_counts
-from .metrics import RunningMeans, Sums
+from .humanline import Humanline, clamp, log_ratios
+from .metrics import RunningMeans, Sums, logps_sums, unclamped_sums
+from .sharded import whole
 from .value_head import NAME as VALUE_HEAD
 from .value_head import ValueHead, load_value_head, save_value_head, taken_off
 
@@ -111,6 +114,11 @@ class TokenTable(NamedTuple):
     is_top1_BT: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     values_BT: torch.Tensor | None = None
+
+    def rows(self, index: torch.Tensor) -> TokenTable:
+        """Some of the rows."""
+        tables = {n: t[index] for n, t in self._asdict().items() if t is not None and n != "aux_loss"}
+        return self._replace(**tables)
 
 
 def score_tokens(model: torch.nn.Module, batch: dict[str, Any], *, output_router_logits: bool = False) -> TokenTable:
@@ -188,6 +196,39 @@ def overridden(target: Any, **values: Any) -> Iterator[None]:
                 setattr(target, name, before[name])
             else:
                 delattr(target, name)
+
+
+def add_reference_adapter(peft_model: PeftModel) -> None:
+    """A second adapter of the policy's configuration. Raises ValueError where PEFT can have only one."""
+    config = copy.deepcopy(peft_model.peft_config[POLICY_ADAPTER])
+    if edits_base_weights(config):
+        config.init_lora_weights = True  # what it starts from is overwritten; the base must not be edited twice
+    type(peft_model).add_adapter(peft_model, REFERENCE_ADAPTER, config)
+
+
+def edits_base_weights(config: PeftConfig) -> bool:
+    """Whether adding this adapter moves a part of the base weights into it (PiSSA and its kin)."""
+    kind = getattr(config, "init_lora_weights", True)
+    return isinstance(kind, str) and kind.startswith(("pissa", "corda", "olora", "loftq", "lora_ga"))
+
+
+@contextlib.contextmanager
+def _own_reference_adapter(model: Any, wanted: bool) -> Iterator[None]:
+    """Decide what TRL gets when it adds a reference adapter to a `PeftModel` and fills it."""
+    if isinstance(model, str) or not is_peft_model(model):
+        yield
+        return
+    if wanted:
+        with overridden(model, add_adapter=lambda name, config: add_reference_adapter(model)):
+            yield
+        return
+
+    def policys_parameter(name: str) -> torch.nn.Parameter:
+        return type(model).get_parameter(model, name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}."))
+
+    # It copies the policy's parameters onto themselves.
+    with overridden(model, add_adapter=lambda name, config: None, get_parameter=policys_parameter):
+        yield
 
 
 @contextlib.contextmanager
@@ -285,15 +326,17 @@ class NamedTrainer(_Mixin):
         cls._tag_names = ["trl", "halos-trl", cls._name.lower()]
 
     def _refuse_foreign_config(self, args: Any) -> None:
-        if isinstance(args, self.config_class):
+        # A sibling's config is no better: `IPOConfig` extends `DPOConfig`, but DPO would not read its `tau`.
+        own = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == __package__), object)
+        if isinstance(args, self.config_class) and issubclass(self.config_class, own):
             return
         ours = self.config_class.__name__
         # `trl.GRPOConfig` shares the name of ours, and nothing else.
         same = type(args) in self.config_class.__mro__
         advice = "it takes the same arguments" if same else f"`trl.{ours}`, where there is one, has other fields"
         raise ValueError(
-            f"{type(self).__name__} got `args` of type {type(args).__module__}.{type(args).__name__}, which lacks "
-            f"this method's fields. Use `from halos_trl import {ours}`: {advice}."
+            f"{type(self).__name__} got `args` of type {type(args).__module__}.{type(args).__name__}, which has other "
+            f"fields than this method. Use `from halos_trl import {ours}`: {advice}."
         )
 
     @property
@@ -301,9 +344,41 @@ class NamedTrainer(_Mixin):
         """`"train"` or `"eval"`: which log the metrics of a batch belong to."""
         return "train" if self.model.training else "eval"
 
+    @property
+    def moment(self) -> str:
+        """Where an error appeared, for its message."""
+        return f"step {self.state.global_step + 1}" if self.mode == "train" else "evaluation"
+
     def check_rows(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         """Hook: validate raw rows, before tokenization."""
         return dataset
+
+    def real_rows(self, rows: int) -> int:
+        """How many of a batch's `rows` are its own: behind them accelerate repeats rows to fill the last evaluation
+        batch of every process.
+        """
+        state = self.accelerator.gradient_state
+        if self.mode == "train" or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - rows * self.accelerator.process_index, 0), rows)
+
+    def without_repeats(self, batch: dict[str, Any], mask: str = "completion_mask") -> dict[str, Any]:
+        """The batch without a completion in its repeated rows, so that they add nothing to sums over tokens."""
+        rows = len(batch[mask])
+        own_B = torch.arange(rows, device=batch[mask].device) < self.real_rows(rows)
+        return batch | {mask: batch[mask] * own_B[:, None]}
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Between the last gradient of a step and its update. Under fp16 the scaler sees to it.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(whole(norm)) if isinstance(norm, torch.Tensor) else norm
+        if value is not None and self.accelerator.scaler is None and not math.isfinite(value):
+            raise ValueError(
+                f"The gradient's norm is {value} at step {self.state.global_step + 1}, although the loss was "
+                "finite. The weights were not updated with it (by DeepSpeed, which updates earlier, they were). Lower "
+                "`learning_rate`, set `max_grad_norm`, or look for extreme values in the model's weights."
+            )
+        return norm
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A collated batch, where the model is."""
@@ -339,10 +414,16 @@ class TrainerHost(NamedTrainer):
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         self._refuse_foreign_config(args)
         self.check_arguments(args, model, ref_model)
+        train_dataset = self._checked_before_trl(train_dataset, "train")
+        eval_dataset = self._checked_before_trl(eval_dataset, "eval")
         self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}
         self._new_tokens: torch.Tensor | None = None
         hidden = self._hidden_from_trl(args)
-        with overridden(args, **hidden), _reference_like_policy(self, model):
+        with (
+            overridden(args, **hidden),
+            _reference_like_policy(self, model),
+            _own_reference_adapter(model, self.needs_reference),
+        ):
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -358,18 +439,35 @@ class TrainerHost(NamedTrainer):
                 peft_config=peft_config,
                 **trl_arguments,
             )
-        if not self.needs_reference and REFERENCE_ADAPTER in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter(REFERENCE_ADAPTER)
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""
         adapters = list(getattr(model, "peft_config", {}))
-        if adapters and (POLICY_ADAPTER not in adapters or REFERENCE_ADAPTER in adapters):
+        active = list(getattr(model, "active_adapters", [])) if adapters else []
+        if adapters and (active != [POLICY_ADAPTER] or REFERENCE_ADAPTER in adapters):
             raise ValueError(
-                f"The PeftModel has adapters {adapters}. The one to train must be called {POLICY_ADAPTER!r}, and "
-                f"{REFERENCE_ADAPTER!r} is kept for the reference. Load it with "
+                f"The PeftModel has adapters {adapters}, of which {active} is active. The active one is trained and "
+                f"must be called {POLICY_ADAPTER!r}; {REFERENCE_ADAPTER!r} is kept for the reference. Load it with "
                 f"`PeftModel.from_pretrained(base, folder, adapter_name={POLICY_ADAPTER!r}, is_trainable=True)`."
             )
+        own = {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
+        if ref_model is not None and any(id(parameter) in own for parameter in ref_model.parameters()):
+            raise ValueError(
+                "`ref_model` shares parameters with `model`, so it would change with the policy. Leave it out, and a "
+                "reference is made from the policy as it is; or pass a model with weights of its own."
+            )
+
+    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
+        """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
+        if isinstance(dataset, dict):
+            return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
+        if not isinstance(dataset, Dataset | IterableDataset):
+            return dataset
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"The {name} dataset is empty. Pass at least one row.")
+        # TRL leaves the preparation of images to its collator.
+        return self.check_rows(dataset, name) if {"image", "images"} & set(first) else dataset
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         """Config values that TRL must not see while it builds the trainer."""
@@ -386,6 +484,19 @@ class TrainerHost(NamedTrainer):
         unlimited.max_length = None
         dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)  # type: ignore[misc]
         return _drop_and_count(dataset, args.max_length, dataset_name) if truncates else dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "
+                f"over through the cache folder of the {name} dataset, but that dataset exists in memory only. Save "
+                "it with `save_to_disk` and load it with `load_from_disk`, or set `precompute_ref_log_probs=False`."
+            )
+        # TRL's cache is found by dataset and model alone, but these decide which tokens count.
+        deciding = [getattr(self.args, field, None) for field in ("max_length", "truncation_mode", "ld_alpha")]
+        key = Hasher.hash((self._precompute_model_hash, deciding))
+        with overridden(self, _precompute_model_hash=key):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # The host's sampler looks for `input_ids`, which rows get only when they are collated.
@@ -451,7 +562,8 @@ class TrainerHost(NamedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
-            save = functools.partial(self.model.save_pretrained, selected_adapters=[POLICY_ADAPTER])
+            kept = [name for name in self.model.peft_config if name != REFERENCE_ADAPTER]
+            save = functools.partial(self.model.save_pretrained, selected_adapters=kept)
             with overridden(self.model, save_pretrained=save):
                 super()._save(output_dir, state_dict)  # type: ignore[misc]
         else:
@@ -562,7 +674,10 @@ class PairedHost(TrainerHost, trl.DPOTrainer):
         inputs = {**inputs, "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         with overridden(self, precompute_ref_logps=True):
             loss = trl.DPOTrainer.compute_loss(self, clamped, inputs)
-        self.record_metrics({"unclamped": clamped.unclamped})
+        is_chosen_B = torch.arange(len(reference_BT), device=reference_BT.device) < len(reference_BT) // 2
+        # TRL would log the log-probs that it was given; those of the policy stand in for them.
+        self.record_metrics(logps_sums(clamped.policy_BT, is_chosen_B))
+        self.record_metrics(unclamped_sums(clamped.ratios_BT, is_chosen_B, humanline))
         return loss, self.logits_for_metrics(model, inputs) if return_outputs else None
 
 
@@ -589,7 +704,7 @@ class _Clamped:
         outputs = self.model(**inputs)
         policy_BT = outputs.log_probs[:, -self.mask_BT.shape[1] :]
         ratios_BT, _ = log_ratios(policy_BT, self.reference_BT, self.mask_BT)
-        self.unclamped = unclamped_counts(ratios_BT, self.humanline)
+        self.policy_BT, self.ratios_BT = policy_BT.detach(), ratios_BT.detach()
         outputs.log_probs = self.reference_BT + clamp(ratios_BT, self.humanline)
         return outputs
 
@@ -624,8 +739,15 @@ class UnpairedHost(TrainerHost, trl.KTOTrainer):
                     "each row's KL partner from the row after it. Add rows, or set `precompute_ref_log_probs=False`."
                 )
             # A fixed partner, so that its reference log-prob can be computed once; any order of training is fine.
-            partners = dataset["completion_ids"][1:] + dataset["completion_ids"][:1]
-            dataset = dataset.add_column("KL_completion_ids", partners)
+            limit = sys.maxsize if args.max_length is None else args.max_length
+            rows = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
+            trained = [completion[: limit - len(prompt)] for prompt, completion in rows]
+            dataset = dataset.add_column("KL_completion_ids", trained[1:] + trained[:1])
+        elif self.estimates_kl and len(list(islice(dataset, 2))) < 2:
+            raise ValueError(
+                f"The {dataset_name} dataset has one row. KTO's KL term pairs each prompt with another row's "
+                "completion, so it needs at least 2. Add rows, or use `loss_type='apo_zero_unpaired'`."
+            )
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
@@ -677,12 +799,6 @@ class ScoredHost(TrainerHost, trl.KTOTrainer):
         self._signature_columns = list(self.columns)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        if self.accelerator.num_processes > 1 and not dataset.cache_files:
-            raise ValueError(
-                f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "
-                f"over through the cache folder of the {name} dataset, but that dataset exists in memory only. Save "
-                "it with `save_to_disk` and load it with `load_from_disk`, or set `precompute_ref_log_probs=False`."
-            )
         limit = sys.maxsize if self.args.max_length is None else self.args.max_length
         lengths = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
         self._precomputed_width = max(min(len(p) + len(c), limit) - len(p) for p, c in lengths)
@@ -715,6 +831,9 @@ class _WithValues(FusedCausalLMOutput):
 def _attach(head: ValueHead, causal_lm: Any) -> None:
     """Make the head a part of the policy: its forward pass through the fused LM head also answers `state_values`."""
     causal_lm.add_module(VALUE_HEAD, head)
+    # Whoever saves the policy without this package gets the plain model too.
+    own = {f"{VALUE_HEAD}.{name}" for name in head.state_dict()}
+    causal_lm._keys_to_ignore_on_save = own | set(causal_lm._keys_to_ignore_on_save or ())
     fused_forward = causal_lm.forward
     seen: dict[str, torch.Tensor] = {}
     causal_lm.base_model.register_forward_hook(lambda module, args, out: seen.update(hidden=out.last_hidden_state))
@@ -788,12 +907,13 @@ __all__ = [
     "PairedHost",
     "RewardHost",
     "ScoredHost",
-    "SyncRefModelCallback",
     "TokenTable",
     "TrainerHost",
     "UnpairedHost",
     "ValueHost",
+    "add_reference_adapter",
     "card_identity",
+    "edits_base_weights",
     "get_config_model_id",
     "is_peft_model",
     "overridden",

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 
 from . import model_card, toy
 from .trainers.base import last_complete_checkpoint
+from .value_head import VALUE_HEAD_FILE
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -252,10 +254,13 @@ def _checkpoint(training_args: Any) -> str | None:
                 "`--output_dir`, or leave it out to start anew."
             )
         return last
-    if not os.path.isfile(os.path.join(wanted, "trainer_state.json")):
+    # The folder of a finished run has a trainer state too, but nothing that training could go on from.
+    holds = [name for name in ("trainer_state.json", "scheduler.pt") if os.path.isfile(os.path.join(wanted, name))]
+    if len(holds) < 2:
         raise ValueError(
-            f"`--resume_from_checkpoint {wanted}` is no checkpoint: there is no `{wanted}/trainer_state.json`. Name a "
-            "`checkpoint-<step>` folder, or `true` for the last one of the output directory."
+            f"`--resume_from_checkpoint {wanted}` is no checkpoint to go on from: it needs `trainer_state.json` and "
+            f"`scheduler.pt`, and has {holds}. Name a `checkpoint-<step>` folder that was not written with "
+            "`save_only_model`, or `true` for the last one of the output directory."
         )
     return wanted
 
@@ -412,6 +417,9 @@ def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
 
     target = model_card.merged_name(os.path.normpath(args.output_dir))
     merged.save_pretrained(target)
+    value_head = os.path.join(args.output_dir, VALUE_HEAD_FILE)
+    if os.path.isfile(value_head):
+        shutil.copy(value_head, target)
     trainer.processing_class.save_pretrained(target)
     model_card.write(trainer, None, used_datasets, None, merged_dir=target)
     print(f"Merged model saved to {target}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import trl
@@ -61,10 +64,9 @@ class HumanlineConfig:
                 )  # fmt: skip
             return
         self.humanline_clamp  # noqa: B018  (its constructor checks the bounds)
-        _require(
-            self.humanline_sync_steps >= 1, "humanline_sync_steps", self.humanline_sync_steps,
-            "it counts optimizer steps.", "Use 1 or more.",
-        )  # fmt: skip
+        _require_count(
+            self, "humanline_sync_steps", "it counts optimizer steps; a reference that never moves is no humanline."
+        )
         if getattr(self, "precompute_ref_log_probs", False):
             raise ValueError(
                 "`humanline=True` and `precompute_ref_log_probs=True` exclude each other: humanline moves the "
@@ -80,7 +82,21 @@ class HumanlineConfig:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, name, value, "the loss divides by it or vanishes.", "Use a number above 0.")
+        _require(_is_number(value) and value > 0, name, value, "it scales the loss.", "Use a finite number above 0.")
+
+
+def _require_not_negative(config: Any, name: str, why: str) -> None:
+    value = getattr(config, name)
+    _require(_is_number(value) and value >= 0, name, value, why, "Use a finite number, 0 or more.")
+
+
+def _require_count(config: Any, name: str, why: str) -> None:
+    value = getattr(config, name)
+    _require(isinstance(value, int) and value >= 1, name, value, why, "Use a whole number, 1 or more.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _check_sync(config: Any) -> None:
@@ -94,10 +110,13 @@ def _check_sync(config: Any) -> None:
             0 < config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", config.ref_model_mixup_alpha,
             "it is the policy's share in the mixed reference.", "Use a number in (0, 1].",
         )  # fmt: skip
-        _require(
-            config.ref_model_sync_steps >= 1, "ref_model_sync_steps", config.ref_model_sync_steps,
-            "it counts optimizer steps.", "Use 1 or more.",
-        )  # fmt: skip
+        _require_count(config, "ref_model_sync_steps", "it counts optimizer steps.")
+
+
+def defaults_of(config_class: type) -> dict[str, Any]:
+    """The default of each field of a config class that has one."""
+    made = {f.name: f.default_factory() for f in fields(config_class) if f.default_factory is not MISSING}
+    return made | {f.name: f.default for f in fields(config_class) if f.default is not MISSING}
 
 
 _SYNC_HELP = (
@@ -129,8 +148,11 @@ class KTOConfig(HumanlineConfig, trl.KTOConfig):
         _require_positive(self, "beta")
         _check_sync(self)
         for name in ("desirable_weight", "undesirable_weight"):
-            value = getattr(self, name)
-            _require(value >= 0, name, value, "a negative weight turns the loss around.", "Use 0 or more.")
+            _require_not_negative(self, name, "a negative weight turns the loss around.")
+        _require(
+            self.desirable_weight + self.undesirable_weight > 0, "desirable_weight", self.desirable_weight,
+            "`undesirable_weight` is 0 too, so there is nothing to learn.", "Set one of them above 0.",
+        )  # fmt: skip
         known = ("kto", "apo_zero_unpaired")
         _require(
             self.loss_type in known,
@@ -151,21 +173,43 @@ class DPOConfig(HumanlineConfig, trl.DPOConfig):
         super().__post_init__()
         _require_positive(self, "beta")
         _check_sync(self)
+        self._check_trl_losses()
         if self.humanline and self.use_weighting:
             raise ValueError(
                 "`humanline=True` and `use_weighting=True` exclude each other: WPO weighs pairs by the policy's own "
                 "probabilities, which the clamp replaces. Switch one of them off."
             )
 
+    def _check_trl_losses(self) -> None:
+        _require(len(self.loss_type) > 0, "loss_type", self.loss_type, "there is no loss.", "Name one or more.")
+        for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
+            # Newer releases of TRL may know more of them, and list those here.
+            listed = trl.DPOConfig.__dataclass_fields__[name].metadata["help"]
+            for value in values:
+                _require(
+                    re.search(rf"[`']{re.escape(str(value))}[`']", listed) is not None, name, value,
+                    "the installed TRL does not know it.", f"TRL says: {listed}",
+                )  # fmt: skip
+        _require(
+            self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha,
+            "it weighs the tokens beyond the shorter completion.", "Use a number in [0, 1].",
+        )  # fmt: skip
+        high = 0.5 if "robust" in self.loss_type else 1.0
+        _require(
+            0 <= self.label_smoothing < high, "label_smoothing", self.label_smoothing,
+            "it is the share of flipped labels; the `robust` loss divides by 1 - 2 * it.",
+            f"Use a number in [0, {high}).",
+        )  # fmt: skip
 
-_REFERENCE_FIELDS = (
+
+REFERENCE_FIELDS = (
     "precompute_ref_log_probs",
     "precompute_ref_batch_size",
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
 )
-_DPO_LOSS_FIELDS = (
+DPO_LOSS_FIELDS = (
     "loss_type",
     "loss_weights",
     "ld_alpha",
@@ -181,14 +225,11 @@ _DPO_LOSS_FIELDS = (
 class _PairedConfig(DPOConfig):
     """Base of the paired methods that are not DPO: TRL's DPO-only options are refused instead of ignored."""
 
-    _refused: ClassVar[tuple[str, ...]] = _DPO_LOSS_FIELDS
+    _refused: ClassVar[tuple[str, ...]] = DPO_LOSS_FIELDS
 
     def __post_init__(self) -> None:
-        # Compared with the class defaults, before TRL normalizes any value.
-        defaults: dict[str, Any] = {
-            f.name: f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator,misc]
-            for f in fields(self)
-        }
+        # Before TRL normalizes any value.
+        defaults = defaults_of(type(self))
         for name in self._refused:
             _require(
                 getattr(self, name) == defaults[name], name, getattr(self, name),
@@ -228,7 +269,7 @@ class IPOConfig(_PairedConfig):
             Strength of the regularization; the per-token margin is drawn to 1 / (2 tau) nats. TRL calls it `beta`.
     """
 
-    _refused = (*_DPO_LOSS_FIELDS, "beta")
+    _refused = (*DPO_LOSS_FIELDS, "beta")
 
     tau: float = field(default=0.1, metadata={"help": "The per-token margin is drawn to 1 / (2 tau) nats."})
 
@@ -248,7 +289,7 @@ class SimPOConfig(_PairedConfig):
             Margin between the mean log-probs, nats per token, at least 0.
     """
 
-    _refused = (*_DPO_LOSS_FIELDS, *_REFERENCE_FIELDS)
+    _refused = (*DPO_LOSS_FIELDS, *REFERENCE_FIELDS, "humanline_sync_steps")
 
     beta: float = field(default=10.0, metadata={"help": "Inverse temperature, per nat per token."})
     gamma_beta_ratio: float = field(
@@ -257,10 +298,9 @@ class SimPOConfig(_PairedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
-            self.gamma_beta_ratio >= 0, "gamma_beta_ratio", self.gamma_beta_ratio,
-            "a negative margin rewards preferring the rejected completion.", "Use 0 or more.",
-        )  # fmt: skip
+        _require_not_negative(
+            self, "gamma_beta_ratio", "a negative margin rewards preferring the rejected completion."
+        )
 
 
 @dataclass
@@ -274,7 +314,7 @@ class SLiCConfig(_PairedConfig):
             Weight of the chosen completion's negative log-likelihood, at least 0.
     """
 
-    _refused = (*_DPO_LOSS_FIELDS, *_REFERENCE_FIELDS)
+    _refused = (*DPO_LOSS_FIELDS, *REFERENCE_FIELDS, "humanline_sync_steps")
 
     beta: float = field(default=1.0, metadata={"help": "Margin between the summed log-probs, nats."})
     lambda_coef: float = field(
@@ -283,20 +323,17 @@ class SLiCConfig(_PairedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
-            self.lambda_coef >= 0, "lambda_coef", self.lambda_coef,
-            "a negative weight makes the chosen completion less likely.", "Use 0 or more.",
-        )  # fmt: skip
+        _require_not_negative(self, "lambda_coef", "a negative weight makes the chosen completion less likely.")
 
 
-_KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
+KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
 
 
 @dataclass
 class _ScoredConfig(HumanlineConfig, trl.KTOConfig):
     """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
 
-    _refused: ClassVar[tuple[str, ...]] = _KTO_LOSS_FIELDS
+    _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS
 
     train_sampling_strategy: str = field(
         default="random",
@@ -307,7 +344,7 @@ class _ScoredConfig(HumanlineConfig, trl.KTOConfig):
     )
 
     def __post_init__(self) -> None:
-        defaults = {f.name: f.default for f in fields(self)}
+        defaults = defaults_of(type(self))
         for name in self._refused:
             _require(
                 getattr(self, name) == defaults[name], name, getattr(self, name),
@@ -359,14 +396,8 @@ class GRPOConfig(_ScoredConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.beta >= 0, "beta", self.beta, "it rewards leaving the reference.", "Use 0 or more.")
-        for name in ("epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            _require(
-                value is None or value > 0, name, value, "it is the distance of the clip bound from a ratio of 1.",
-                "Use a number above 0.",
-            )  # fmt: skip
-        _require(self.epsilon is not None, "epsilon", None, "the ratio has to be clipped.", "Use a number above 0.")
+        _require_not_negative(self, "beta", "a negative weight rewards leaving the reference.")
+        _require_positive(self, "epsilon", *(["epsilon_high"] if self.epsilon_high is not None else []))
 
 
 @dataclass
@@ -393,7 +424,7 @@ class PPOConfig(_ScoredConfig):
             Completions that the reward model scores at once, on each process.
     """
 
-    _refused = (*_KTO_LOSS_FIELDS, "beta")
+    _refused = (*KTO_LOSS_FIELDS, "beta")
 
     cliprange: float = field(
         default=0.5, metadata={"help": "The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."}
@@ -416,14 +447,12 @@ class PPOConfig(_ScoredConfig):
         super().__post_init__()
         _require_positive(self, "cliprange", "v_head_max_grad_norm")
         for name in ("critic_coef", "kl_coef"):
-            value = getattr(self, name)
-            _require(value >= 0, name, value, "a negative weight turns the term around.", "Use 0 or more.")
+            _require_not_negative(self, name, "a negative weight turns the term around.")
         for name in ("gamma", "lam"):
             value = getattr(self, name)
             _require(0 <= value <= 1, name, value, "it is a discount.", "Use a number in [0, 1].")
         for name in ("ppo_epochs", "reward_batch_size"):
-            value = getattr(self, name)
-            _require(value >= 1, name, value, "nothing would happen.", "Use 1 or more.")
+            _require_count(self, name, "it counts passes or rows.")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 from torch import Tensor
 
@@ -31,7 +32,8 @@ class Humanline:
 
     def __post_init__(self) -> None:
         low, high = self.log_epsilon_p, self.log_epsilon_r
-        if not (-math.inf < low <= 0 <= high < math.inf and low < high):
+        numbers = isinstance(low, Real) and isinstance(high, Real)
+        if not (numbers and -math.inf < low <= 0 <= high < math.inf and low < high):
             raise ValueError(
                 f"Humanline bounds are log_epsilon_p={low!r} and log_epsilon_r={high!r}; expected finite numbers with "
                 "log_epsilon_p <= 0 <= log_epsilon_r, not both 0. They bound a log-ratio, which is 0 where policy and "

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from .humanline import Humanline, unclamped_counts
 from .records import LossOutput
 
 Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -49,6 +50,12 @@ def logps_sums(logps_BT: torch.Tensor, desirable_B: torch.Tensor) -> Sums:
     """Summed log-prob of a completion in nats, averaged over the completions of each side."""
     logps_B = logps_BT.sum(-1)
     return {"logps/chosen": total(logps_B, desirable_B), "logps/rejected": total(logps_B, ~desirable_B)}
+
+
+def unclamped_sums(log_ratios_BT: torch.Tensor, is_chosen_B: torch.Tensor, humanline: Humanline) -> Sums:
+    """The unclamped fraction of all tokens, and of each side's. Log-ratios as before the clamp, 0 where masked."""
+    sides = {"": log_ratios_BT, "/chosen": log_ratios_BT[is_chosen_B], "/rejected": log_ratios_BT[~is_chosen_B]}
+    return {f"unclamped{side}": unclamped_counts(table_BT, humanline) for side, table_BT in sides.items()}
 
 
 class RunningMeans:

@@ -169,6 +169,28 @@ def _check_tensor(where: str, value: object) -> Tensor:
     return value
 
 
+def check_output(output: object, rows: int) -> LossOutput:
+    """Refuse what a method's `loss` may get wrong: anything but a `LossOutput` of one loss per row and 0-d metrics.
+
+    Raises ValueError.
+    """
+    if not isinstance(output, LossOutput):
+        raise ValueError(f"`loss` returned {type(output).__name__}; expected a `halos_trl.records.LossOutput`.")
+    if not isinstance(output.losses, Tensor) or output.losses.shape != (rows,):
+        shape = getattr(output.losses, "shape", type(output.losses).__name__)
+        raise ValueError(
+            f"`loss` returned losses of shape {tuple(shape) if isinstance(shape, torch.Size) else shape}; expected "
+            f"({rows},), one loss for each row or pair. Sum or average over the tokens of a row inside `loss`."
+        )
+    for name, value in output.metrics.items():
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            raise ValueError(
+                f"`loss` returned the metric {name!r} as {type(value).__name__}; expected a detached 0-d tensor, e.g. "
+                "`values.mean().detach()`."
+            )
+    return output
+
+
 def check_number(name: str, value: float, interval: str, advice: str) -> None:
     """Refuse a coefficient outside `interval`, which is written as in mathematics: "(0, inf)", "[0, 0.5)".
 

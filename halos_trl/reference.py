@@ -15,8 +15,8 @@ class                the reference is                                    moves
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +24,10 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from ._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, SyncRefModelCallback, reading_adapter, score_tokens
+from ._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter, reading_adapter, score_tokens
+from .sharded import assign_whole, collected, own_shard, parameters_by_name, reshard, shape_of, whole
 
 REFERENCE_FILE = "reference.safetensors"
 """A moving reference lies under this name in every checkpoint."""
@@ -98,17 +98,14 @@ class FrozenCopy(Reference):
     @torch.no_grad()
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
         self.moved = True
-        own = dict(self._unwrap(self.model).named_parameters())
-        all_of_policy = dict(self._unwrap(policy).named_parameters())
+        reshard(self.model)
+        own = self.tensors(policy)
+        all_of_policy = parameters_by_name(self._unwrap(policy))
         # By name, since a policy may hold more than the reference does: PPO's has a value head.
-        targets, sources = list(own.values()), [all_of_policy[name] for name in own]
-        if any(hasattr(p, "ds_id") for p in targets):  # ZeRO-3 shards have to be gathered first
-            SyncRefModelCallback.sync_target_model(self._unwrap(policy), self._unwrap(self.model), mix)
-        else:
-            _move(targets, sources, mix)
+        _move(list(own.values()), [all_of_policy[name] for name in own], mix)
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-        return dict(self._unwrap(self.model).named_parameters())
+        return dict(parameters_by_name(self._unwrap(self.model)))
 
 
 class AdapterOff(Reference):
@@ -122,8 +119,9 @@ class AdapterOff(Reference):
         self._forward = forward
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        model = self._unwrap(self.model)
         # The policy's adapter is read again before anybody calls `backward`; else its gradients would be None.
-        with self._forward(), reading_adapter(self._unwrap(self.model), self.adapter):
+        with self._forward(), _without_dropout(model), reading_adapter(model, self.adapter):
             return score_tokens(self.model, batch).logps_BT
 
 
@@ -138,16 +136,12 @@ class FrozenAdapter(AdapterOff):
         peft_model: Any = unwrap(model)
         if REFERENCE_ADAPTER not in peft_model.peft_config:
             try:
-                peft_model.add_adapter(REFERENCE_ADAPTER, peft_model.peft_config[POLICY_ADAPTER])
+                add_reference_adapter(peft_model)
             except ValueError as error:
                 raise ValueError(
                     "`humanline` and `sync_ref_model` keep the reference in a second adapter, and PEFT cannot add one "
                     f"to this model: {error} Change the adapter's configuration, or switch the setting off."
                 ) from error
-        for name, module in peft_model.named_modules():
-            # A reference without noise, whatever `disable_dropout` says about the policy.
-            if isinstance(module, torch.nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
-                module.p = 0.0
         for reference, policy in _adapter_pairs(peft_model):
             # Same dtype too: a quantized policy's adapter is bfloat16, and rounding has to happen in the same places.
             reference.data = policy.data.clone()
@@ -160,38 +154,46 @@ class FrozenAdapter(AdapterOff):
         _move([reference for reference, _ in pairs], [source for _, source in pairs], mix)
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-        named = self._unwrap(policy).named_parameters()
-        return {name: p for name, p in named if _adapter_of(name) == REFERENCE_ADAPTER}
+        named = parameters_by_name(self._unwrap(policy))
+        return {name: parameter for name, parameter in named.items() if _policys_name(name) in named}
 
 
-def _adapter_of(parameter_name: str) -> str | None:
-    found = re.search(rf"\.({POLICY_ADAPTER}|{REFERENCE_ADAPTER})(?=\.|$)", parameter_name)
-    return found.group(1) if found else None
+def _policys_name(name: str) -> str | None:
+    """Where the policy's adapter holds what the reference's holds under `name`."""
+    # The last part of this name: a module of the base model may be called the same.
+    head, found, tail = f"{name}.".rpartition(f".{REFERENCE_ADAPTER}.")
+    return f"{head}.{POLICY_ADAPTER}.{tail}".removesuffix(".") if found else None
 
 
 def _adapter_pairs(peft_model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """(reference, policy) parameters of the two adapters."""
-    parameters = dict(peft_model.named_parameters())
-    pairs = []
-    for name, reference in parameters.items():
-        if _adapter_of(name) == REFERENCE_ADAPTER:
-            source = re.sub(rf"\.{REFERENCE_ADAPTER}(?=\.|$)", f".{POLICY_ADAPTER}", name, count=1)
-            pairs.append((reference, parameters[source]))
-    return pairs
+    named = parameters_by_name(peft_model)
+    return [(named[name], named[source]) for name in named if (source := _policys_name(name)) in named]
 
 
 def _move(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix: float) -> None:
     # FSDP2 shards policy and reference alike, so each process moves its own shard; the fused copy knows no DTensor.
-    own, theirs = [_local(t) for t in targets], [_local(s) for s in sources]
-    if mix == 1.0:
-        torch._foreach_copy_(own, theirs)
-    else:
-        torch._foreach_mul_(own, 1.0 - mix)
-        torch._foreach_add_(own, [s.to(t.dtype) for s, t in zip(theirs, own, strict=True)], alpha=mix)
+    with collected([*targets, *sources]):
+        own, theirs = [own_shard(t) for t in targets], [own_shard(s) for s in sources]
+        if mix == 1.0:
+            torch._foreach_copy_(own, theirs)
+        else:
+            torch._foreach_mul_(own, 1.0 - mix)
+            torch._foreach_add_(own, [s.to(t.dtype) for s, t in zip(theirs, own, strict=True)], alpha=mix)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+@contextlib.contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """The reference is a fixed function, whatever noise `disable_dropout=False` leaves the policy."""
+    # Quantized layers have no dropout, and some repack their weights for good in evaluation mode.
+    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 # -- following the policy ------------------------------------------------------------------------------------------
@@ -204,19 +206,33 @@ class ReferenceSync(TrainerCallback):
     TR-DPO (arXiv:2404.09656, `sync_ref_model`): after the step, mixed with weight `mix`.
     """
 
-    def __init__(self, reference: Reference, *, every: int, mix: float = 1.0, before_step: bool):
+    def __init__(
+        self, reference: Reference, *, every: int, mix: float = 1.0, before_step: bool, steps_in_backward: bool = False
+    ):
         self.reference = reference
         self.every = every
         self.mix = mix
         self.before_step = before_step
+        # DeepSpeed's engine updates the weights inside `backward`, before anybody is told.
+        self.steps_in_backward = steps_in_backward
 
     def syncs_until(self, step: int) -> int:
         """How often the reference has moved once `step` optimizer steps are done."""
         return step // self.every
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def before_update(self, state: Any, model: Any) -> None:
+        """To be called between the last loss of an optimizer step and its update."""
         if self.before_step and (state.global_step + 1) % self.every == 0:
             self.reference.sync(model, self.mix)
+
+    def before_backward(self, state: Any, model: Any) -> None:
+        """To be called between the last loss of an optimizer step and its gradient."""
+        if self.steps_in_backward:
+            self.before_update(state, model)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.steps_in_backward:
+            self.before_update(state, model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not self.before_step and state.global_step % self.every == 0:
@@ -224,8 +240,8 @@ class ReferenceSync(TrainerCallback):
 
 
 def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU. Under FSDP2 every process has to call this, since each holds a shard."""
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu() for name, t in tensors.items()}
+    """Whole tensors on the CPU. Every process has to call this, since each may hold a shard."""
+    return {name: whole(tensor).cpu() for name, tensor in tensors.items()}
 
 
 def save_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
@@ -237,7 +253,6 @@ def save_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> Non
     partial.replace(folder / REFERENCE_FILE)
 
 
-@torch.no_grad()
 def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
     """Restore a moved reference in place. Raises ValueError when the file is missing, damaged or of another model."""
     path = Path(checkpoint_dir) / REFERENCE_FILE
@@ -256,7 +271,9 @@ def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> Non
             "earlier checkpoint."
         ) from error
     differing = sorted(set(stored) ^ set(tensors)) or sorted(
-        name for name in tensors if stored[name].shape != tensors[name].shape
+        name
+        for name, tensor in tensors.items()
+        if (stored[name].shape, stored[name].dtype) != (shape_of(tensor), tensor.dtype)
     )
     if differing:
         raise ValueError(
@@ -264,7 +281,4 @@ def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> Non
             "match. Resume with the model and adapter configuration that the checkpoint was written with."
         )
     for name, tensor in tensors.items():
-        whole = stored[name].to(tensor.device)
-        if isinstance(tensor, DTensor):
-            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
-        tensor.copy_(whole)
+        assign_whole(tensor, stored[name])

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .sharded import assign_whole
+
 VALUE_HEAD_FILE = "value_head.safetensors"
 """The value head lies under this name beside a saved policy and in every checkpoint."""
 
@@ -89,7 +91,8 @@ def load_value_head(head: nn.Module, folder: str) -> None:
             f"{path} holds the value head of another model: shapes {found}, expected {expected}. Use the model that "
             "it was trained with."
         )
-    head.load_state_dict(stored)
+    for name, tensor in head.state_dict().items():  # shares the head's memory
+        assign_whole(tensor, stored[name])
 
 
 __all__ = ["NAME", "VALUE_HEAD_FILE", "ValueHead", "load_value_head", "save_value_head", "taken_off"]

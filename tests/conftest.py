@@ -14,6 +14,7 @@ import logging
 import datasets
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from halos_trl import toy
 
@@ -118,7 +119,12 @@ def make_config(tmp_path):
 
 
 def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
+
+
+def whole(tensor):
+    """A clone that is put together from its shards where it has some; then every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 @pytest.fixture

@@ -18,18 +18,19 @@ MATHEMATICS = {
     "humanline": {"records", "logprobs"},
     "losses": {"records", "logprobs", "humanline"},
     "advantages": {"records", "logprobs"},
-    "metrics": {"records"},
+    "metrics": {"records", "humanline"},
 }
 MAY_IMPORT = MATHEMATICS | {
     "data": {"records"},
-    "value_head": set(),
-    "_trl": {"records", "humanline", "metrics", "value_head"},
-    "reference": {"records", "_trl"},
+    "sharded": set(),
+    "value_head": {"sharded"},
+    "_trl": {"records", "humanline", "metrics", "sharded", "value_head"},
+    "reference": {"records", "sharded", "_trl"},
     "configs": {"humanline", "_trl"},
     "model_card": {"_trl"},
-    "trainers": {*MATHEMATICS, "data", "value_head", "_trl", "reference", "configs", "model_card"},
+    "trainers": {*MATHEMATICS, "data", "sharded", "value_head", "_trl", "reference", "configs", "model_card"},
     "toy": set(),
-    "cli": {*MATHEMATICS, "data", "_trl", "configs", "model_card", "trainers", "toy"},
+    "cli": {*MATHEMATICS, "data", "value_head", "_trl", "configs", "model_card", "trainers", "toy"},
     "__init__": {*MATHEMATICS, "configs", "trainers", "data"},
 }
 

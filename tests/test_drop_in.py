@@ -1,7 +1,15 @@
-"""A TRL script with one import changed: every argument is accepted, every option gives TRL's run or is documented."""
+"""A TRL script with one import changed: every argument is accepted, every option gives TRL's run or is documented.
+
+Three things are shown of every field of TRL's configs:
+1. its default is TRL's (`OWN_DEFAULTS`: the exceptions),
+2. set to another value, it still holds what TRL's config holds, also after a trainer was built from it,
+3. if TRL's trainer or this package reads it, it has a probe: a setting that changes TRL's run, and ours in the same
+   way (`UNSEEN`: fields that change nothing which can be seen here).
+"""
 
 import copy
 import dataclasses
+import gc
 import inspect
 import re
 from pathlib import Path
@@ -11,10 +19,10 @@ import pytest
 import torch
 import transformers
 import trl
+from accelerate.parallelism_config import ParallelismConfig
 from conftest import paired_rows, perturbed, unpaired_rows, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_kto_trainer import TRLWithOurPartners
-from test_paired_trainers import OPTIONS as DPO_LOSS_OPTIONS
 
 import halos_trl
 from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, toy
@@ -28,99 +36,230 @@ CLASSES = {
     "kto": (KTOTrainer, KTOConfig, TRLWithOurPartners, trl.KTOConfig, unpaired_rows),
 }
 BOTH = pytest.mark.parametrize("method", CLASSES)
+CONFIGS = pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(DPOConfig, trl.DPOConfig), (KTOConfig, trl.KTOConfig), (BradleyTerryConfig, trl.RewardConfig)],
+)
 
-# Settings of both methods whose run has to be TRL's. Each is one run of either; one micro-batch in each step.
-COMMON_OPTIONS = [
-    {"beta": 0.3},
-    {"max_length": None},
-    {"seed": 7, "data_seed": 3, "trust_remote_code": True, "train_sampling_strategy": "sequential"},
-    {
-        "remove_unused_columns": False, "dataloader_pin_memory": False, "dataloader_num_workers": 0,
-        "ddp_find_unused_parameters": True, "accelerator_config": {"split_batches": True},
-    },
-    {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8},
-    {"save_strategy": "steps", "save_steps": 1},
-    {"learning_rate": 1e-2, "max_grad_norm": 0.1, "weight_decay": 0.1, "warmup_steps": 2},
-    {"optim": "adamw_torch", "learning_rate": 1e-4, "adam_epsilon": 1e-4},
-    {"num_train_epochs": 1, "max_steps": -1, "dataloader_drop_last": True, "lr_scheduler_type": "cosine"},
-    {"per_device_train_batch_size": 4},
-    {"neftune_noise_alpha": 5.0, "average_tokens_across_devices": False, "label_smoothing_factor": 0.1},
-    {
-        "model_init_kwargs": None, "router_aux_loss_coef": None, "activation_offloading": False,
-        "use_liger_kernel": False, "liger_kernel_config": None,
-    },
-]  # fmt: skip
-OPTIONS = {
-    "dpo": [
-        *COMMON_OPTIONS,
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"padding_free": True, "pad_token": "<|end|>"},
-    ],  # and those of tests/test_paired_trainers.py
-    "kto": [
-        *COMMON_OPTIONS,
-        {"max_length": 14, "loss_type": "apo_zero_unpaired"},  # KL partners: docs/methods.md
-        {"pad_to_multiple_of": 16},
-        {"disable_dropout": False},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
-        {"dataset_num_proc": 1},
-        {"bf16": True, "learning_rate": 1e-2},
-        {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.7},
-        {"desirable_weight": 1.5, "undesirable_weight": 0.5},
-        {"loss_type": "apo_zero_unpaired"},
-        {"precompute_ref_log_probs": True, "loss_type": "apo_zero_unpaired"},
-        {"precompute_ref_log_probs": True, "loss_type": "apo_zero_unpaired", "precompute_ref_batch_size": 3},
-    ],
-}
-# Where a run's equality is tested elsewhere in this file, or cannot be read off a run.
-ELSEWHERE = {
-    "output_dir": "every test here", "hub_model_id": "tests/test_push_to_hub.py",
-    "model_init_kwargs": "test_model_as_a_path", "router_aux_loss_coef": "test_mixture_of_experts",
-    "gradient_accumulation_steps": "test_loss_and_weights_do_not_depend_on_the_split",
+# (our config, field): its default here, where that is not TRL's. Each has a row in docs/methods.md.
+OWN_DEFAULTS = {("KTOConfig", "train_sampling_strategy"): "random"}
+
+# -- values other than the default, for fields whose type does not suggest one -------------------------------------
+
+VALUES = {
+    "output_dir": "elsewhere", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2},
+    "optim": "sgd", "optim_args": "momentum=0.5", "optim_target_modules": "all-linear", "bf16": True, "tf32": False,
+    "activation_checkpointing": False, "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "gradient_checkpointing_kwargs": {"use_reentrant": True}, "torch_compile_backend": "eager",
+    "torch_compile_mode": "reduce-overhead", "liger_kernel_config": {"rope": False}, "neftune_noise_alpha": 5.0,
+    "torch_empty_cache_steps": 3, "logging_strategy": "epoch", "include_num_input_tokens_seen": "all",
+    "disable_tqdm": True, "report_to": "tensorboard", "run_name": "run", "project": "mine",
+    "trackio_space_id": "me/it", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static", "eval_strategy": "epoch",
+    "eval_steps": 7, "eval_accumulation_steps": 2, "include_for_metrics": ["loss"], "save_strategy": "epoch",
+    "save_total_limit": 2, "hub_token": "token", "hub_private_repo": True, "hub_model_id": "me/model",
+    "hub_strategy": "end", "hub_revision": "branch", "metric_for_best_model": "loss", "greater_is_better": True,
+    "data_seed": 3, "use_cpu": False, "accelerator_config": {"split_batches": True},
+    "parallelism_config": ParallelismConfig(), "dataloader_prefetch_factor": 2, "label_names": ["label"],
+    "length_column_name": "size", "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 5,
+    "ddp_broadcast_buffers": True, "ddp_static_graph": True, "fsdp": "full_shard",
+    "fsdp_config": {"min_num_params": 5}, "debug": "underflow_overflow", "resume_from_checkpoint": "checkpoint-1",
+    "model_init_kwargs": {"dtype": "bfloat16"}, "router_aux_loss_coef": 0.5, "dataset_num_proc": 1,
+    "pad_to_multiple_of": 16, "precompute_ref_batch_size": 3, "loss_type": "hinge", "loss_weights": [2.0],
+    "ld_alpha": 0.5, "pad_token": "<|end|>", "f_divergence_type": "js_divergence",
+    "chat_template_path": "template.jinja", "eos_token": "<|end|>", "center_rewards_coefficient": 0.1,
 }  # fmt: skip
+# What has to be set together with a field.
+WITH = {
+    "dataloader_pin_memory": {"use_cpu": False}, "dataloader_prefetch_factor": {"dataloader_num_workers": 2},
+    "load_best_model_at_end": {"eval_strategy": "steps", "save_strategy": "steps"},
+}  # fmt: skip
+# No config with one of these can be made here.
+NO_CONFIG = {"ddp_backend": "needs a process group", "deepspeed": "needs its library"}
+# No trainer is built here with one of these fields of transformers.TrainingArguments.
+NO_TRAINER = {
+    "needs a GPU or several processes": {"use_cpu", "fp16", "fsdp", "fsdp_config", "parallelism_config"},
+    "excludes another of the fields": {"fp16_full_eval", "load_best_model_at_end", "dataloader_pin_memory"},
+    "needs its library": {"use_liger_kernel", "torch_compile", "torch_compile_backend", "torch_compile_mode"},
+    "needs the network": {"push_to_hub", "report_to"},
+    "is set for the whole process": {"full_determinism", "log_level"},
+}
+
+# -- probes --------------------------------------------------------------------------------------------------------
+
+# (the field with its value, what is set in TRL's run without it too). `model` and `ref` choose the policy.
+WITHOUT_KL = {"loss_type": "apo_zero_unpaired"}  # where TRL's pairing of a row with its KL partner is in the way
+SHUFFLED = {"train_sampling_strategy": "random"}
+IN_ANY_ORDER = [
+    ({"train_sampling_strategy": "random"}, {}),
+    ({"seed": 7}, SHUFFLED),
+    ({"data_seed": 3}, SHUFFLED),
+    ({"accelerator_config": {"use_seedable_sampler": False}}, SHUFFLED),
+    ({"max_length": 14}, {}),
+    ({"precompute_ref_log_probs": True}, {}),
+    ({"disable_dropout": False}, {"model": "dropout"}),
+]
+PROBES = {
+    "both": [
+        ({"beta": 0.3}, {}),
+        ({"pad_to_multiple_of": 16}, {}),
+        ({"model_init_kwargs": {"rms_norm_eps": 0.1}}, {"model": "path"}),
+        ({"router_aux_loss_coef": 0.5}, {"model": "experts"}),
+        ({"gradient_checkpointing": True}, {}),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {"gradient_checkpointing": True}),
+        ({"sync_ref_model": True}, {"ref_model_sync_steps": 1}),
+        ({"ref_model_sync_steps": 1}, {"sync_ref_model": True}),
+        ({"ref_model_mixup_alpha": 0.7}, {"sync_ref_model": True, "ref_model_sync_steps": 1}),
+        ({"per_device_train_batch_size": 4}, {}),
+        ({"num_train_epochs": 2}, {"max_steps": -1}),
+        ({"dataloader_drop_last": True}, {"max_steps": -1, "per_device_train_batch_size": 6}),
+        ({"learning_rate": 1e-2}, {}),
+        ({"lr_scheduler_type": "cosine"}, {}),
+        ({"warmup_steps": 2}, {"lr_scheduler_type": "linear"}),
+        ({"max_grad_norm": 0.1}, {}),
+        ({"weight_decay": 0.1}, {}),
+        ({"optim": "adamw_torch"}, {"learning_rate": 1e-4, "adam_epsilon": 1e-4}),
+        ({"neftune_noise_alpha": 5.0}, {}),
+        ({"per_device_eval_batch_size": 4}, {}),
+        ({"eval_strategy": "steps"}, {}),
+        ({"eval_steps": 2}, {"eval_strategy": "steps"}),
+        ({"save_strategy": "steps"}, {"save_steps": 1}),
+        ({"save_steps": 1}, {"save_strategy": "steps"}),
+    ],
+    "dpo": [
+        *IN_ANY_ORDER,
+        ({"loss_type": "hinge"}, {}),
+        ({"bf16": True}, {"loss_type": "hinge"}),  # for our own loss TRL sums log-probs in less than float32
+        ({"loss_weights": [2.0]}, {}),
+        ({"label_smoothing": 0.2}, {"loss_type": "robust"}),
+        ({"ld_alpha": 0.5}, {}),
+        ({"f_divergence_type": "js_divergence"}, {}),
+        ({"f_alpha_divergence_coef": 0.7}, {"f_divergence_type": "alpha_divergence"}),
+        ({"use_weighting": True}, {}),
+        ({"discopop_tau": 0.1}, {"loss_type": "discopop"}),
+        ({"truncation_mode": "keep_end"}, {"max_length": 14}),
+        ({"pad_token": "<|end|>"}, {}),
+    ],  # each loss type: tests/test_paired_trainers.py
+    "kto": [
+        *((option, given | WITHOUT_KL) for option, given in IN_ANY_ORDER),
+        (WITHOUT_KL, {}),
+        ({"desirable_weight": 1.5}, {}),
+        ({"undesirable_weight": 0.5}, {}),
+        ({"bf16": True}, {}),
+    ],
+}  # fmt: skip
+# Fields that a trainer reads and that change nothing which can be seen here: value, why.
+UNSEEN = {
+    "trust_remote_code": (True, "the models here need no code of their own"),
+    "dataset_num_proc": (1, "as many rows with any number of processes"),
+    "dataloader_num_workers": (1, "the same batches with any number of processes"),
+    "ddp_find_unused_parameters": (True, "one process"),
+    "remove_unused_columns": (False, "the collator takes columns by name"),
+    "liger_kernel_config": ({"rope": False}, "read with `use_liger_kernel` only"),
+    "padding_free": (True, "TRL warns and goes on without it"),
+}
+# Fields that a trainer reads and that need a test, or a machine, of their own.
+ELSEWHERE = {
+    "precompute_ref_batch_size": "tests/test_drop_in.py::test_batch_size_of_precomputing",
+    "output_dir": "tests/test_push_to_hub.py::test_received_files_equal_the_local_ones",
+    "hub_model_id": "tests/test_push_to_hub.py::test_every_request_is_served_and_every_repository_is_expected",
+    "gradient_accumulation_steps": "tests/test_drop_in.py::"
+    "test_accumulated_micro_batches_give_trls_run_without_a_kl_term",
+    "activation_offloading": "moves activations from a GPU to the CPU",
+    "dataloader_pin_memory": "pins memory for a GPU",
+    "use_liger_kernel": "kernels for a GPU",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Each run collects garbage, mostly among what was imported: half of the time these tests take."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+OURS, TRLS = 0, 1
 
 
 @pytest.fixture
-def pair_of_runs(model, tokenizer, make_config):
-    """Our trainer and TRL's on the same rows, from the same weights, against the same reference."""
+def run_of(model, tokenizer, make_config, tmp_path):
+    """One run of our trainer or TRL's: the same rows, from the same weights, against the same reference."""
 
     def run(
-        method, *, train=True, policy=None, ref="near", data=None, tokenizer=tokenizer, arguments=None, **settings
+        method,
+        side,
+        *,
+        train=True,
+        policy=None,
+        ref="near",
+        data=None,
+        tokenizer=tokenizer,
+        arguments=None,
+        **settings,
     ):
-        ours, our_config, theirs, trl_config, rows = CLASSES[method]
-        data = rows(16) if data is None else data
-        trainers = []
-        for trainer_class, config_class in ((ours, our_config), (theirs, trl_config)):
-            own = {k: v() if callable(v) and k != "compute_metrics" else v for k, v in (arguments or {}).items()}
-            trainers.append(
-                trainer_class(
-                    model=copy.deepcopy(model) if policy is None else policy(),
-                    ref_model=perturbed(model) if ref == "near" else ref,
-                    args=make_config(
-                        config_class, **({"train_sampling_strategy": "sequential", "max_steps": 2} | settings)
-                    ),
-                    train_dataset=data,
-                    processing_class=tokenizer,
-                    **own,
-                )
-            )
-            if train:
-                trainers[-1].train()
-        return trainers
+        trainer_class, config_class = CLASSES[method][2 * side : 2 * side + 2]
+        folder = tmp_path / ("ours", "trls")[side]
+        settings = {"train_sampling_strategy": "sequential", "max_steps": 2, "output_dir": str(folder)} | settings
+        trainer = trainer_class(
+            model=copy.deepcopy(model) if policy is None else policy(),
+            ref_model=perturbed(model) if ref == "near" else ref,
+            args=make_config(config_class, **settings),
+            train_dataset=CLASSES[method][4](16) if data is None else data,
+            processing_class=tokenizer,
+            **(arguments or {}),
+        )
+        if train:
+            trainer.train()
+        return trainer
 
     return run
 
 
-def assert_same_run(ours, theirs, *, low_precision=False):
-    atol = 1e-4 if low_precision else 1e-6
-    torch.testing.assert_close(weights(ours.model).float(), weights(theirs.model).float(), rtol=0, atol=atol)
-    kept = [[e for e in t.state.log_history if "loss" in e or "eval_loss" in e] for t in (ours, theirs)]
-    assert len(kept[0]) == len(kept[1]) > 0
+@pytest.fixture
+def pair_of_runs(run_of):
+    def run(method, **settings):
+        return [run_of(method, side, **settings) for side in (OURS, TRLS)]
+
+    return run
+
+
+def seen(trainer):
+    """What can be seen of a run once it is over."""
+    entries = [e for e in trainer.state.log_history if "loss" in e or "eval_loss" in e]
+    loaders = [trainer.get_train_dataloader()]
+    if isinstance(trainer.eval_dataset, datasets.Dataset):
+        loaders.append(trainer.get_eval_dataloader())
+    folder = Path(trainer.args.output_dir)
+    return {
+        "weights": weights(trainer.model).float(),
+        "log": [{k: v for k, v in e.items() if not re.search("runtime|per_second", k)} for e in entries],
+        "first batches": [next(iter(loader))["input_ids"].tolist() for loader in loaders],
+        "precomputed": [c for c in trainer.train_dataset.column_names if c.startswith("ref_")],
+        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
+        "checkpointing": {
+            repr(m._gradient_checkpointing_func)
+            for m in trainer.model.modules()
+            if getattr(m, "gradient_checkpointing", False)
+        },
+    }
+
+
+def assert_same(mine, trls, *, low_precision=False):
+    torch.testing.assert_close(mine["weights"], trls["weights"], rtol=0, atol=1e-4 if low_precision else 1e-6)
+    assert len(mine["log"]) == len(trls["log"]) > 0
     tolerance = {"rel": 1e-2, "abs": 2e-2} if low_precision else {"rel": 1e-5, "abs": 5e-6}
-    for mine, trls in zip(*kept, strict=True):
-        assert set(mine) == set(trls)
-        for name, value in trls.items():
-            if not re.search("runtime|per_second", name):
-                assert mine[name] == pytest.approx(value, **tolerance), name
+    for my_entry, trls_entry in zip(mine["log"], trls["log"], strict=True):
+        assert set(my_entry) == set(trls_entry)
+        for name, value in trls_entry.items():
+            assert my_entry[name] == pytest.approx(value, **tolerance), name
+    for name in mine.keys() - {"weights", "log"}:
+        assert mine[name] == trls[name], name
+
+
+def assert_same_run(ours, theirs, *, low_precision=False):
+    assert_same(seen(ours), seen(theirs), low_precision=low_precision)
+    assert_same_settings(ours.args, theirs.args, but={"output_dir"})
 
 
 # -- arguments and fields ------------------------------------------------------------------------------------------
@@ -157,18 +296,85 @@ def fields_of(config_class):
     return {f.name: f for f in dataclasses.fields(config_class)}
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [(DPOConfig, trl.DPOConfig), (KTOConfig, trl.KTOConfig), (BradleyTerryConfig, trl.RewardConfig)],
-)
-def test_every_field_of_trls_config_exists_with_its_default(ours, theirs):
+HOST_FIELDS = set(fields_of(transformers.TrainingArguments))
+
+
+def held(config, but=()):
+    """What a config holds in the fields of TRL's config."""
+    theirs = next(c for c in type(config).__mro__ if c.__module__.startswith("trl."))
+    return {name: getattr(config, name) for name in fields_of(theirs).keys() - set(but)}
+
+
+def assert_same_settings(ours, theirs, but=()):
+    mine, trls = held(ours, but), held(theirs, but)
+    assert {k: v for k, v in mine.items() if v != trls[k]} == {k: v for k, v in trls.items() if v != mine[k]} == {}
+
+
+@CONFIGS
+def test_every_default_is_trls(ours, theirs):
     def default(f):
         return f.default if f.default is not dataclasses.MISSING else f.default_factory and f.default_factory()
 
-    differing = {
-        name for name, f in fields_of(theirs).items() if default(f) != default(fields_of(ours)[name])
-    }  # KeyError: a field is missing
-    assert differing <= documented("Differences from TRL")
+    own = {name: value for (config, name), value in OWN_DEFAULTS.items() if config == ours.__name__}
+    assert own.keys() <= documented("Differences from TRL")
+    mine, trls = ({name: default(f) for name, f in fields_of(c).items()} for c in (ours, theirs))
+    assert {name: mine[name] for name, value in trls.items() if mine[name] != value} == own
+    # What construction makes of them.
+    mine, trls = (held(c("out", use_cpu=True)) for c in (ours, theirs))
+    assert {name: mine[name] for name, value in trls.items() if mine[name] != value} == own
+
+
+def settings_with(field, config_class):
+    """Settings that give a field another value than `settings_with(None, config_class)`."""
+    settings = {"output_dir": "out", "use_cpu": True, "bf16": False}
+    # Where the defaults differ, TRL's.
+    settings |= {
+        name: fields_of(config_class)[name].default
+        for (config, name) in OWN_DEFAULTS
+        if config == config_class.__name__
+    }
+    if field is None:
+        return settings
+    settings |= WITH.get(field.name, {})
+    if choices := field.metadata.get("choices"):
+        value = next(choice for choice in choices if choice != field.default)
+    elif field.name in VALUES:
+        value = VALUES[field.name]
+    else:
+        assert isinstance(field.default, bool | int | float), f"give `{field.name}` another value in VALUES"
+        value = not field.default if isinstance(field.default, bool) else field.default + 1
+        if isinstance(field.default, float):
+            value = field.default / 2 + 0.2  # shares stay shares
+    return settings | {field.name: value}
+
+
+@CONFIGS
+def test_every_field_holds_what_it_holds_in_trls_config(ours, theirs):
+    for name, field in fields_of(theirs).items():
+        if name in NO_CONFIG:
+            continue
+        settings = settings_with(field, theirs)
+        without = {k: v for k, v in settings.items() if k != name} | {
+            k: v for k, v in settings_with(None, theirs).items() if k == name
+        }
+        trls = theirs(**settings)
+        assert getattr(trls, name) != getattr(theirs(**without), name), f"{name}: the value in VALUES has no effect"
+        assert_same_settings(ours(**settings), trls)
+
+
+@BOTH
+def test_a_trainer_leaves_every_field_as_trls_trainer_leaves_it(run_of, method):
+    """The fields of transformers.TrainingArguments, all at once; the trainer's own are in the probes below."""
+    _, _, _, theirs, rows = CLASSES[method]
+    apart = set(NO_CONFIG) | set().union(*NO_TRAINER.values())
+    settings = {}
+    for name in HOST_FIELDS - apart:
+        settings[name] = settings_with(fields_of(theirs)[name], theirs)[name]
+    settings |= {"train_sampling_strategy": "sequential"}
+    ours, trls = (
+        run_of(method, side, train=False, arguments={"eval_dataset": rows(8)}, **settings) for side in (OURS, TRLS)
+    )
+    assert_same_settings(ours.args, trls.args)
 
 
 def read_by_trainers(method):
@@ -182,30 +388,103 @@ def read_by_trainers(method):
 
 
 @BOTH
-def test_every_field_that_a_trainer_reads_is_probed_or_documented(method):
+def test_every_field_that_a_trainer_reads_has_a_probe_or_a_reason(method):
     """The others are read by transformers.Trainer alone, which is the same code in both runs."""
     fields = set(fields_of(CLASSES[method][3]))
-    own = fields - set(fields_of(transformers.TrainingArguments))
-    probed = {name for options in OPTIONS[method] for name in options} | set(ELSEWHERE)
-    if method == "dpo":
-        probed |= {name for options in DPO_LOSS_OPTIONS for name in options}
-    unknown = (own | (read_by_trainers(method) & fields)) - probed - documented("Differences from TRL")
-    assert unknown == set(), "probe it in this file, or document it in docs/methods.md"
+    probed = {name for option, _ in PROBES["both"] + PROBES[method] for name in option}
+    reasons = UNSEEN.keys() | ELSEWHERE.keys()
+    assert not probed & reasons
+    read = (fields - HOST_FIELDS) | (read_by_trainers(method) & fields)
+    assert read - probed - reasons == set(), "give it a probe"
+
+
+@pytest.mark.parametrize("test", [where for where in ELSEWHERE.values() if "::" in where])
+def test_named_test_exists(test):
+    file, name = test.split("::")
+    assert f"def {name}(" in (ROOT / file).read_text()
 
 
 # -- options: TRL's run --------------------------------------------------------------------------------------------
 
 
-CASES = [(method, options) for method, table in OPTIONS.items() for options in table]
+def model_of_probe(kind, model, tokenizer, folder):
+    """Arguments of a run for `model` of a probe."""
+    if kind == "path":
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        return {"policy": lambda: str(folder / "model"), "ref": None, "tokenizer": None}
+    if kind == "experts":
+        model = mixture_of_experts(tokenizer)
+    if kind == "dropout":
+        model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.2)).eval()
+    return {"policy": lambda: copy.deepcopy(model), "ref": perturbed(model)}
 
 
-@pytest.mark.parametrize(
-    ("method", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(f"{k}={x}" for k, x in v.items())
-)
-def test_option_gives_trls_run(pair_of_runs, method, options):
-    arguments = {"eval_dataset": CLASSES[method][4](8, 1)} if "eval_strategy" in options else None
-    ours, theirs = pair_of_runs(method, arguments=arguments, **({"beta": 0.5} | options))
-    assert_same_run(ours, theirs, low_precision=options.get("bf16", False))
+@pytest.fixture
+def probe(run_of, model, tokenizer, tmp_path):
+    """What is seen of a run with these settings, and the arguments it ends with."""
+
+    def run(method, side, settings):
+        settings = {"beta": 0.5} | settings
+        extra = model_of_probe(settings.pop("model", None), copy.deepcopy(model), tokenizer, tmp_path)
+        arguments = {"eval_dataset": CLASSES[method][4](8, 1)}
+        trainer = run_of(method, side, arguments=arguments, **extra, **settings)
+        return seen(trainer), trainer.args
+
+    return run
+
+
+CASES = [
+    pytest.param(method, option, given, id=f"{method}-{'-'.join(f'{k}={v}' for k, v in (option | given).items())}")
+    for method in CLASSES
+    for option, given in PROBES["both"] + PROBES[method]
+]
+TRLS_RUNS_WITHOUT = {}
+
+
+@pytest.mark.parametrize(("method", "option", "given"), CASES)
+def test_option_changes_trls_run_and_ours_alike(probe, method, option, given):
+    if option.keys() - fields_of(CLASSES[method][3]).keys():
+        pytest.skip("this version of TRL has no such field")
+    case = f"{method} {given}"
+    if case not in TRLS_RUNS_WITHOUT:
+        TRLS_RUNS_WITHOUT[case], _ = probe(method, TRLS, given)
+    (theirs, their_args), (ours, our_args) = (probe(method, side, given | option) for side in (TRLS, OURS))
+    with pytest.raises(AssertionError):  # else a trainer that ignores the option would go unnoticed
+        assert_same(theirs, TRLS_RUNS_WITHOUT[case])
+    assert_same(ours, theirs)
+    assert_same_settings(our_args, their_args, but={"output_dir"})
+
+
+@BOTH
+def test_fields_without_a_visible_effect_give_trls_run(probe, method):
+    fields = fields_of(CLASSES[method][3])
+    settings = {name: value for name, (value, _) in UNSEEN.items() if name in fields}
+    settings["max_length"] = None  # no row is as long as the default
+    (theirs, their_args), (ours, our_args) = (probe(method, side, settings) for side in (TRLS, OURS))
+    assert_same(ours, theirs)
+    assert_same_settings(our_args, their_args, but={"output_dir"})
+
+
+@BOTH
+def test_batch_size_of_precomputing(run_of, method, monkeypatch):
+    """It changes no number, only how many rows the reference scores at once."""
+    settings = {"precompute_ref_log_probs": True, "loss_type": {"dpo": "sigmoid", "kto": "apo_zero_unpaired"}[method]}
+    rows = {OURS: [], TRLS: []}
+    for side in rows:
+        trainer_class = CLASSES[method][2 * side]
+        compute = trainer_class.compute_ref_log_probs
+
+        def counting(self, model, inputs, side=side, compute=compute):
+            rows[side].append(len(inputs["input_ids"]))
+            return compute(self, model, inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_class, "compute_ref_log_probs", counting)
+            for size in (None, 3):
+                run_of(method, side, train=False, precompute_ref_batch_size=size, **settings)
+    assert rows[OURS] == rows[TRLS]
+    assert len(rows[OURS]) == 2 + 6
 
 
 def test_accumulated_micro_batches_give_trls_run_without_a_kl_term(pair_of_runs):
@@ -426,7 +705,7 @@ def test_images(pair_of_runs, vision, method):
 def test_tags_and_card_name_the_method_and_the_host(pair_of_runs, method, tmp_path):
     ours, _ = pair_of_runs(method, max_steps=1)
     ours.create_model_card()
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "ours" / "README.md").read_text()
     front = card.split("---")[1]
     assert all(f"- {tag}\n" in front for tag in ("trl", "halos-trl", method))
     assert {"dpo": "2305.18290", "kto": "2402.01306"}[method] in card

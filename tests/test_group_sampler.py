@@ -89,8 +89,8 @@ def test_in_order_without_shuffle_and_repeated_for_ppo():
     assert len(sampler) == 8
 
 
-def test_examples_are_dealt_evenly_round_robin():
-    """5 examples over 2 processes of 2 micro-batches; the third has room for a filler only."""
+def test_examples_are_dealt_one_by_one_over_processes():
+    """As HALOs deals them: example k of a step to process k mod 2. Each spreads its own over two micro-batches."""
     shares = [
         list(
             GroupBatchSampler(
@@ -99,7 +99,7 @@ def test_examples_are_dealt_evenly_round_robin():
         )
         for p in (0, 1)
     ]
-    assert shares == [[[0], [2]], [[1], [3, 4]]]
+    assert shares == [[[0], [2, 4]], [[1], [3]]]
     lonely = GroupBatchSampler(grouped([1]), micro_batch_size=1, micro_batches=3)
     assert sorted(map(tuple, lonely)) == [(FILLER,), (FILLER,), (0,)]
 

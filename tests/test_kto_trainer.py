@@ -9,6 +9,7 @@ import transformers
 import trl
 from conftest import perturbed, unpaired_rows, weights
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 
 from halos_trl import KTOConfig, KTOTrainer
 
@@ -215,8 +216,6 @@ def test_model_without_a_path_is_its_own_reference(fit):
 
 
 def test_lora_trains_against_its_base(fit):
-    from peft import LoraConfig
-
     trainer = fit(unpaired_rows(16), ref=None, peft_config=LoraConfig(r=4, target_modules="all-linear"), beta=0.5)
     rewards = logged(trainer, "rewards/chosen")
     assert rewards[0] == [0.0]
@@ -369,16 +368,19 @@ def test_evaluation_batch_of_one_example_is_refused(fit):
         fit(unpaired_rows(8), per_device_eval_batch_size=1, **settings)
 
 
-def test_policy_as_reference_is_refused(model, tokenizer, make_config):
-    with pytest.raises(ValueError, match="cannot be the same object"):
-        KTOTrainer(model, model, make_config(KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_policy_as_reference_is_refused(model, tokenizer, make_config, adapter):
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear")) if adapter else model
+    with pytest.raises(ValueError, match="shares parameters"):
+        KTOTrainer(policy, model, make_config(KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
 
 
-def test_adapter_of_another_name_is_refused(model, tokenizer, make_config):
-    from peft import LoraConfig, get_peft_model
-
-    policy = get_peft_model(model, LoraConfig(target_modules="all-linear"), adapter_name="policy")
-    with pytest.raises(ValueError, match=r"has adapters \['policy'\].*must be called 'default'"):
+@pytest.mark.parametrize("others", [[], ["default"]])
+def test_active_adapter_of_another_name_is_refused(model, tokenizer, make_config, others):
+    policy = get_peft_model(model, LoraConfig(target_modules="all-linear"), adapter_name="mine")
+    for name in others:
+        policy.add_adapter(name, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"\['mine'\] is active.*must be called 'default'"):
         KTOTrainer(policy, args=make_config(KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
 
 

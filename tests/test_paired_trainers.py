@@ -240,7 +240,11 @@ def test_equal_chosen_and_rejected_are_counted(fit, said):
     rows = paired_rows(8).to_list()
     rows[3]["rejected"] = rows[3]["chosen"]
     fit(datasets.Dataset.from_list(rows), DPOTrainer, DPOConfig, max_steps=1)
-    assert "1 of 8 rows of the train dataset have equal `chosen` and `rejected` (the first is row 3)" in said()
+    assert "1 of 8 rows of the train dataset (the first is row 3) have equal `chosen` and `rejected`" in said()
+    assert "streamed" not in said()
+    streamed = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    fit(streamed, DPOTrainer, DPOConfig, max_steps=1)
+    assert "1 rows of the streamed train dataset so far have equal `chosen` and `rejected`" in said()
 
 
 @pytest.mark.parametrize(

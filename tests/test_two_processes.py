@@ -1,4 +1,4 @@
-"""One optimizer step over two real processes (gloo) is the same step as in one process."""
+"""One optimizer step over two real processes (gloo), with DDP or FSDP2, is the same step as in one process."""
 
 import subprocess
 import sys
@@ -11,16 +11,15 @@ from conftest import unpaired_rows
 SCRIPT = Path(__file__).with_name("two_processes.py")
 RUNS = [
     "kto", "kto, accumulated", "kto, streamed", "kto, humanline", "kto, humanline, lora", "kto, precomputed",
-    "dpo", "dpo, robust", "dpo, humanline", "dpo, humanline, lora",
+    "dpo", "dpo, robust", "dpo, humanline", "dpo, humanline, lora", "dpo, humanline, never resharded",
 ]  # fmt: skip
 
 
-def launch(out, *, processes):
+def launch(out, *flags, processes=2):
     unpaired_rows(24).save_to_disk(out / "rows")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(out)], capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, *launcher, str(SCRIPT), str(out), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     return torch.load(out / "results.pt", weights_only=False)
 
@@ -28,13 +27,18 @@ def launch(out, *, processes):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    return launch(folder / "one", processes=1), launch(folder / "two", processes=2)
+    return {
+        "one": launch(folder / "one", processes=1),
+        "ddp": launch(folder / "ddp"),
+        "fsdp2": launch(folder / "fsdp2", "--fsdp2"),
+    }
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one(results, name):
-    one, two = results[0][name], results[1][name]
+def test_two_processes_equal_one(results, name, engine):
+    one, two = results["one"][name], results[engine][name]
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
     assert len(one["logs"]) == len(two["logs"]) == 3

@@ -1,24 +1,52 @@
 """Runs in every process of a `torchrun` launch (or alone) and saves how the runs ended. OUT holds saved `rows`.
 
 python tests/two_processes.py OUT                                             # one process
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT   # two
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT   # two, with DDP
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT --fsdp2   # two, with FSDP2
 """
 
 import copy
+import functools
 import os
 import sys
 from pathlib import Path
 
 import torch
-from conftest import cpu_config, paired_rows, perturbed, unpaired_rows, weights
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from conftest import cpu_config, paired_rows, perturbed, unpaired_rows, weights, whole
 from datasets import load_from_disk
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from halos_trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, toy
 
 EXAMPLES_PER_STEP = 8
 STEPS = 3
+
+
+def sharded(reshard):
+    """Settings for FSDP2; `reshard`: whether a forward pass gives the other processes' shards back."""
+    layers = ["LlamaDecoderLayer"]
+    return {
+        "fsdp": True,
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers, "reshard_after_forward": reshard},
+    }
+
+
+def make_fsdp2_real():
+    """On a CPU accelerate runs DDP where FSDP2 was asked for, without a word. Make it do what it was asked for."""
+    original = AcceleratorState.__init__
+
+    @functools.wraps(original)
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
 
 
 class CompareReference(TrainerCallback):
@@ -29,7 +57,7 @@ class CompareReference(TrainerCallback):
         self.before = None
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        self.before = {k: v.detach().clone() for k, v in self.policy(model).items()}
+        self.before = self.policy(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         after = self.policy(model)
@@ -37,15 +65,27 @@ class CompareReference(TrainerCallback):
         reference = self.trainer.reference.tensors(self.trainer.model)
         assert len(reference) == len(self.before)
         for name, tensor in reference.items():
-            assert torch.equal(tensor, self.before[name.replace(".ref.", ".default.")]), name
+            assert torch.equal(whole(tensor), self.before[name.replace(".ref.", ".default.")]), name
         self.checked += 1
 
     def policy(self, model):
         parameters = dict(self.trainer.accelerator.unwrap_model(model).named_parameters())
-        return {k: v for k, v in parameters.items() if not self.lora or ".default." in k}
+        return {k: whole(v.detach()) for k, v in parameters.items() if not self.lora or ".default." in k}
 
 
-def run(trainer_class, config_class, data, out, *, ref=True, per_device=None, lora=False, **settings):
+def run_one(
+    trainer_class,
+    config_class,
+    data,
+    out,
+    *,
+    ref=True,
+    per_device=None,
+    lora=False,
+    fsdp2=False,
+    reshard=True,
+    **settings,
+):
     tokenizer = toy.build_tokenizer()
     model = toy.tiny_model(tokenizer)
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -57,6 +97,7 @@ def run(trainer_class, config_class, data, out, *, ref=True, per_device=None, lo
         train_sampling_strategy="sequential",
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
+        **(sharded(reshard) if fsdp2 else {}),
         **settings,
     )
     compare = CompareReference()
@@ -72,13 +113,18 @@ def run(trainer_class, config_class, data, out, *, ref=True, per_device=None, lo
     compare.trainer, compare.lora = trainer, lora
     trainer.train()
     assert trainer.accelerator.num_processes == args.world_size
+    assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
+    assert trainer.ref_model is None or isinstance(trainer.ref_model, FSDPModule) == fsdp2
     if settings.get("humanline"):
         assert compare.checked == STEPS
     logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
-def main(out: Path) -> None:
+def main(out: Path, fsdp2: bool) -> None:
+    if fsdp2:
+        make_fsdp2_real()
+    run = functools.partial(run_one, fsdp2=fsdp2)
     kto = (KTOTrainer, KTOConfig, unpaired_rows(24), out)
     dpo = (DPOTrainer, DPOConfig, paired_rows(24), out)
     results = {
@@ -95,10 +141,12 @@ def main(out: Path) -> None:
         "dpo, robust": run(*dpo, beta=0.5, loss_type="robust", label_smoothing=0.1),
         "dpo, humanline": run(*dpo, beta=0.5, ref=False, humanline=True),
         "dpo, humanline, lora": run(*dpo, beta=0.5, ref=False, humanline=True, lora=True),
+        # FSDP2 leaves the reference whole after a forward pass; DDP takes no notice.
+        "dpo, humanline, never resharded": run(*dpo, beta=0.5, ref=False, humanline=True, reshard=False),
     }
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(results, out / "results.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), fsdp2="--fsdp2" in sys.argv)

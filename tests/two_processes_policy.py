@@ -1,9 +1,11 @@
 """Runs in every process of a `torchrun` launch (or alone) and saves what GRPO and PPO ended with. OUT holds `rows`.
 
 python tests/two_processes_policy.py OUT                                               # one process
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT   # two
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT   # two, with DDP
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT --fsdp2   # two, with FSDP2
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from policy_runs import build, scored, settings_of
 from test_ppo_trainer import reward_model
+from torch.distributed.fsdp import FSDPModule
+from two_processes import make_fsdp2_real, sharded
 
 from halos_trl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, toy
 
@@ -21,7 +25,9 @@ EXAMPLES_PER_STEP = 8
 STEPS = 4
 
 
-def run(trainer_class, config_class, data, out, *, per_device=None, ref="near", lora=False, **overrides):
+def run_one(
+    trainer_class, config_class, data, out, *, per_device=None, ref="near", lora=False, fsdp2=False, **overrides
+):
     tokenizer = toy.build_tokenizer()
     extra = {"reward_model": reward_model(tokenizer)} if overrides.pop("learned", False) else {}
     extra |= {"reward_processing_class": tokenizer} if extra else {}
@@ -33,17 +39,22 @@ def run(trainer_class, config_class, data, out, *, per_device=None, ref="near", 
         max_steps=STEPS,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
+        **(sharded(True) if fsdp2 else {}),
         **(settings_of(trainer_class) | overrides),
     )
     extra["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
     trainer = build(trainer_class, args, toy.tiny_model(tokenizer), tokenizer, data, ref=ref, **extra)
     trainer.train()
     assert trainer.accelerator.num_processes == args.world_size == processes
+    assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
     logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
-def main(out: Path) -> None:
+def main(out: Path, fsdp2: bool) -> None:
+    if fsdp2:
+        make_fsdp2_real()
+    run = functools.partial(run_one, fsdp2=fsdp2)
     grpo, ppo = (GRPOTrainer, GRPOConfig), (PPOTrainer, PPOConfig)
     data = scored(10)
     # From disk: processes share what is precomputed through the data set's cache folder.
@@ -67,4 +78,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), fsdp2="--fsdp2" in sys.argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ class GroupBatchSampler(Sampler[list[int]]):
     """Micro-batches of one process, so that the examples of a group meet in one optimizer step.
 
     A step holds at most `micro_batch_size * micro_batches * num_processes` examples, fewer where no further group
-    fits. Its examples are dealt evenly over exactly `micro_batches` micro-batches on each process (round-robin over
-    processes), so every process runs the same number of them; a micro-batch that gets no example holds `FILLER`.
+    fits. Its examples are dealt one by one over the processes, as in HALOs, and a process spreads its own evenly over
+    exactly `micro_batches` micro-batches; so every process runs the same number of them, and a micro-batch that gets
+    no example holds `FILLER`.
 
     Group sizes are packed once, so every epoch has the same number of steps, which the learning-rate schedule and an
     exact resume need. An epoch shuffles which group takes which place of its size, and the order of the steps, from
@@ -109,10 +111,9 @@ class GroupBatchSampler(Sampler[list[int]]):
         return steps
 
     def _own_share(self, examples: list[int]) -> list[list[int]]:
-        total = self.micro_batches * self.num_processes
-        bounds = [len(examples) * k // total for k in range(total + 1)]
-        dealt = [examples[bounds[k] : bounds[k + 1]] or [FILLER] for k in range(total)]
-        return dealt[self.process_index :: self.num_processes]
+        own = examples[self.process_index :: self.num_processes]
+        bounds = [len(own) * k // self.micro_batches for k in range(self.micro_batches + 1)]
+        return [own[start:end] or [FILLER] for start, end in pairwise(bounds)]
 
 
 class StepRows(torch.utils.data.Dataset):

@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from trl import extract_prompt, unpair_preference_dataset
 
-from .checks import Row, Rows, _columns, _require_columns
+from .checks import Row, Rows, _columns, _require_columns, drop_columns
 
 logger = get_logger(__name__)
 
@@ -37,6 +37,7 @@ def scored_rows(dataset: Rows, name: str, score_rows: ScoreRows | None = None) -
             f"The {name} dataset is a {type(dataset).__name__}. Advantages and batches need whole groups, so all rows "
             "have to be there before training: pass a map-style `datasets.Dataset` (do not stream)."
         )
+    dataset = dataset.with_format(None)
     columns = _columns(dataset, name)
     if {"score", "group", "completion_ids"} <= columns:
         return dataset  # prepared before, and passed to `evaluate`
@@ -91,12 +92,18 @@ def check_completion_tokens(dataset: Dataset, name: str) -> Dataset:
 
 def _one_row_per_completion(dataset: Dataset, columns: set[str], name: str) -> Dataset:
     if "completions" in columns and "prompt" in columns:
+        if {"score", "completion"} & columns:
+            raise ValueError(
+                f"The {name} dataset has columns {sorted(columns)}: lists of `completions` beside single values. "
+                "With `completions` goes a list of `scores`, one for each. Rename or remove the other columns."
+            )
         _check_each(dataset, lambda row, i: _check_lists(row, i, name, "scores" in columns))
         return dataset.map(_unfold, batched=True, remove_columns=dataset.column_names)
     if {"chosen", "rejected"} <= columns:
         _check_each(dataset, lambda row, i: _refuse_empty(row, i, name, "chosen", "rejected"))
         if "prompt" not in columns:
             dataset = dataset.map(extract_prompt)
+        dataset = drop_columns(dataset, columns & {"completion", "label"}, name, "Rows with `chosen` and `rejected`")
         return unpair_preference_dataset(dataset)
     alternative = "with `score` or a boolean `label`; or `prompt` with the lists `completions` and `scores`; or pairs"
     _require_columns(columns, name, ("prompt", "completion"), alternative)
@@ -105,7 +112,7 @@ def _one_row_per_completion(dataset: Dataset, columns: set[str], name: str) -> D
 
 
 def _check_each(dataset: Dataset, check: Callable[[Row, int], None]) -> None:
-    for i, row in enumerate(dataset.with_format(None)):
+    for i, row in enumerate(dataset):
         check(row, i)
 
 
@@ -120,6 +127,8 @@ def _check_lists(row: Row, i: int, name: str, has_scores: bool) -> None:
         )
     for completion in completions:
         _refuse_empty({"completions": completion}, i, name, "completions")
+    for score in row["scores"] if has_scores else ():
+        _check_score(score, f"Row {i} of the {name} dataset")
 
 
 def _refuse_empty(row: Row, i: int, name: str, *columns: str) -> None:
@@ -169,9 +178,13 @@ def _scores_of(dataset: Dataset, name: str, score_rows: ScoreRows | None) -> Seq
 
 def _finite(scores: Sequence[Any], name: str) -> list[float]:
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
-            raise ValueError(
-                f"Row {i} of the {name} dataset (counting each completion as a row) has score {score!r}; scores are "
-                "finite numbers. Mend or drop the row: it would spoil the advantages of its whole group."
-            )
+        _check_score(score, f"Row {i} of the {name} dataset")
     return [float(score) for score in scores]
+
+
+def _check_score(score: Any, where: str) -> None:
+    if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
+        raise ValueError(
+            f"{where} has score {score!r}; scores are finite numbers. Mend or drop the row: it would spoil the "
+            "advantages of its whole group."
+        )

@@ -14,9 +14,10 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import model_card
-from .._trl import REFERENCE_ADAPTER, TokenTable
-from ..humanline import log_ratios, unclamped_counts
-from ..metrics import Sums, loss_sums, total
+from .._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, TokenTable, edits_base_weights
+from ..configs import REFERENCE_FIELDS, defaults_of
+from ..humanline import log_ratios
+from ..metrics import Sums, loss_sums, total, unclamped_sums
 from ..records import LossOutput
 from ..reference import (
     REFERENCE_FILE,
@@ -31,6 +32,7 @@ from ..reference import (
     load_reference,
     save_reference,
 )
+from ..sharded import parameters_by_name, shape_of
 
 if TYPE_CHECKING:
     from .._trl import TrainerHost as _Host
@@ -38,6 +40,11 @@ else:
     _Host = object
 
 logger = get_logger(__name__)
+
+_UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
+
+_MOVED = "halos_trl.moved_reference"
+"""Stands in the trainer state of a checkpoint that holds a moved reference."""
 
 
 @dataclass
@@ -83,7 +90,11 @@ class StepAsBatch(_Host):
         self._step.microbatches_left -= 1
         if self._step.microbatches_left == 0:
             self._step = None
+            self.before_last_backward()
         return mean_loss * weight
+
+    def before_last_backward(self) -> None:
+        """Hook: all losses of an optimizer step are there, and its last gradient is not."""
 
     # -- model card --------------------------------------------------------------------------------------------
 
@@ -117,9 +128,29 @@ class AlignmentTrainer(StepAsBatch):
     takes_precomputed: ClassVar[bool] = False
     """Whether precomputed reference log-probs serve `loss`: only a sum for each completion is stored."""
 
+    stores_token_logps: ClassVar[bool] = False
+    """Whether `precompute_ref_log_probs` stores a number for each token instead, which serves any loss."""
+
+    takes_humanline: ClassVar[bool] = False
+    """Whether `loss` clamps log-ratios by `self.args.humanline_clamp`."""
+
+    takes_options: ClassVar[tuple[str, ...]] = ()
+    """Which options of TRL's losses `loss` reads."""
+
+    trl_loss_fields: ClassVar[tuple[str, ...]] = ()
+    """The options of TRL's losses that the config brings along."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "loss" in vars(cls):  # what was said of another class's loss
+            for name in ("takes_precomputed", "takes_humanline", "takes_options"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(AlignmentTrainer, name))
+
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         super().check_arguments(args, model, ref_model)
-        if args.precompute_ref_log_probs and self.needs_reference and not self.takes_precomputed:
+        self._refuse_what_nobody_reads(args)
+        if args.precompute_ref_log_probs and not (self.takes_precomputed or self.stores_token_logps):
             raise ValueError(
                 f"`precompute_ref_log_probs=True` stores one sum for each completion, but the loss of "
                 f"{type(self).__name__} may read single tokens of the reference. Switch it off; or, if the loss uses "
@@ -130,6 +161,25 @@ class AlignmentTrainer(StepAsBatch):
                 f"`ref_model` was passed to {type(self).__name__}, which compares with no reference. Leave it out."
             )
 
+    def _refuse_what_nobody_reads(self, args: Any) -> None:
+        defaults = defaults_of(type(args))
+        unread = {name: f"the loss of {type(self).__name__} does not read it" for name in self.trl_loss_fields}
+        unread = {name: why for name, why in unread.items() if name not in self.takes_options}
+        if not self.needs_reference:
+            unread |= {name: f"{type(self).__name__} compares with no reference" for name in REFERENCE_FIELDS}
+        for name, why in unread.items():
+            if getattr(args, name, defaults.get(name)) != defaults.get(name):
+                raise ValueError(
+                    f"`{name}={getattr(args, name)!r}` has no effect: {why}. Leave it out; or, in a class of your "
+                    "own whose loss reads it, name it in `takes_options`."
+                )
+        if args.humanline and not self.takes_humanline:
+            raise ValueError(
+                f"`humanline=True` was set, but nothing says that the loss of {type(self).__name__} clamps. Take the "
+                "log-ratios from `halos_trl.humanline.log_ratios(..., self.args.humanline_clamp)` and set "
+                "`takes_humanline = True` in the class, or leave `humanline` out."
+            )
+
     def _make_reference(self) -> Reference:
         if not self.needs_reference:
             return NoReference()
@@ -138,27 +188,29 @@ class AlignmentTrainer(StepAsBatch):
         sync = self._sync_settings()
         shared = (self.accelerator.unwrap_model, self.no_grad_forward)
         reference: Reference
+        adapters = getattr(self.model, "peft_config", {})
         if self.ref_model is not None:
             if sync:
                 self._refuse_unlike_reference()
-            reference = FrozenCopy(self.ref_model.eval(), *shared)
-        elif sync or REFERENCE_ADAPTER in self.model.peft_config:
+            self.ref_model.eval()  # not every engine's returns the model
+            reference = FrozenCopy(self.ref_model, *shared)
+        elif sync or REFERENCE_ADAPTER in adapters or edits_base_weights(adapters[POLICY_ADAPTER]):
+            # Where a new adapter took a part of the base weights, the base alone is not what the policy was.
             reference = FrozenAdapter(self.model, *shared)
         else:
             reference = AdapterOff(self.model, *shared)
         if sync:
-            self.sync_callback = ReferenceSync(reference, **sync)
+            self.sync_callback = ReferenceSync(reference, steps_in_backward=self.is_deepspeed_enabled, **sync)
             self.add_callback(self.sync_callback)
         return reference
 
+    def before_last_backward(self) -> None:
+        if self.sync_callback is not None:
+            self.sync_callback.before_backward(self.state, self.model)
+
     def _refuse_unlike_reference(self) -> None:
-        if self.args.save_strategy != "no" and any(hasattr(p, "ds_id") for p in self.ref_model.parameters()):
-            raise ValueError(
-                "Under DeepSpeed ZeRO-3 a reference that moves cannot be written into checkpoints, and a resumed run "
-                "would go on from another one. Use ZeRO-2 or FSDP, or set `save_strategy='no'`."
-            )
-        unwrap = self.accelerator.unwrap_model
-        shapes = [{n: p.shape for n, p in unwrap(m).named_parameters()} for m in (self.model, self.ref_model)]
+        unwrapped = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model)]
+        shapes = [{n: shape_of(p) for n, p in parameters_by_name(model).items()} for model in unwrapped]
         if shapes[0] != shapes[1]:
             remedy = "Leave it out: the reference then is a second adapter on the same base model."
             raise ValueError(
@@ -184,8 +236,7 @@ class AlignmentTrainer(StepAsBatch):
             if table is not None and not torch.isfinite(table).all():
                 rows = (~torch.isfinite(table)).any(-1).nonzero().flatten().tolist()
                 raise ValueError(
-                    f"The {name} model gave log-probabilities that are NaN or infinite at "
-                    f"{'step ' + str(self.state.global_step + 1) if self.mode == 'train' else 'evaluation'}, in rows "
+                    f"The {name} model gave log-probabilities that are NaN or infinite at {self.moment}, in rows "
                     f"{rows} of the batch. The weights were not updated with them. Look for NaN in the model's "
                     "weights (a broken checkpoint), lower `learning_rate`, or use `bf16`/`float32` instead of `fp16`."
                 )
@@ -193,7 +244,7 @@ class AlignmentTrainer(StepAsBatch):
     def loss_sums(self, output: LossOutput) -> Sums:
         """Rewards and the method's own metrics."""
         # A micro-batch's unclamped fraction cannot be averaged; `clamp_sums` logs its parts instead.
-        return {name: sums for name, sums in loss_sums(output).items() if not name.startswith("unclamped")}
+        return {name: sums for name, sums in loss_sums(output).items() if name not in _UNCLAMPED}
 
     def clamp_sums(self, tokens: TokenTable, reference_BT: torch.Tensor | None, is_chosen_B: torch.Tensor) -> Sums:
         """Under humanline: the unclamped fraction of all tokens, and of each side's."""
@@ -201,8 +252,7 @@ class AlignmentTrainer(StepAsBatch):
         if clamp is None:
             return {}
         ratios_BT, _ = log_ratios(tokens.logps_BT, reference_BT, tokens.mask_BT)
-        sides = {"": ratios_BT, "/chosen": ratios_BT[is_chosen_B], "/rejected": ratios_BT[~is_chosen_B]}
-        return {f"unclamped{side}": unclamped_counts(table, clamp) for side, table in sides.items()}
+        return unclamped_sums(ratios_BT, is_chosen_B, clamp)
 
     def token_sums(self, tokens: TokenTable) -> Sums:
         """Metrics of the forward pass that every method logs."""
@@ -222,8 +272,10 @@ class AlignmentTrainer(StepAsBatch):
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         if self.reference.moved:
             tensors = gathered(self.reference.tensors(self.model))  # on every process: sharded ones gather together
-            if self.is_world_process_zero():
+            if self.args.should_save:
                 save_reference(tensors, checkpoint_dir)
+            # Into the trainer's state, so that a later run knows what has to be there.
+            self.state.stateful_callbacks[_MOVED] = {"args": {}, "attributes": {}}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; a resumed run also gets back the reference that its checkpoint holds.
@@ -247,26 +299,36 @@ class AlignmentTrainer(StepAsBatch):
         state_file = os.path.join(folder, TRAINER_STATE_NAME)
         if not os.path.isfile(state_file):
             return  # transformers has its own message for what is no checkpoint
-        step = TrainerState.load_from_json(state_file).global_step
-        stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE))
+        state = TrainerState.load_from_json(state_file)
+        stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE)) or _MOVED in state.stateful_callbacks
         if stored and self.sync_callback is None:
             raise ValueError(
                 f"{folder} holds a reference that has moved ({REFERENCE_FILE}), but this run's stands still: "
                 "it would silently be another one. Resume with the `humanline` or `sync_ref_model` setting of the run "
                 "that wrote it."
             )
-        if stored or (self.sync_callback and self.sync_callback.syncs_until(step)):
+        if stored or (self.sync_callback and self.sync_callback.syncs_until(state.global_step)):
             load_reference(self.reference.tensors(self.model), folder)
             self.reference.moved = True
+        elif self.reference.moved:
+            raise ValueError(
+                f"The reference of {folder} had not left its start, but this trainer has trained before and its "
+                "reference has. Make a new trainer and resume with that one."
+            )
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint with a trainer state, which is written last; None where there is none."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
     for folder in sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        if (folder / TRAINER_STATE_NAME).is_file():
+        try:
+            TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
+        except (OSError, ValueError) as error:
+            logger.warning(
+                f"{folder} is incomplete ({TRAINER_STATE_NAME}: {error}), so the checkpoint before it is used."
+            )
+        else:
             return str(folder)
-        logger.warning(f"{folder} is incomplete (no {TRAINER_STATE_NAME}), so the checkpoint before it is used.")
     return None
 
 

@@ -13,6 +13,7 @@ class CDPOTrainer(PairedPreferenceTrainer):
     """Conservative DPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf)."""
 
     config_class = CDPOConfig
+    takes_humanline = True
     takes_precomputed = True
     method = Method(
         name="cDPO",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .. import losses
 from .._trl import Method
-from ..configs import DPOConfig
+from ..configs import DPO_LOSS_FIELDS, DPOConfig
 from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
 
@@ -19,7 +21,9 @@ class DPOTrainer(PairedPreferenceTrainer):
     """
 
     config_class = DPOConfig
+    takes_humanline = True
     takes_precomputed = True
+    takes_options = DPO_LOSS_FIELDS
     method = Method(
         name="DPO",
         title="Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
@@ -54,6 +58,11 @@ class DPOTrainer(PairedPreferenceTrainer):
         if not self.uses_trl_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = self.trl_loss(model, inputs, return_outputs)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss.item()} at {self.moment}. The weights were not updated with it. Look for NaN in "
+                "the model's weights (a broken checkpoint), lower `learning_rate`, or use `bf16` instead of `fp16`."
+            )
         loss = self.share_of_step(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 

@@ -34,6 +34,7 @@ class GRPOTrainer(ScoredTrainer):
     """
 
     config_class = GRPOConfig
+    takes_humanline = True
     method = Method(
         name="GRPO",
         title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
@@ -73,14 +74,14 @@ class GRPOTrainer(ScoredTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        inputs = self.without_repeats(inputs)
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
         self.refuse_non_finite(tokens, reference_BT)
         output = self.loss(GroupLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, inputs["advantage"]))
         self.record_metrics(self._sums(output, inputs, tokens) | self.scored_sums(inputs, tokens, reference_BT))
         self.count_tokens(inputs)
-        loss = self.mean_over_tokens(output, tokens.mask_BT)
-        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
+        loss = self.share_of_step(self.mean_over_tokens(output, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, output: LossOutput, batch: dict[str, Any], tokens: TokenTable) -> Sums:
@@ -99,8 +100,11 @@ class GRPOTrainer(ScoredTrainer):
 
 def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Dataset:
     """Add `advantage`, each score relative to its whole group, in whatever batches the group will be trained."""
-    if "advantage" in dataset.column_names:
+    if {"advantage", "completion_ids"} <= set(dataset.column_names):
         return dataset  # prepared before, and passed to `evaluate`
+    if "advantage" in dataset.column_names:
+        logger.warning(f"The {name} dataset has a column `advantage`. It is replaced: advantages come from scores.")
+        dataset = dataset.remove_columns("advantage")
     groups = list(dataset["group"])
     sizes = Counter(groups)
     alone = sum(size == 1 for size in sizes.values())

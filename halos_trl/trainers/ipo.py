@@ -14,6 +14,7 @@ class IPOTrainer(PairedPreferenceTrainer):
     """Identity preference optimization (arXiv:2310.12036), averaged per token like TRL's `loss_type="ipo"`."""
 
     config_class = IPOConfig
+    takes_humanline = True
     takes_precomputed = True
     method = Method(
         name="IPO",

@@ -6,8 +6,7 @@ from typing import Any
 
 from .. import losses
 from .._trl import Method
-from ..configs import KTOConfig
-from ..data.checks import Rows
+from ..configs import KTO_LOSS_FIELDS, KTOConfig
 from ..records import LossOutput, UnpairedLogps
 from .unpaired import UnpairedPreferenceTrainer
 
@@ -34,7 +33,9 @@ class KTOTrainer(UnpairedPreferenceTrainer):
     """
 
     config_class = KTOConfig
+    takes_humanline = True
     takes_precomputed = True
+    takes_options = KTO_LOSS_FIELDS
     needs_kl = True
     method = _PAPER
     card_fields = ("loss_type", "beta", "desirable_weight", "undesirable_weight")
@@ -69,13 +70,3 @@ class KTOTrainer(UnpairedPreferenceTrainer):
                 "estimates its KL term per evaluation batch from other examples of it. Set "
                 f"`per_device_eval_batch_size` to 2 or more, {remedy}"
             )
-
-    def check_rows(self, dataset: Rows, name: str) -> Rows:
-        dataset = super().check_rows(dataset, name)
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
-        if rows == 1 and self.estimates_kl and "chosen" not in next(iter(dataset)):
-            raise ValueError(
-                f"The {name} dataset has one row. KTO's KL term pairs each prompt with another row's completion, so "
-                "it needs at least 2. Add rows, or use `loss_type='apo_zero_unpaired'`."
-            )
-        return dataset

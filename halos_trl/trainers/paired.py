@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from datasets import Dataset
 
 from .._trl import PairedHost, TokenTable
-from ..configs import DPOConfig
+from ..configs import DPO_LOSS_FIELDS, DPOConfig
 from ..data.checks import Rows, check_paired_rows
 from ..metrics import Sums, accuracy_sums, logps_sums, side_sums, total
-from ..records import LossOutput, PairedLogps
+from ..records import LossOutput, PairedLogps, check_output
 from .base import AlignmentTrainer
-
-logger = get_logger(__name__)
 
 
 class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
@@ -28,6 +24,7 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
     """
 
     config_class = DPOConfig
+    trl_loss_fields = DPO_LOSS_FIELDS
 
     def loss(self, record: PairedLogps) -> LossOutput:
         """The losses `(B,)` of a micro-batch and its rewards."""
@@ -39,14 +36,18 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
         self.refuse_non_finite(tokens, reference_BT)
-        output = self.loss(_pairs(tokens, reference_BT))
         # A collated batch holds the chosen completions first, then the rejected ones.
-        rows = tokens.logps_BT.shape[0]
-        is_chosen_B = torch.arange(rows, device=tokens.logps_BT.device) < rows // 2
+        pairs, kept = self.batch_size(inputs), self.real_rows(self.batch_size(inputs))
+        index_B = torch.arange(2 * pairs, device=tokens.logps_BT.device)
+        index_B = index_B[index_B % pairs < kept]
+        tokens, is_chosen_B = tokens.rows(index_B), index_B < pairs
+        reference_BT = None if reference_BT is None else reference_BT[index_B]
+        output = check_output(self.loss(_pairs(tokens, reference_BT)), kept)
         self.record_metrics(self.loss_sums(output) | accuracy_sums(output) | self._sums(tokens, is_chosen_B))
         self.record_metrics(self.clamp_sums(tokens, reference_BT, is_chosen_B))
         self.count_tokens(inputs)
-        loss = self.share_of_step(self.with_aux_loss(output.losses.mean(), tokens), inputs)
+        loss = output.losses.sum() / max(kept, 1)
+        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, tokens: TokenTable, is_chosen_B: torch.Tensor) -> Sums:
@@ -61,15 +62,7 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         return batch["completion_mask"].shape[0] // 2
 
     def check_rows(self, dataset: Rows, name: str) -> Rows:
-        dataset = check_paired_rows(dataset, name)
-        if isinstance(dataset, Dataset):
-            same = [i for i, (a, b) in enumerate(zip(dataset["chosen"], dataset["rejected"], strict=True)) if a == b]
-            if same:
-                logger.warning(
-                    f"{len(same)} of {len(dataset)} rows of the {name} dataset have equal `chosen` and `rejected` "
-                    f"(the first is row {same[0]}). They are kept, but say nothing about a preference."
-                )
-        return dataset
+        return check_paired_rows(dataset, name)
 
 
 def _pairs(tokens: TokenTable, reference_BT: torch.Tensor | None) -> PairedLogps:

@@ -18,6 +18,7 @@ from ..configs import PPOConfig
 from ..humanline import log_ratios
 from ..metrics import Sums, total
 from ..records import LossOutput, PolicyStep
+from ..sharded import whole
 from ..value_head import VALUE_HEAD_FILE, load_value_head
 from .reward_scores import RewardModelScores
 from .rollout import Rollout, load_rollouts, roll_out, rollout_file, save_rollouts
@@ -46,6 +47,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
     """
 
     config_class = PPOConfig
+    takes_humanline = True
     method = Method(
         name="PPO",
         title="Proximal Policy Optimization Algorithms",
@@ -68,14 +70,14 @@ class PPOTrainer(ScoredTrainer, ValueHost):
         reward_processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> None:
-        if (kwargs.get("optimizers") or (None,))[0] is not None:
+        self._reward = (reward_model, reward_processing_class)
+        self._rollouts: list[Rollout] | None = None
+        super().__init__(*args, **kwargs)
+        if self.optimizer is not None:
             raise ValueError(
                 "`optimizers` holds an optimizer, which was made before the value head and would never train it. "
                 "Leave it out and choose one with `optim` and `learning_rate`."
             )
-        self._reward = (reward_model, reward_processing_class)
-        self._rollouts: list[Rollout] | None = None
-        super().__init__(*args, **kwargs)
         self.attach_value_head()
         if self._policy_folder is not None:
             load_value_head(self.value_head, self._policy_folder)
@@ -158,6 +160,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        inputs = self.without_repeats(inputs)
         rollout = self._rollout_of(inputs)
         tokens = self.policy_tokens(model, inputs)
         self.refuse_non_finite(tokens, None)
@@ -172,8 +175,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
         output = self.loss(record)
         self.record_metrics(self._sums(output, record) | self.scored_sums(inputs, tokens, rollout.old_policy))
         self.count_tokens(inputs)
-        loss = self.mean_over_tokens(output, tokens.mask_BT)
-        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
+        loss = self.share_of_step(self.mean_over_tokens(output, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _rollout_of(self, batch: dict[str, Any]) -> Rollout:
@@ -236,7 +238,7 @@ class _ClipValueHead(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parameters = self.trainer.value_head.parameters()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.v_head_max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, args.v_head_max_grad_norm))
         self.trainer.record_metrics({"v_head_grad_norm": (norm.detach(), torch.ones_like(norm))})
 
 

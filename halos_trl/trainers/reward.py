@@ -37,6 +37,23 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
     card_fields = ("center_rewards_coefficient",)
     card_task = "reward"
 
+    def __init__(self, model: str | PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        labels = None if isinstance(model, str) else model.config.num_labels
+        if labels is not None and labels != 1:
+            raise ValueError(
+                f"The reward model has {labels} labels; expected 1, the score. Load a checkpoint of HALOs', which has "
+                "two, with `halos_trl.load_reward_model`; or pass the name of a language model, which gets a new head."
+            )
+        try:
+            super().__init__(model, *args, **kwargs)
+        except RuntimeError as error:
+            if not isinstance(model, str) or "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{model!r} does not fit a reward model with one logit: {error} If it is one of HALOs', with two, "
+                "pass `halos_trl.load_reward_model(...)` of it instead of its name."
+            ) from error
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -44,7 +61,7 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
         loss, outputs = result if return_outputs else (result, None)
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The reward model's loss is {loss.item()} at step {self.state.global_step + 1}. The weights were not "
+                f"The reward model's loss is {loss.item()} at {self.moment}. The weights were not "
                 "updated with it. Look for NaN in the model's weights, or lower `learning_rate`."
             )
         loss = self.share_of_step(loss, inputs)

@@ -26,17 +26,22 @@ class RewardModelScores:
     """
 
     def __init__(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, batch_size: int = 32):
+        if isinstance(model, str):
+            raise ValueError(
+                f"`reward_model` is {model!r}; expected a model. Load it, e.g. with `halos_trl.load_reward_model`."
+            )
         if model.config.num_labels not in (1, 2):
             raise ValueError(
                 f"The reward model has {model.config.num_labels} labels. It needs one logit (its score), or two as "
                 "HALOs trains them (the score is logit 1). Pass a reward model, e.g. of `BradleyTerryTrainer`."
             )
-        if processing_class.pad_token_id is None or model.config.get_text_config().pad_token_id is None:
+        pads = (processing_class.pad_token_id, model.config.get_text_config().pad_token_id)
+        if None in pads or pads[0] != pads[1]:
+            problem = "has no padding token" if None in pads else "and its tokenizer have different padding tokens"
             raise ValueError(
-                "The reward model has no padding token "
-                f"(tokenizer: {processing_class.pad_token!r}, `model.config.pad_token_id`: "
-                f"{model.config.get_text_config().pad_token_id!r}), so it cannot tell where a completion ends in a "
-                "padded batch. Set both, e.g. `tokenizer.pad_token = tokenizer.eos_token` and "
+                f"The reward model {problem} (tokenizer: {processing_class.pad_token!r} with id {pads[0]}, "
+                f"`model.config.pad_token_id`: {pads[1]}), so it cannot tell where a completion ends in a padded "
+                "batch. Set both to one token, e.g. `tokenizer.pad_token = tokenizer.eos_token` and "
                 "`reward_model.config.pad_token_id = tokenizer.pad_token_id`."
             )
         self.model = model
@@ -57,7 +62,12 @@ class RewardModelScores:
 
     def _token_ids(self, row: dict[str, Any]) -> list[int]:
         if is_conversational(row):
-            text = self.processing_class.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
+            text = self.processing_class.apply_chat_template(
+                row["prompt"] + row["completion"],
+                tools=row.get("tools"),
+                tokenize=False,
+                **(row.get("chat_template_kwargs") or {}),
+            )
             return self.processing_class(text, add_special_tokens=False)["input_ids"]
         text = row["prompt"] + row["completion"]
         eos = self.processing_class.eos_token
@@ -85,7 +95,13 @@ class RewardModelScores:
         for start in range(0, len(ids), self.batch_size):
             rows = [row[: self._limit] for row in ids[start : start + self.batch_size]]
             batch = self.processing_class.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-            scores += self.model(**batch.to(device)).logits[:, -1].float().tolist()
+            logits = self.model(**batch.to(device)).logits
+            if logits.ndim != 2:
+                raise ValueError(
+                    f"The reward model ({type(self.model).__name__}) gives logits of shape {tuple(logits.shape)}; "
+                    "expected one or two for each completion. Pass an `AutoModelForSequenceClassification`."
+                )
+            scores += logits[:, -1].float().tolist()
         self.model.to(home).train(was_training)
         return scores
 

@@ -36,7 +36,7 @@ class PrecomputedTokens(Reference):
 class ScoredTrainer(AlignmentTrainer, ScoredHost):
     """Base of the methods on scored completions. Rows may have any form that `scored_rows` accepts."""
 
-    takes_precomputed = True  # one number for each token is stored
+    stores_token_logps = True
 
     groups_stay_together: ClassVar[bool] = True
     """Whether the completions of a prompt have to meet in one optimizer step."""
@@ -69,7 +69,7 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
         """Micro-batches of this process, from a sampler that already knows the processes."""
         args, data = self.args, self.train_dataset
         sampler = GroupBatchSampler(
-            data["group"] if self.groups_stay_together else range(len(data)),
+            list(data["group"][:]) if self.groups_stay_together else range(len(data)),
             micro_batch_size=self.micro_batch_size,
             micro_batches=args.gradient_accumulation_steps,
             num_processes=self.accelerator.num_processes,
@@ -108,11 +108,13 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
         tokens = torch.stack([self.batch_size(batch) for batch in batches]).sum()
         self._step = Step(self.accelerator.reduce(tokens, reduction="sum"), len(batches))
 
-    def mean_over_tokens(self, output: LossOutput, mask_BT: torch.Tensor) -> torch.Tensor:
+    def mean_over_tokens(self, output: LossOutput, tokens: TokenTable) -> torch.Tensor:
         """The loss of a batch by itself; 0, with a gradient of 0, where it has no completion token."""
+        count = tokens.mask_BT.sum()
+        loss = self.with_aux_loss(output.losses.sum() / count.clamp(min=1), tokens)
         if self.mode == "eval":
-            self._evaluation_loss.add({"loss": (output.losses.detach().sum(), mask_BT.sum())})
-        return output.losses.sum() / mask_BT.sum().clamp(min=1)
+            self._evaluation_loss.add({"loss": (loss.detach() * count, count)})
+        return loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The host's loop, whose loss is a mean over examples, with a mean over all tokens in its place."""

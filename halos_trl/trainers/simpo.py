@@ -13,6 +13,7 @@ class SimPOTrainer(PairedPreferenceTrainer):
     """SimPO (arXiv:2405.14734). Compares with no reference, so none is loaded."""
 
     config_class = SimPOConfig
+    takes_humanline = True
     needs_reference = False
     method = Method(
         name="SimPO",

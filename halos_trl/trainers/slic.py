@@ -13,6 +13,7 @@ class SLiCTrainer(PairedPreferenceTrainer):
     """SLiC-HF (arXiv:2305.10425). Compares with no reference, so none is loaded."""
 
     config_class = SLiCConfig
+    takes_humanline = True
     needs_reference = False
     method = Method(
         name="SLiC",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -9,12 +11,12 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
 from .._trl import TokenTable, UnpairedHost, score_tokens
-from ..configs import KTOConfig
+from ..configs import KTO_LOSS_FIELDS, KTOConfig
 from ..data import kl_partners
 from ..data.checks import Rows, check_unpaired_rows
 from ..losses import kto_kl
 from ..metrics import Sums, logps_sums, side_sums
-from ..records import LossOutput, UnpairedLogps
+from ..records import LossOutput, UnpairedLogps, check_output
 from .base import AlignmentTrainer
 
 logger = get_logger(__name__)
@@ -29,6 +31,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
     """
 
     config_class = KTOConfig
+    trl_loss_fields = KTO_LOSS_FIELDS
     needs_kl: ClassVar[bool] = False
     """Whether `loss` reads `self.kl`, the KL estimate of the whole optimizer step in nats."""
 
@@ -42,14 +45,19 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
         self.refuse_non_finite(tokens, reference_BT)
-        if self._step is None or self.mode == "eval":
-            self.kl = self.estimate_kl([inputs])
         desirable_B = inputs["label"].bool()
-        output = self.loss(UnpairedLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, desirable_B))
+        kept = self.real_rows(len(desirable_B))
+        if kept < len(desirable_B):
+            index_B = torch.arange(kept, device=desirable_B.device)
+            tokens, reference_BT, desirable_B = tokens.rows(index_B), reference_BT[index_B], desirable_B[index_B]
+        record = UnpairedLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, desirable_B)
+        with self._kl_for(inputs):
+            output = check_output(self.loss(record), kept)
         self.record_metrics(self.loss_sums(output) | self._sums(tokens, desirable_B))
         self.record_metrics(self.clamp_sums(tokens, reference_BT, desirable_B))
         self.count_tokens(inputs)
-        loss = self.share_of_step(self.with_aux_loss(output.losses.mean(), tokens), inputs)
+        loss = output.losses.sum() / max(kept, 1)
+        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, tokens: TokenTable, desirable_B: torch.Tensor) -> Sums:
@@ -63,9 +71,24 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
 
     # -- the KL estimate ---------------------------------------------------------------------------------------
 
+    kl: torch.Tensor = torch.zeros(())
+    """The estimate that `loss` reads: that of the optimizer step, or of an evaluation batch."""
+
     def begin_step(self, batches: list[dict[str, Any]]) -> None:
         super().begin_step(batches)
         self.kl = self.estimate_kl(batches)
+
+    @contextlib.contextmanager
+    def _kl_for(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Inside, `kl` is the estimate for this batch. An evaluation may come between two micro-batches of a step."""
+        if self._step is not None and self.mode == "train":
+            yield
+            return
+        of_step, self.kl = self.kl, self.estimate_kl([batch])
+        try:
+            yield
+        finally:
+            self.kl = of_step
 
     def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """KL of policy and reference in nats, over the prompts of `batches` with each other's completions.
@@ -86,13 +109,14 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
             torch.stack([torch.stack(part) for part in parts]).sum(0) if parts else torch.zeros(2, device=device)
         )
         kl_sum, count = self.accelerator.reduce(sum_count, reduction="sum")
-        kl = (kl_sum / count.clamp(min=1)).clamp(min=0)
+        kl = kl_sum / count.clamp(min=1)
         if not torch.isfinite(kl):
             raise ValueError(
-                f"The KL estimate of step {self.state.global_step + 1} is {kl.item()}: a model gave log-probabilities "
-                "that are NaN or infinite. The weights were not updated. Look for NaN in the model's weights, or "
-                "lower `learning_rate`."
+                f"The KL estimate is {kl.item()} at {self.moment}: a model gave log-probabilities that are NaN or "
+                "infinite. The weights were not updated. Look for NaN in the model's weights, or lower "
+                "`learning_rate`."
             )
+        kl = kl.clamp(min=0)
         self.record_metrics({"kl": (kl, torch.ones_like(kl))})
         return kl
 
@@ -106,14 +130,15 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
         """What this process scores."""
         if "KL_input_ids" in batches[0]:
             # Fixed partners: precomputed with the reference log-probs, or paired by TRL's vision collator.
-            return [_fixed_partners(batch) for batch in batches]
-        own = [kl_partners.split_sequences(batch) for batch in batches]
+            return [_fixed_partners(self.without_repeats(batch, "KL_completion_mask")) for batch in batches]
+        own = [kl_partners.split_sequences(batch)[: self.real_rows(self.batch_size(batch))] for batch in batches]
         whole = kl_partners.in_batch_order(gather_object([own]))
         paired = kl_partners.rotate(whole)
         if not paired:
             logger.warning_once(
                 "A step or evaluation batch holds a single example, which has no partner for the KL estimate; its KL "
-                "term is 0. Make the batch larger, or set `dataloader_drop_last=True`."
+                "term is 0. This happens at the end of the data when one example is left over: drop one row, or "
+                "choose a number of examples per step that leaves more."
             )
             return []
         share = kl_partners.share_of(paired, self.accelerator.process_index, self.accelerator.num_processes)

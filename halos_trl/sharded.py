@@ -1,0 +1,84 @@
+"""Parameters that an engine has renamed, or split over the processes: FSDP2, DeepSpeed ZeRO-3, `torch.compile`.
+
+A tensor that is not split passes through unchanged. Where one is split, `whole` and `assign_whole` are collective:
+every process of the run has to call them for the same tensors in the same order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def parameters_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters under the names that the bare model gives them, whatever was wrapped around its layers."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")
+        named[name] = parameter
+    return named
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor put together from its shards, without gradient."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor().detach()
+    with collected([tensor]):
+        return tensor.detach().clone() if _in_zero3(tensor) else tensor.detach()
+
+
+@torch.no_grad()
+def assign_whole(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Write a whole tensor into one that may be split, in place."""
+    value = value.to(target.device)
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value, target.device_mesh, target.placements)
+    with collected([target]):
+        target.copy_(value)
+
+
+def shape_of(tensor: torch.Tensor) -> torch.Size:
+    """Of the whole tensor."""
+    return getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 leaves nothing of the tensor itself
+
+
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
+    """What FSDP2 left of the tensor on this process, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Undo what a forward pass of FSDP2 may leave: whole parameters, which do not fit another model's shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def collected(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, the parameters of ZeRO-3 among `tensors` are whole on every process.
+
+    What is written into them stays; every process has to write the same.
+    """
+    split = [tensor for tensor in tensors if _in_zero3(tensor)]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split, modifier_rank=0):
+        yield
+
+
+def _in_zero3(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+__all__ = ["assign_whole", "collected", "own_shard", "parameters_by_name", "reshard", "shape_of", "whole"]
