@@ -14,9 +14,9 @@ import logging
 import datasets
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from halos_trl import toy
+from halos_trl.sharded import whole
 
 datasets.disable_progress_bars()
 torch.set_num_threads(1)
@@ -119,12 +119,8 @@ def make_config(tmp_path):
 
 
 def weights(model):
-    return torch.cat([whole(p.detach()).flatten() for p in model.parameters()])
-
-
-def whole(tensor):
-    """A clone that is put together from its shards where it has some; then every process has to ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    """All of them, in one vector; of a sharded model every process has to ask."""
+    return torch.cat([whole(p).flatten() for p in model.parameters()])
 
 
 @pytest.fixture

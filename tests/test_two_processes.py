@@ -1,12 +1,12 @@
 """One optimizer step over two real processes (gloo), with DDP or FSDP2, is the same step as in one process."""
 
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import unpaired_rows
+from launch import ENGINES, launch
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 RUNS = [
@@ -15,30 +15,24 @@ RUNS = [
 ]  # fmt: skip
 
 
-def launch(out, *flags, processes=2):
-    unpaired_rows(24).save_to_disk(out / "rows")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-    command = [sys.executable, *launcher, str(SCRIPT), str(out), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return torch.load(out / "results.pt", weights_only=False)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    return {
-        "one": launch(folder / "one", processes=1),
-        "ddp": launch(folder / "ddp"),
-        "fsdp2": launch(folder / "fsdp2", "--fsdp2"),
-    }
+    """By engine, each launched when a test first asks for it."""
+
+    @functools.cache
+    def of(engine=None):
+        out = tmp_path_factory.mktemp(engine or "one")
+        unpaired_rows(24).save_to_disk(out / "rows")
+        return launch(SCRIPT, out, engine)
+
+    return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(results, name, engine):
-    one, two = results["one"][name], results[engine][name]
+    one, two = results()[name], results(engine)[name]
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
     assert len(one["logs"]) == len(two["logs"]) == 3

@@ -1,11 +1,11 @@
 """GRPO and PPO over two real processes (gloo): the same optimizer steps as in one, with groups across the border."""
 
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+from launch import ENGINES, launch
 from policy_runs import scored
 
 SCRIPT = Path(__file__).with_name("two_processes_policy.py")
@@ -15,26 +15,24 @@ RUNS = [
 ]  # fmt: skip
 
 
-def launch(out, *, processes):
-    scored(10).save_to_disk(out / "rows")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-    done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(out)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return torch.load(out / "results.pt", weights_only=False)
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    return launch(folder / "one", processes=1), launch(folder / "two", processes=2)
+    """By engine, each launched when a test first asks for it."""
+
+    @functools.cache
+    def of(engine=None):
+        out = tmp_path_factory.mktemp(engine or "one")
+        scored(10).save_to_disk(out / "rows")
+        return launch(SCRIPT, out, engine)
+
+    return of
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES[:2])
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one(results, name):
-    one, two = results[0][name], results[1][name]
+def test_two_processes_equal_one(results, name, engine):
+    one, two = results()[name], results(engine)[name]
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
     assert len(one["logs"]) == len(two["logs"]) == 4

@@ -1,8 +1,9 @@
 """Runs in every process of a `torchrun` launch (or alone) and saves how the runs ended. OUT holds saved `rows`.
 
-python tests/two_processes.py OUT                                             # one process
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT   # two, with DDP
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT --fsdp2   # two, with FSDP2
+python tests/two_processes.py OUT                                                       # one process
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT             # two, with DDP
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT fsdp2       # two, with FSDP2
+DS_ACCELERATOR=cpu accelerate launch --config_file FILE tests/two_processes.py OUT zero   # two, with DeepSpeed
 """
 
 import copy
@@ -14,25 +15,34 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from conftest import cpu_config, paired_rows, perturbed, unpaired_rows, weights, whole
+from conftest import cpu_config, paired_rows, perturbed, unpaired_rows, weights
 from datasets import load_from_disk
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
 from halos_trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, toy
+from halos_trl.sharded import parameters_by_name, whole
 
 EXAMPLES_PER_STEP = 8
 STEPS = 3
 
 
-def sharded(reshard):
-    """Settings for FSDP2; `reshard`: whether a forward pass gives the other processes' shards back."""
-    layers = ["LlamaDecoderLayer"]
-    return {
-        "fsdp": True,
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": layers, "reshard_after_forward": reshard},
-    }
+def settings_of_engine(engine, reshard=True):
+    """What a config says about the engine; `reshard`: whether FSDP2 gives shards back after a forward pass."""
+    if engine == "zero":
+        return {"use_cpu": False, "ddp_backend": "gloo"}
+    if engine == "fsdp2":
+        layers = ["LlamaDecoderLayer"]
+        config = {"version": 2, "transformer_layer_cls_to_wrap": layers, "reshard_after_forward": reshard}
+        return {"fsdp": True, "fsdp_config": config}
+    return {}
+
+
+def assert_engine(trainer, engine):
+    """No engine gives way to another in silence."""
+    assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
+    assert trainer.is_deepspeed_enabled == (engine == "zero")
 
 
 def make_fsdp2_real():
@@ -69,8 +79,8 @@ class CompareReference(TrainerCallback):
         self.checked += 1
 
     def policy(self, model):
-        parameters = dict(self.trainer.accelerator.unwrap_model(model).named_parameters())
-        return {k: whole(v.detach()) for k, v in parameters.items() if not self.lora or ".default." in k}
+        parameters = parameters_by_name(self.trainer.accelerator.unwrap_model(model))
+        return {k: whole(v).clone() for k, v in parameters.items() if not self.lora or ".default." in k}
 
 
 def run_one(
@@ -82,7 +92,7 @@ def run_one(
     ref=True,
     per_device=None,
     lora=False,
-    fsdp2=False,
+    engine=None,
     reshard=True,
     **settings,
 ):
@@ -97,7 +107,7 @@ def run_one(
         train_sampling_strategy="sequential",
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
-        **(sharded(reshard) if fsdp2 else {}),
+        **settings_of_engine(engine, reshard),
         **settings,
     )
     compare = CompareReference()
@@ -113,18 +123,18 @@ def run_one(
     compare.trainer, compare.lora = trainer, lora
     trainer.train()
     assert trainer.accelerator.num_processes == args.world_size
-    assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
-    assert trainer.ref_model is None or isinstance(trainer.ref_model, FSDPModule) == fsdp2
+    assert_engine(trainer, engine)
+    assert trainer.ref_model is None or isinstance(trainer.ref_model, FSDPModule) == (engine == "fsdp2")
     if settings.get("humanline"):
         assert compare.checked == STEPS
     logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
-def main(out: Path, fsdp2: bool) -> None:
-    if fsdp2:
+def main(out: Path, engine: str | None = None) -> None:
+    if engine == "fsdp2":
         make_fsdp2_real()
-    run = functools.partial(run_one, fsdp2=fsdp2)
+    run = functools.partial(run_one, engine=engine)
     kto = (KTOTrainer, KTOConfig, unpaired_rows(24), out)
     dpo = (DPOTrainer, DPOConfig, paired_rows(24), out)
     results = {
@@ -144,9 +154,9 @@ def main(out: Path, fsdp2: bool) -> None:
         # FSDP2 leaves the reference whole after a forward pass; DDP takes no notice.
         "dpo, humanline, never resharded": run(*dpo, beta=0.5, ref=False, humanline=True, reshard=False),
     }
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if int(os.environ.get("RANK", 0)) == 0:
         torch.save(results, out / "results.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), fsdp2="--fsdp2" in sys.argv)
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,8 +1,8 @@
 """Runs in every process of a `torchrun` launch (or alone) and saves what GRPO and PPO ended with. OUT holds `rows`.
 
-python tests/two_processes_policy.py OUT                                               # one process
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT   # two, with DDP
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT --fsdp2   # two, with FSDP2
+python tests/two_processes_policy.py OUT                                                   # one process
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT         # two, with DDP
+python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT fsdp2   # two, with FSDP2
 """
 
 import functools
@@ -16,8 +16,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from policy_runs import build, scored, settings_of
 from test_ppo_trainer import reward_model
-from torch.distributed.fsdp import FSDPModule
-from two_processes import make_fsdp2_real, sharded
+from two_processes import assert_engine, make_fsdp2_real, settings_of_engine
 
 from halos_trl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, toy
 
@@ -26,7 +25,7 @@ STEPS = 4
 
 
 def run_one(
-    trainer_class, config_class, data, out, *, per_device=None, ref="near", lora=False, fsdp2=False, **overrides
+    trainer_class, config_class, data, out, *, per_device=None, ref="near", lora=False, engine=None, **overrides
 ):
     tokenizer = toy.build_tokenizer()
     extra = {"reward_model": reward_model(tokenizer)} if overrides.pop("learned", False) else {}
@@ -39,22 +38,22 @@ def run_one(
         max_steps=STEPS,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
-        **(sharded(True) if fsdp2 else {}),
+        **settings_of_engine(engine),
         **(settings_of(trainer_class) | overrides),
     )
     extra["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
     trainer = build(trainer_class, args, toy.tiny_model(tokenizer), tokenizer, data, ref=ref, **extra)
     trainer.train()
     assert trainer.accelerator.num_processes == args.world_size == processes
-    assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
+    assert_engine(trainer, engine)
     logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
-def main(out: Path, fsdp2: bool) -> None:
-    if fsdp2:
+def main(out: Path, engine: str | None = None) -> None:
+    if engine == "fsdp2":
         make_fsdp2_real()
-    run = functools.partial(run_one, fsdp2=fsdp2)
+    run = functools.partial(run_one, engine=engine)
     grpo, ppo = (GRPOTrainer, GRPOConfig), (PPOTrainer, PPOConfig)
     data = scored(10)
     # From disk: processes share what is precomputed through the data set's cache folder.
@@ -78,4 +77,4 @@ def main(out: Path, fsdp2: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), fsdp2="--fsdp2" in sys.argv)
+    main(Path(sys.argv[1]), *sys.argv[2:])
