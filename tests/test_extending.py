@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import paired_rows, perturbed, unpaired_rows, weights
 
+import halos_trl
 from halos_trl import KTOConfig
 from halos_trl.records import PairedLogps, UnpairedLogps
 
@@ -118,6 +119,63 @@ def test_dummy_kto_under_humanline_and_with_an_adapter(model, tokenizer, make_co
     steps = [e for e in trainer.state.log_history if "loss" in e]
     assert "unclamped" in steps[-1]
     assert steps[0]["rewards/chosen"] == 0.0
+
+
+def test_flags_that_a_method_does_not_read_are_refused(fit, dummy_kto, margin):
+    """They change nothing in these two losses, and would look as if they did."""
+    for name, value in {"loss_type": "apo_zero_unpaired", "desirable_weight": 3.0, "undesirable_weight": 3.0}.items():
+        with pytest.raises(ValueError, match=f"`{name}=.*has no effect: the loss of DummyKTOTrainer does not read"):
+            fit(dummy_kto, KTOConfig, unpaired_rows(8), **{name: value})
+    for name, value in {"loss_type": "ipo", "ld_alpha": 0.5, "use_weighting": True, "label_smoothing": 0.1}.items():
+        with pytest.raises(ValueError, match=f"`{name}=.*has no effect: the loss of MarginTrainer does not read"):
+            fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), **{name: value})
+    for name in ("sync_ref_model", "precompute_ref_log_probs"):
+        with pytest.raises(ValueError, match=f"`{name}=True` has no effect: MarginTrainer compares with no reference"):
+            fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), **{name: True})
+    with pytest.raises(ValueError, match="nothing says that the loss of MarginTrainer clamps"):
+        fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), humanline=True)
+
+
+def test_what_was_said_of_a_loss_does_not_hold_for_the_one_that_replaces_it():
+    class Own(halos_trl.DPOTrainer):
+        def loss(self, record):
+            raise NotImplementedError
+
+    class Renamed(halos_trl.DPOTrainer):
+        pass
+
+    assert Renamed.takes_precomputed and Renamed.takes_humanline and "ld_alpha" in Renamed.takes_options
+    assert not (Own.takes_precomputed or Own.takes_humanline or Own.takes_options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            lambda output: output._replace(losses=output.losses[:, None] + output.losses),
+            r"shape \(8, 8\); expected \(8,\)",
+        ),
+        (lambda output: output._replace(losses=output.losses.mean()), r"shape \(\); expected \(8,\)"),
+        (lambda output: output._replace(metrics={"share": 0.5}), "metric 'share' as float"),
+        (lambda output: output.losses, "`loss` returned Tensor"),
+    ],
+)
+def test_what_a_loss_may_get_wrong_is_refused(fit, margin, wrong, message):
+    class Wrong(margin.MarginTrainer):
+        def loss(self, record):
+            return wrong(super().loss(record))
+
+    with pytest.raises(ValueError, match=message):
+        fit(Wrong, margin.MarginConfig, paired_rows(8))
+
+
+def test_metrics_of_ones_own_are_logged_whatever_their_name(fit, margin):
+    class Measured(margin.MarginTrainer):
+        def loss(self, record):
+            return super().loss(record)._replace(metrics={"unclamped_tokens": torch.tensor(3.0)})
+
+    trainer = fit(Measured, margin.MarginConfig, paired_rows(8), max_steps=1)
+    assert trainer.state.log_history[0]["unclamped_tokens"] == 3.0
 
 
 def test_paired_method_is_its_formula_and_trains(fit, margin):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import perturbed, unpaired_rows, weights
+from conftest import assistant, paired_rows, perturbed, unpaired_rows, user, weights
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 
@@ -166,14 +166,38 @@ def test_leftover_example_of_an_epoch_trains_with_kl_zero_and_says_so(fit, said)
     assert "has no partner" in said()
 
 
+def test_kl_is_that_of_each_prompt_with_the_next_completion_written_out(fit):
+    """Cut by its own prompt as it is trained, and again behind the prompt that it is paired with."""
+    limit = 14
+    trainer = fit(unpaired_rows(8, seed=2), train=False, max_length=limit)
+    prompts, completions = trainer.train_dataset["prompt_ids"][:], trainer.train_dataset["completion_ids"][:]
+    assert any(len(p) + len(c) > limit for p, c in zip(prompts, completions, strict=True))
+    sums = []
+    for i, prompt in enumerate(prompts):
+        j = (i + 1) % len(prompts)
+        partner = completions[j][: limit - len(prompts[j])]
+        ids = torch.tensor([(prompt + partner)[:limit]])
+        log_ratio = 0.0
+        for sign, model in ((1, trainer.model), (-1, trainer.ref_model)):
+            with torch.no_grad():
+                logps = model(ids).logits.double().log_softmax(-1)[0, :-1]
+            log_ratio += sign * logps.gather(-1, ids[0, 1:, None]).squeeze(-1)[len(prompt) - 1 :].sum().item()
+        sums.append(log_ratio)
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.estimate_kl([batch]).item() == pytest.approx(max(sum(sums) / len(sums), 0), abs=1e-6)
+    assert sum(sums) > 0, "a KL of 0 would equal anything below it"
+
+
 # -- precomputed reference log-probs -------------------------------------------------------------------------------
 
 
-def test_precomputed_reference_equals_online_reference(fit):
+@pytest.mark.parametrize("max_length", [None, 14])
+def test_precomputed_reference_equals_online_reference(fit, max_length):
     """With the whole data set in each step, the next row of the data set is also the partner inside the step."""
     data = unpaired_rows(8)
-    online = fit(data)
-    stored = fit(data, precompute_ref_log_probs=True)
+    online = fit(data, max_length=max_length)
+    stored = fit(data, max_length=max_length, precompute_ref_log_probs=True)
     torch.testing.assert_close(weights(stored.model), weights(online.model), rtol=0, atol=1e-6)
     assert logged(stored, "kl")[0] == pytest.approx(logged(online, "kl")[0], abs=5e-6)
 
@@ -225,6 +249,22 @@ def test_lora_trains_against_its_base(fit):
 # -- evaluation ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
+def test_evaluation_inside_a_step_leaves_the_step_alone(fit, event):
+    class EvaluateAt(transformers.TrainerCallback):
+        def evaluate(self, args, state, control, **kwargs):
+            self.trainer.evaluate(unpaired_rows(8, seed=1))
+
+    callback = EvaluateAt()
+    setattr(callback, event, callback.evaluate)
+    split = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.5}
+    undisturbed = fit(unpaired_rows(16), **split)
+    disturbed = fit(unpaired_rows(16), **split, train=False, callbacks=[callback])
+    callback.trainer = disturbed
+    disturbed.train()
+    assert torch.equal(weights(disturbed.model), weights(undisturbed.model))
+
+
 def test_evaluation_estimates_kl_per_batch_and_accepts_raw_data(fit):
     trainer = fit(unpaired_rows(16), eval_dataset={"a": unpaired_rows(8, 1), "b": unpaired_rows(8, 2)}, train=False)
     metrics = trainer.evaluate()
@@ -257,8 +297,6 @@ def test_compute_metrics_gets_logits(fit, model, tokenizer, make_config):
 
 
 def test_paired_data_is_unpaired(fit):
-    from conftest import paired_rows
-
     trainer = fit(paired_rows(8), max_steps=1)
     assert len(trainer.train_dataset) == 16
     assert sum(trainer.train_dataset["label"]) == 8
@@ -296,19 +334,50 @@ BAD_ROWS = {
         r"Row 1 .*empty `completion`",
     ),
     "one row": ([{"prompt": "a", "completion": "b", "label": True}], r"one row"),
+    "one row left": (
+        [{"prompt": "a" * 99, "completion": "b", "label": True}, {"prompt": "a", "completion": "b", "label": False}],
+        r"one row",
+    ),
+    "missing prompt": (
+        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": None, "completion": "b", "label": False}],
+        r"Row 1 .*prompt None of type NoneType",
+    ),
+    "prompt and completion of two kinds": (
+        [{"prompt": user("a"), "completion": "b", "label": True}] * 2,
+        r"Row 0 .*prompt of type list with a completion of type str",
+    ),
+    "empty part of a completion": (
+        [{"prompt": user("a"), "completion": assistant([{"type": "text", "text": ""}]), "label": True}] * 2,
+        r"Row 0 .*empty `completion`",
+    ),
 }
 
 
-@pytest.mark.parametrize(
-    ("case", "streaming"), [(c, s) for c in BAD_ROWS for s in (False, True) if not (s and c == "one row")]
-)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", BAD_ROWS)
 def test_bad_rows_are_refused(fit, case, streaming):
     rows, message = BAD_ROWS[case]
     data = datasets.Dataset.from_list(rows)
     if streaming:
         data = data.to_iterable_dataset()
     with pytest.raises(ValueError, match=message):
+        fit(data, max_length=64)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_empty_dataset_is_refused(fit, streaming):
+    data = datasets.IterableDataset.from_generator(lambda: iter(())) if streaming else unpaired_rows(2).select([])
+    with pytest.raises(ValueError, match="train dataset is empty"):
         fit(data)
+
+
+def test_pairs_with_a_label_of_their_own_keep_the_labels_of_their_sides(fit, said):
+    """TRL lets the column stand in for what it makes of the pairs: all rows would be desirable."""
+    data = paired_rows(4).add_column("label", [True] * 4).add_column("completion", [assistant("no")] * 4)
+    trainer = fit(data, max_steps=1)
+    assert sorted(trainer.train_dataset["label"]) == [False] * 4 + [True] * 4
+    assert trainer.train_dataset["completion_ids"] == fit(paired_rows(4), train=False).train_dataset["completion_ids"]
+    assert "bring columns ['completion', 'label'], which are not read" in said()
 
 
 def test_reasoning_counts_as_a_completion(fit):
@@ -366,6 +435,20 @@ def test_evaluation_batch_of_one_example_is_refused(fit):
     settings = {"eval_strategy": "steps", "eval_dataset": unpaired_rows(4)}
     with pytest.raises(ValueError, match="evaluation batch holds a single example"):
         fit(unpaired_rows(8), per_device_eval_batch_size=1, **settings)
+
+
+def test_gradient_that_is_not_finite_never_reaches_the_weights(fit):
+    """The loss is finite; the gradient of one weight is not, from the second step on."""
+    trainer = fit(unpaired_rows(24), train=False)
+    parameter = next(trainer.model.parameters())
+    parameter.register_hook(lambda grad: grad.index_fill(0, torch.tensor(0), float("nan") if steps() else 0.0))
+
+    def steps():
+        return trainer.state.global_step
+
+    with pytest.raises(ValueError, match="gradient's norm is nan at step 2"):
+        trainer.train()
+    assert torch.isfinite(weights(trainer.model)).all()
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import trl
 from conftest import paired_rows, perturbed, weights
+from peft import LoraConfig, get_peft_model
 
 import halos_trl
 from halos_trl import (
@@ -234,6 +235,48 @@ def test_ipo_from_policy_equal_to_reference_stays_finite(fit):
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [{}, {"ld_alpha": 0.3}])
+def test_precomputed_log_probs_are_not_those_of_another_run(fit, tmp_path, first):
+    """TRL's cache lies beside the data; `ld_alpha` decides which tokens a stored sum is over."""
+    paired_rows(16).to_json(tmp_path / "rows.json")
+    data = datasets.load_dataset("json", data_files=str(tmp_path / "rows.json"), cache_dir=tmp_path / "cache")["train"]
+    second = {"ld_alpha": 0.3} if not first else {}
+    fit(data, DPOTrainer, DPOConfig, precompute_ref_log_probs=True, **first, train=False)
+    stored = fit(data, DPOTrainer, DPOConfig, precompute_ref_log_probs=True, **second)
+    online = fit(data, DPOTrainer, DPOConfig, **second)
+    torch.testing.assert_close(weights(stored.model), weights(online.model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("humanline", [False, True])
+def test_nan_is_refused_whoever_computes_the_loss(fit, model, loss_type, humanline):
+    trainer = fit(paired_rows(8), DPOTrainer, DPOConfig, train=False, loss_type=loss_type, humanline=humanline)
+    with torch.no_grad():
+        next(trainer.model.parameters())[7, 3] = float("nan")
+    with pytest.raises(ValueError, match="at step 1"):
+        trainer.train()
+    assert torch.isnan(weights(trainer.model)).sum() == 1
+
+
+@pytest.mark.parametrize("config_class", [CDPOConfig, IPOConfig, SimPOConfig, SLiCConfig])
+def test_config_of_another_method_is_refused(fit, config_class):
+    """Each of them is a `DPOConfig` too, but DPO would not read its own fields."""
+    with pytest.raises(ValueError, match=f"got `args` of type halos_trl.configs.{config_class.__name__}"):
+        fit(paired_rows(8), DPOTrainer, config_class)
+
+
+@pytest.mark.parametrize("method", ["simpo", "slic"])
+def test_adapter_without_reference_is_never_copied(fit, model, tokenizer, make_config, method):
+    """PEFT allows no second adapter beside one that trains biases."""
+    trainer_class, config_class = PAIRED[method]
+    policy = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules="all-linear", bias="lora_only"))
+    trainer = trainer_class(
+        policy, args=make_config(config_class), train_dataset=paired_rows(8), processing_class=tokenizer
+    )
+    trainer.train()
+    assert list(trainer.model.peft_config) == ["default"]
 
 
 def test_equal_chosen_and_rejected_are_counted(fit, said):
