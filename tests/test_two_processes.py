@@ -35,9 +35,10 @@ def test_two_processes_equal_one(results, name, engine):
     one, two = results()[name], results(engine)[name]
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
-    assert len(one["logs"]) == len(two["logs"]) == 3
+    assert len(one["logs"]) == len(two["logs"]) >= 3
     for alone, together in zip(one["logs"], two["logs"], strict=True):
         assert set(alone) == set(together)
+        assert "loss" in alone or "eval_loss" in alone
         for metric, value in alone.items():
             assert together[metric] == pytest.approx(value, rel=1e-5, abs=5e-6), metric  # float32 sums of 30 nats
 

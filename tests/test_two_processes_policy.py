@@ -35,7 +35,8 @@ def test_two_processes_equal_one(results, name, engine):
     one, two = results()[name], results(engine)[name]
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)
-    assert len(one["logs"]) == len(two["logs"]) == 4
+    assert len(one["logs"]) == len(two["logs"]) == 5
+    assert "eval_loss" in one["logs"][-1]
     for alone, together in zip(one["logs"], two["logs"], strict=True):
         assert set(alone) == set(together)
         for metric, value in alone.items():

@@ -106,6 +106,7 @@ def run_one(
         max_steps=STEPS,
         train_sampling_strategy="sequential",
         per_device_train_batch_size=per_device,
+        per_device_eval_batch_size=EXAMPLES_PER_STEP // processes,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
         **settings_of_engine(engine, reshard),
         **settings,
@@ -128,7 +129,23 @@ def run_one(
     if settings.get("humanline"):
         assert compare.checked == STEPS
     logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
+    if trainer_class is KTOTrainer or not trainer.uses_trl_loss:
+        # 11 rows: the last batch of two processes is filled up with repetitions.
+        rows = unpaired_rows if trainer_class is KTOTrainer else paired_rows
+        logs.append(timeless(trainer.evaluate(on_disk(rows(11, seed=1), out / f"evaluated {rows.__name__}"))))
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
+
+
+def timeless(metrics):
+    return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "_per_second", "_time"))}
+
+
+def on_disk(data, folder):
+    """Processes share what is precomputed through the data set's cache folder."""
+    with PartialState().main_process_first():
+        if not folder.exists():
+            data.save_to_disk(folder)
+    return load_from_disk(folder)
 
 
 def main(out: Path, engine: str | None = None) -> None:

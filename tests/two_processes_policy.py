@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from peft import LoraConfig
 from policy_runs import build, scored, settings_of
 from test_ppo_trainer import reward_model
-from two_processes import assert_engine, make_fsdp2_real, settings_of_engine
+from two_processes import assert_engine, make_fsdp2_real, on_disk, settings_of_engine, timeless
 
 from halos_trl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, toy
 
@@ -37,6 +37,7 @@ def run_one(
         out / "runs",
         max_steps=STEPS,
         per_device_train_batch_size=per_device,
+        per_device_eval_batch_size=EXAMPLES_PER_STEP // processes,
         gradient_accumulation_steps=EXAMPLES_PER_STEP // (per_device * processes),
         **settings_of_engine(engine),
         **(settings_of(trainer_class) | overrides),
@@ -47,6 +48,8 @@ def run_one(
     assert trainer.accelerator.num_processes == args.world_size == processes
     assert_engine(trainer, engine)
     logs = [{k: v for k, v in e.items() if "runtime" not in k} for e in trainer.state.log_history if "loss" in e]
+    # 14 rows: the last batch of two processes is filled up with repetitions.
+    logs.append(timeless(trainer.evaluate(on_disk(scored(4, seed=1), out / "evaluated"))))
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
