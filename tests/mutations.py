@@ -14,8 +14,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN, KTO, PAIRED, HUMANLINE = (
-    f"tests/test_{name}.py" for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training")
+GOLDEN, KTO, PAIRED, HUMANLINE, PPO = (
+    f"tests/test_{name}.py"
+    for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training", "ppo_trainer")
 )
 # what is broken, file, text, its replacement, tests that have to notice
 MUTATIONS = [
@@ -39,6 +40,16 @@ MUTATIONS = [
     ("humanline: bounds swapped", "humanline.py", "clamp(humanline.log_epsilon_p, humanline.log_epsilon_r)",
      "clamp(-humanline.log_epsilon_r, -humanline.log_epsilon_p)", [GOLDEN]),
     ("NaN is let through", "trainers/base.py", "not torch.isfinite(table).all()", "False", [KTO]),
+    ("NaN gradients are let through", "_trl.py", "not math.isfinite(value)", "False", [KTO]),
+    ("KTO: partners are not cut", "data/kl_partners.py", "(s.prompt_ids + s.completion_ids)[:max_length]",
+     "(s.prompt_ids + s.completion_ids)", [KTO]),
+    ("KTO: an evaluation leaves its KL behind", "trainers/unpaired.py", "self.kl = of_step", "pass", [KTO]),
+    ("precomputed log-probs of another setting", "_trl.py", '("max_length", "truncation_mode", "ld_alpha")', "()",
+     [PAIRED]),
+    ("humanline: PiSSA edits the base twice", "_trl.py", "config.init_lora_weights = True", "pass", [HUMANLINE]),
+    ("PPO: gamma and lambda swapped", "trainers/ppo.py", "gamma=self.args.gamma,\n            lam=self.args.lam,",
+     "gamma=self.args.lam,\n            lam=self.args.gamma,", [PPO]),
+    ("PPO: values one position late", "_trl.py", "head(hidden_BSH[:, :-1])", "head(hidden_BSH[:, 1:])", [PPO]),
     ("dropped rows are not counted", "_trl.py", "if len(kept) < len(dataset):", "if False:", [KTO]),
 ]  # fmt: skip
 
