@@ -560,6 +560,15 @@ class TrainerHost(NamedTrainer):
 
     # -- saving ------------------------------------------------------------------------------------------------
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        # PEFT loads an adapter in float32; that of a quantized model was bfloat16 before the interruption.
+        for name, parameter in policy.named_parameters():
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
             kept = [name for name in self.model.peft_config if name != REFERENCE_ADAPTER]

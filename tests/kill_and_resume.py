@@ -26,22 +26,39 @@ from halos_trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, toy
 STEPS, SAVE_STEPS = 8, 2
 EVENTS = (
     "on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_save",
-    "while_saving",
+    "before_model_file", "within_model_file",
 )  # fmt: skip
+WHILE_SAVING = ("before_model_file", "within_model_file")
+"""Events inside of a checkpoint's writing: its first file is there, or its model file is there by half."""
 
 
 class KillAt(TrainerCallback):
-    """SIGKILL at one event of one step; `while_saving` is between a checkpoint's first file and the others."""
+    """SIGKILL at one event of one step."""
 
     def __init__(self, event, step):
-        self.event, self.step = event, step
-
-        if event != "while_saving":
+        self.step = step
+        if event not in WHILE_SAVING:
             setattr(self, event, self.kill)
 
     def kill(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_while_saving(trainer, event, step):
+    """Let the trainer die inside of the checkpoint of one step."""
+    method = "before_checkpoint" if event == "before_model_file" else "_save"
+    write = getattr(trainer, method)
+
+    def write_and_die(folder, *args, **kwargs):
+        write(folder, *args, **kwargs)
+        if trainer.state.global_step == step:
+            if event == "within_model_file":
+                for file in Path(folder).glob("*model.safetensors"):  # the model's, or the adapter's
+                    os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(trainer, method, write_and_die)
 
 
 def make_trainer(method, adapter, output_dir, callbacks=None):
@@ -80,17 +97,9 @@ def make_trainer(method, adapter, output_dir, callbacks=None):
 def train_until_killed(method, adapter, output_dir, event, step):
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # the process never comes back
-    kill = KillAt(event, step)
-    trainer = make_trainer(method, adapter, output_dir, [kill])
-    if event == "while_saving":
-        write = trainer.before_checkpoint
-
-        def write_and_die(folder):
-            write(folder)
-            if trainer.state.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        trainer.before_checkpoint = write_and_die
+    trainer = make_trainer(method, adapter, output_dir, [KillAt(event, step)])
+    if event in WHILE_SAVING:
+        kill_while_saving(trainer, event, step)
     trainer.train()
 
 
@@ -108,9 +117,9 @@ def uninterrupted(method, adapter, folder):
 def kill_point(rng):
     event = rng.choice(EVENTS)
     # At least one checkpoint lies behind, else there is nothing to resume from; a step ends before it is saved.
-    if event in ("on_save", "while_saving"):
+    if event == "on_save" or event in WHILE_SAVING:
         # Nothing is left to resume once the last checkpoint is complete.
-        return event, rng.choice(range(2 * SAVE_STEPS, STEPS + (event == "while_saving"), SAVE_STEPS))
+        return event, rng.choice(range(2 * SAVE_STEPS, STEPS + (event in WHILE_SAVING), SAVE_STEPS))
     return event, rng.randrange(SAVE_STEPS + (event == "on_step_end"), STEPS)
 
 

@@ -62,6 +62,28 @@ def test_every_example_once_groups_whole_processes_in_step(sizes, size, micro_ba
     assert samplers[0].oversized == sum(s > capacity for s in sizes)
 
 
+@given(SIZES, st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2))
+@settings(max_examples=150, deadline=None)
+def test_example_k_of_a_step_goes_to_process_k_mod_p(sizes, size, micro_batches, processes, epoch):
+    """As HALOs deals them. One process with room for the whole step shows the step in its order."""
+
+    def epoch_of(micro_batch_size, **split):
+        sampler = GroupBatchSampler(grouped(sizes), micro_batch_size=micro_batch_size, seed=7, **split)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    steps = epoch_of(size * micro_batches * processes)
+    split = {"micro_batches": micro_batches, "num_processes": processes}
+    for process in range(processes):
+        share = epoch_of(size, process_index=process, **split)
+        assert len(share) == len(steps) * micro_batches
+        for k, step in enumerate(steps):
+            batches = share[k * micro_batches : (k + 1) * micro_batches]
+            assert [i for batch in batches for i in batch if i != FILLER] == step[process::processes]
+            lengths = [sum(i != FILLER for i in batch) for batch in batches]
+            assert max(lengths) - min(lengths) <= 1, "a process spreads its examples evenly"
+
+
 @given(SIZES)
 @settings(max_examples=50, deadline=None)
 def test_packing_closes_a_step_only_when_nothing_fits(sizes):
@@ -136,6 +158,18 @@ def test_forms_of_rows_give_the_same_groups():
     assert list(unfolded["label"]) == [False, True, True]
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_formatted_datasets_give_the_same_rows(form):
+    forms = [
+        plain(GOOD, GOOD | {"prompt": "b", "score": 2.5}),
+        plain({"prompt": "a", "completions": ["x", "z"], "scores": [0.25, 2.0]}),
+        plain({"prompt": "a", "completion": "x", "label": True}, {"prompt": "a", "completion": "y", "label": False}),
+        plain({"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("y")}),
+    ]
+    for rows in forms:
+        assert scored_rows(rows.with_format(form), "train").to_list() == scored_rows(rows, "train").to_list()
+
+
 def test_labels_and_pairs_count_as_plus_and_minus_one():
     labelled = plain(
         {"prompt": "a", "completion": "x", "label": True}, {"prompt": "a", "completion": "y", "label": False}
@@ -202,6 +236,14 @@ BAD_ROWS = {
     "empty in list": (
         [{"prompt": "a", "completions": ["x", ""], "scores": [0.0, 1.0]}],
         r"Row 0 .*empty `completions`",
+    ),
+    "NaN in list": (
+        [{"prompt": p, "completions": ["x", "y"], "scores": [1.0, s]} for p, s in (("a", 0.0), ("b", float("nan")))],
+        r"Row 1 of the train dataset .*score nan",
+    ),
+    "single score beside a list": (
+        [{"prompt": "a", "completions": ["x", "y"], "score": 1.0}],
+        r"columns \['completions', 'prompt', 'score'\].*With `completions` goes a list of `scores`",
     ),
     "missing prompt_id": ([GOOD | {"prompt_id": 1}, GOOD | {"prompt_id": None}], r"Row 1 .*no `prompt_id`"),
     "misnamed": ([{"prompt": "a", "completon": "x", "score": 1.0}], r"rename_column\('completon', 'completion'\)"),

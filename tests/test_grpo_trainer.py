@@ -1,5 +1,7 @@
 """GRPOTrainer: one step is one batch of tokens however it is split, whole groups, per-token reference, refusals."""
 
+import re
+
 import datasets
 import pytest
 import torch
@@ -7,7 +9,7 @@ import trl
 from conftest import paired_rows, unpaired_rows, weights
 from peft import LoraConfig
 from policy_runs import GRPO, build, logged, scored
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 from halos_trl import GRPOConfig, GRPOTrainer
 from halos_trl.advantages import group_advantages
@@ -93,12 +95,25 @@ def test_humanline_does_not_depend_on_the_split(fit):
 
 def test_epochs_reshuffle_and_end_when_all_rows_were_seen(fit):
     data = scored(10)
-    trainer = fit(data, num_train_epochs=2, max_steps=-1)
-    # 36 rows in groups of 2 to 5: five steps of at most 8 hold them.
+    trainer = fit(
+        data, train=False, num_train_epochs=2, max_steps=-1, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    seen, compute_loss = [], trainer.compute_loss
+
+    def spy(model, inputs, *args, **kwargs):
+        seen.append(inputs["score"][inputs["completion_mask"].any(-1)].tolist())
+        return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    # 36 rows in groups of 2 to 5: five steps of at most 8 hold them, each of two micro-batches.
     assert trainer.state.global_step == 10
     assert trainer.state.epoch == 2
-    rows = sum(min(1, n) for (n,) in logged(trainer, "num_tokens"))
-    assert rows == 10
+    first, second = ([score for batch in seen[start : start + 10] for score in batch] for start in (0, 10))
+    rows = sorted(torch.tensor(data["score"]).tolist())  # no two scores are equal
+    assert sorted(first) == sorted(second) == rows
+    assert first != second
 
 
 def test_steps_hold_whole_groups_with_their_advantages(fit):
@@ -111,6 +126,43 @@ def test_steps_hold_whole_groups_with_their_advantages(fit):
         real = torch.cat([batch["completion_mask"].any(-1) for batch in step])
         advantages = torch.cat([batch["advantage"] for batch in step])[real]
         assert advantages.sum().abs() < 1e-5, "advantages of a whole group add up to 0"
+
+
+def test_steps_that_stay_half_empty_are_reported(fit, said):
+    """Groups of 5 in steps of 8: one group in each, 5/8 of the room; steps of 10 hold two."""
+    data = scored(4, sizes=(5,))
+    fit(data, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
+    assert re.search("hold 62% of the 8 completions .* takes 4 steps, where 3 would .*multiple of the usual", said())
+
+
+@pytest.mark.parametrize(("rows", "size"), [(20, 10), (5, 8), (20, 3)])
+def test_steps_that_are_full_enough_are_not_reported(fit, said, rows, size):
+    """Full steps; a single step that the rows do not fill; and steps that are 5/6 full, of groups split into 3 + 2."""
+    fit(scored(rows // 5, sizes=(5,)), per_device_train_batch_size=size, max_steps=1)
+    assert "completions that they have room for" not in said()
+
+
+# -- mixture of experts --------------------------------------------------------------------------------------------
+
+
+def test_evaluation_loss_contains_the_weighted_aux_loss(tokenizer, make_config):
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    policy, held_out = MixtralForCausalLM(config).float(), scored(4, seed=1)
+    losses = {}
+    for coefficient in (0.0, 10.0):
+        settings = make_config(GRPOConfig, router_aux_loss_coef=coefficient, per_device_eval_batch_size=14)
+        trainer = build(GRPOTrainer, settings, policy, tokenizer, held_out, eval_dataset=held_out)
+        losses[coefficient] = trainer.evaluate()["eval_loss"]
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        aux = policy(batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True).aux_loss
+    assert aux > 0.1
+    assert losses[10.0] - losses[0.0] == pytest.approx(10 * aux.item(), abs=1e-5)
 
 
 # -- precomputed reference log-probs -------------------------------------------------------------------------------
@@ -150,6 +202,29 @@ def test_labelled_paired_listed_and_standard_rows(fit, tokenizer):
     trainer = fit(datasets.Dataset.from_list(lists), max_steps=1)
     assert all(ids[-1] == tokenizer.eos_token_id for ids in trainer.train_dataset["completion_ids"])
     assert sorted(trainer.train_dataset["advantage"]) == pytest.approx([-0.5 / 0.51] * 2 + [0.5 / 0.51] * 2)
+
+
+def test_column_advantage_of_raw_rows_is_replaced(fit, said):
+    data = scored(4)
+    trainer = fit(data.add_column("advantage", [7.0] * 14), train=False)
+    assert "The train dataset has a column `advantage`. It is replaced" in said()
+    assert list(trainer.train_dataset["advantage"]) == list(fit(data, train=False).train_dataset["advantage"])
+
+
+def test_prepared_rows_keep_their_advantages_in_evaluation(fit, said):
+    trainer = fit(scored(4), eval_dataset=scored(4, seed=1), train=False)
+    trainer.evaluate(trainer.eval_dataset.remove_columns("advantage").add_column("advantage", [7.0] * 14))
+    assert trainer.state.log_history[-1]["eval_advantages/abs"] == 7.0
+    assert "It is replaced" not in said()
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_formatted_datasets_train_alike(fit, form):
+    data = scored(4)
+    plain, formatted = fit(data, max_steps=2), fit(data.with_format(form), max_steps=2)
+    for column in ("score", "advantage", "completion_ids"):
+        assert list(formatted.train_dataset[column]) == list(plain.train_dataset[column])
+    assert torch.equal(weights(formatted.model), weights(plain.model))
 
 
 def test_equal_scores_are_legal_and_only_the_penalty_acts(fit):

@@ -1,25 +1,46 @@
 """Humanline in the trainers: the clamp in every method, and a reference that is the policy one step ago."""
 
+import contextlib
 import copy
+import math
 
 import pytest
 import torch
 import trl
 from conftest import paired_rows, perturbed, unpaired_rows, weights
 from peft import LoraConfig, get_peft_model
+from policy_runs import scored
+from safetensors.torch import load_file, save_file
 from test_paired_trainers import LOSS_TYPES, PAIRED
-from transformers import BitsAndBytesConfig, TrainerCallback
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from halos_trl import DPOConfig, DPOTrainer, Humanline, KTOConfig, KTOTrainer, losses
+from halos_trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    Humanline,
+    KTOConfig,
+    KTOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    losses,
+)
 from halos_trl._trl import score_tokens
-from halos_trl.reference import REFERENCE_FILE
+from halos_trl.reference import REFERENCE_FILE, AdapterOff, FrozenAdapter, FrozenCopy
+from halos_trl.sharded import parameters_by_name
 from halos_trl.trainers.paired import _pairs
 
 METHODS = PAIRED | {"kto": (KTOTrainer, KTOConfig)}
+SCORED = {"grpo": (GRPOTrainer, GRPOConfig), "ppo": (PPOTrainer, PPOConfig)}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
 
 
 def rows_for(method, n=24):
+    if method in SCORED:
+        return scored(n // 3)
     return unpaired_rows(n) if method == "kto" else paired_rows(n)
 
 
@@ -28,7 +49,7 @@ def make(model, tokenizer, make_config):
     """A trainer with humanline on, in the order of the data."""
 
     def build(method="dpo", *, policy=None, ref_model=None, peft_config=None, callbacks=None, data=None, **settings):
-        trainer_class, config_class = METHODS[method]
+        trainer_class, config_class = (METHODS | SCORED)[method]
         defaults = {"humanline": True, "train_sampling_strategy": "sequential"}
         return trainer_class(
             copy.deepcopy(model) if policy is None else policy,
@@ -63,6 +84,17 @@ class Watch(TrainerCallback):
         assert not without, f"no gradient for {without}"
 
 
+def first_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def policy_log_probs(trainer, batch):
+    """Without gradient and without dropout."""
+    trainer.model.eval()
+    with torch.no_grad():
+        return score_tokens(trainer.model, batch).logps_BT
+
+
 def assert_reference_was_policy(watch, *, after_step, of_step):
     reference, policy = watch.reference[after_step - 1], watch.before[of_step - 1]
     assert reference
@@ -93,6 +125,18 @@ def test_reference_after_step_t_is_the_policy_before_step_t(make, method, adapte
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize(("method", "settings"), [("grpo", {}), ("ppo", {}), ("ppo", {"ppo_epochs": 2})])
+def test_methods_on_scored_completions_follow_the_policy_too(make, method, settings, adapter):
+    watch = Watch()
+    watch.trainer = make(method, peft_config=ADAPTERS[adapter], callbacks=[watch], max_steps=4, **settings)
+    watch.trainer.train()
+    for t in range(1, 5):
+        assert_reference_was_policy(watch, after_step=t, of_step=t)
+    # The value head moves even where the policy does not.
+    assert any(not torch.equal(t, watch.reference[3][k]) for k, t in watch.reference[0].items())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_sync_every_third_step(make, adapter):
     watch = Watch()
     watch.trainer = make(
@@ -103,12 +147,31 @@ def test_sync_every_third_step(make, adapter):
         assert_reference_was_policy(watch, after_step=after, of_step=of)
 
 
-def test_explicit_reference_is_used_first_and_then_follows(make, model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_explicit_reference_is_used_first_and_then_overwritten(make, model, dtype):
+    """It may be of another dtype than the policy: what is copied into it is rounded."""
+    reference = perturbed(model).to(dtype)
     watch = Watch()
-    watch.trainer = make(ref_model=perturbed(model), callbacks=[watch], max_steps=2)
+    watch.trainer = make(ref_model=reference, callbacks=[watch], max_steps=2)
     watch.trainer.train()
     assert watch.trainer.state.log_history[0]["rewards/chosen"] != 0.0
-    assert_reference_was_policy(watch, after_step=2, of_step=2)
+    for name, parameter in reference.named_parameters():
+        assert parameter.dtype == dtype
+        assert torch.equal(parameter, watch.before[1][name].to(dtype)), name
+
+
+def test_reference_follows_a_policy_whose_layers_are_wrapped(model):
+    """The reference is bare, and both have to find each other's parameters by name."""
+    policy = copy.deepcopy(model)
+    policy.model.layers[0] = checkpoint_wrapper(policy.model.layers[0])
+    compiled = torch.nn.Module()
+    compiled._orig_mod = policy
+    renamed = "_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight"
+    assert renamed in dict(compiled.named_parameters())
+    assert list(parameters_by_name(compiled)) == list(dict(model.named_parameters()))
+    reference = FrozenCopy(perturbed(model), lambda wrapped: wrapped, contextlib.nullcontext)
+    reference.sync(compiled)
+    assert torch.equal(weights(reference.model), weights(model))
 
 
 def test_a_policy_without_path_starts_equal_to_its_reference(make):
@@ -146,25 +209,56 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "4bit", "8bit", "existing adapter"])
-def test_reference_adapter_equals_a_deep_copy_of_the_policy(make, model, tokenizer, kind, tmp_path):
-    policy, peft_config = copy.deepcopy(model), ADAPTERS.get(kind)
-    if kind in QUANTIZED:
-        pytest.importorskip("bitsandbytes")
-        from transformers import AutoModelForCausalLM
+@pytest.fixture
+def policy_of(model, tmp_path):
+    """`policy_of("4bit")`: what to pass as `policy` and `peft_config`."""
 
-        model.save_pretrained(tmp_path / "base")
-        policy = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=QUANTIZED[kind])
-        peft_config = LoraConfig(**LORA)
-    elif kind == "existing adapter":
-        policy = get_peft_model(policy, LoraConfig(**LORA))
-    trainer = make(policy=policy, peft_config=peft_config, max_steps=3, learning_rate=1e-2)
-    check = DeepCopies(next(iter(trainer.get_train_dataloader())))
+    def build(kind):
+        policy = copy.deepcopy(model)
+        if kind in QUANTIZED:
+            pytest.importorskip("bitsandbytes")
+            model.save_pretrained(tmp_path / "base")
+            policy = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=QUANTIZED[kind])
+        elif kind == "existing adapter":
+            policy = get_peft_model(policy, LoraConfig(**LORA))
+        return {"policy": policy, "peft_config": LoraConfig(**LORA) if kind in QUANTIZED else ADAPTERS.get(kind)}
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "4bit", "8bit", "existing adapter"])
+def test_reference_adapter_equals_a_deep_copy_of_the_policy(make, policy_of, kind):
+    trainer = make(**policy_of(kind), max_steps=3, learning_rate=1e-2)
+    check = DeepCopies(first_batch(trainer))
     check.trainer = trainer
     trainer.add_callback(check)
     trainer.train()
     assert max(check.distance) <= 1e-6
     assert min(check.movement) > 1e-4
+
+
+@pytest.mark.parametrize("humanline", [True, False])
+@pytest.mark.parametrize("ready", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapter_that_took_a_part_of_the_base_weights(make, model, init, ready, humanline):
+    """The base alone is not what the policy was at the start, so the reference needs an adapter in any case."""
+    config = LoraConfig(**LORA | {"init_lora_weights": init})
+    policy = get_peft_model(copy.deepcopy(model), config) if ready else None
+    watch = Watch()
+    watch.trainer = trainer = make(
+        policy=policy, peft_config=None if ready else config, callbacks=[watch], humanline=humanline, max_steps=2
+    )
+    batch = first_batch(trainer)
+    start = policy_log_probs(trainer, batch)
+    without_adapter = policy_log_probs(make(humanline=False), batch)
+    torch.testing.assert_close(start, without_adapter, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.reference.log_probs(batch), start, rtol=0, atol=1e-6)
+    trainer.train()
+    assert not torch.equal(policy_log_probs(trainer, batch), start)
+    if humanline:
+        assert_reference_was_policy(watch, after_step=2, of_step=2)
+    else:
+        torch.testing.assert_close(trainer.reference.log_probs(batch), start, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"humanline": False, "sync_ref_model": True, "ref_model_sync_steps": 1}])
@@ -179,14 +273,25 @@ def test_reference_adapter_has_no_dropout(make, settings):
     assert not torch.equal(*policy), "the policy keeps the dropout that it was asked to keep"
 
 
-def test_copied_reference_has_no_dropout(make, model):
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.5
-    trainer = make(policy=model, humanline=False, disable_dropout=False)
-    batch = next(iter(trainer.get_train_dataloader()))
+@pytest.mark.parametrize(
+    ("kind", "adapter", "humanline"),
+    [(FrozenCopy, "full", True), (AdapterOff, "lora", False), (FrozenAdapter, "lora", True)],
+)
+def test_reference_has_no_dropout_of_the_base_model(make, model, kind, adapter, humanline):
+    config = LlamaConfig(**model.config.to_dict() | {"attention_dropout": 0.5})
+    trainer = make(
+        policy=LlamaForCausalLM(config), peft_config=ADAPTERS[adapter], humanline=humanline, disable_dropout=False
+    )
+    assert type(trainer.reference) is kind
+    batch = first_batch(trainer)
+    trainer.model.train()
+    next(trainer.model.children()).training = False  # some module that somebody froze
+    flags = [module.training for module in trainer.model.modules()]
     assert torch.equal(trainer.reference.log_probs(batch), trainer.reference.log_probs(batch))
+    assert [module.training for module in trainer.model.modules()] == flags
+    with torch.no_grad():
+        policy = [score_tokens(trainer.model, batch).logps_BT for _ in range(2)]
+    assert not torch.equal(*policy), "the policy keeps the dropout that it was asked to keep"
 
 
 def test_reference_that_cannot_hold_the_policy_is_refused(make, model, tokenizer):
@@ -213,6 +318,22 @@ def test_adapters_hold_one_base_model_and_save_only_the_policy(make, tmp_path):
         assert (folder / "adapter_model.safetensors").is_file()
         assert not (folder / "ref").exists()
     assert not (tmp_path / "saved" / REFERENCE_FILE).exists()
+
+
+@pytest.mark.parametrize("humanline", [True, False])
+def test_an_adapter_that_was_there_besides_is_saved_too(make, model, tmp_path, humanline):
+    policy = get_peft_model(copy.deepcopy(model), LoraConfig(**LORA))
+    policy.add_adapter("style", LoraConfig(**LORA))
+    trainer = make(policy=policy, humanline=humanline, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "out" / "checkpoint-1"):
+        assert (folder / "adapter_model.safetensors").is_file()
+        assert [path.name for path in folder.iterdir() if path.is_dir()] == ["style"]
+        stored = load_file(folder / "style" / "adapter_model.safetensors")
+        own = dict(policy.named_parameters())
+        assert stored
+        assert all(torch.equal(t, own[k.replace(".weight", ".style.weight")]) for k, t in stored.items())
 
 
 # -- the clamp, in every method ------------------------------------------------------------------------------------
@@ -305,12 +426,70 @@ def test_trl_loss_types_see_clamped_log_probs(make, model, loss_type):
     assert trl.DPOTrainer.compute_loss(plain, plain.model, batch).item() != pytest.approx(loss.item(), abs=2e-5)
 
 
-def test_length_desensitization_and_mixed_losses_work_under_the_clamp(make, model):
-    for settings in ({"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}):
-        trainer = make(ref_model=perturbed(model), max_steps=2, **settings)
-        trainer.train()
-        assert torch.isfinite(weights(trainer.model)).all()
-        assert 0 < trainer.state.log_history[1]["unclamped"] <= 1
+def hinge(ratios_BT, reference_BT, mask_BT):
+    chosen_B, rejected_B = ratios_BT.sum(1).chunk(2)
+    return torch.relu(1 - 0.5 * (chosen_B - rejected_B)).mean()
+
+
+def sigmoid_norm(ratios_BT, reference_BT, mask_BT):
+    chosen_B, rejected_B = (ratios_BT.sum(1) / mask_BT.sum(1)).chunk(2)
+    return -logsigmoid(0.5 * (chosen_B - rejected_B)).mean()
+
+
+def sigmoid_and_sft(ratios_BT, reference_BT, mask_BT):
+    chosen_B, rejected_B = ratios_BT.sum(1).chunk(2)
+    chosen_BT, is_chosen_BT = (reference_BT + ratios_BT).chunk(2)[0], mask_BT.chunk(2)[0]
+    return -2.0 * logsigmoid(0.5 * (chosen_B - rejected_B)).mean() - 0.5 * chosen_BT[is_chosen_BT].mean()
+
+
+def desensitized(ratios_BT, reference_BT, mask_BT):
+    """Tokens beyond the length of the pair's shorter side count for 0.3."""
+    shorter_B = torch.minimum(*mask_BT.sum(1).chunk(2)).repeat(2)
+    weight_BT = torch.where(mask_BT.cumsum(1) <= shorter_B[:, None], 1.0, 0.3)
+    chosen_B, rejected_B = (weight_BT * ratios_BT).sum(1).chunk(2)
+    return -logsigmoid(0.5 * (chosen_B - rejected_B)).mean()
+
+
+def jensen_shannon(ratios_BT, reference_BT, mask_BT):
+    chosen_B, rejected_B = (math.log(2) + logsigmoid(ratios_BT.sum(1))).chunk(2)
+    return -logsigmoid(0.5 * (chosen_B - rejected_B)).mean()
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "settings"),
+    [
+        (hinge, {"loss_type": "hinge"}),
+        (sigmoid_norm, {"loss_type": "sigmoid_norm"}),
+        (sigmoid_and_sft, {"loss_type": ["sigmoid", "sft"], "loss_weights": [2.0, 0.5]}),
+        (desensitized, {"ld_alpha": 0.3}),
+        (jensen_shannon, {"f_divergence_type": "js_divergence"}),
+    ],
+)
+def test_trl_losses_are_those_of_clamped_log_ratios(make, model, by_hand, settings):
+    trainer = make(
+        ref_model=perturbed(model), max_steps=1, beta=0.5, log_epsilon_p=-0.05, log_epsilon_r=0.03, **settings
+    )
+    batch = first_batch(trainer)
+    mask_BT = batch["completion_mask"][:, 1:].bool()
+    policy_BT, reference_BT = policy_log_probs(trainer, batch), trainer.reference.log_probs(batch)
+    ratios_BT = policy_BT - reference_BT
+    expected, unbounded = (
+        by_hand(ratios, reference_BT, mask_BT).item() for ratios in (ratios_BT.clamp(-0.05, 0.03), ratios_BT)
+    )
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - unbounded) > 1e-4, "the bounds must bind"
+    # What is said about the policy is said of the policy as it is.
+    chosen_B, rejected_B = policy_BT.sum(1).chunk(2)
+    assert logged["logps/chosen"] == pytest.approx(chosen_B.mean().item(), rel=1e-5)
+    assert logged["logps/rejected"] == pytest.approx(rejected_B.mean().item(), rel=1e-5)
+    inside_BT, counted_BT = (-0.05 < ratios_BT) & (ratios_BT < 0.03) & mask_BT, ratios_BT != 0
+    half = len(ratios_BT) // 2
+    for name, side in {"": slice(None), "/chosen": slice(half), "/rejected": slice(half, None)}.items():
+        share = inside_BT[side].sum() / counted_BT[side].sum()
+        assert logged[f"unclamped{name}"] == pytest.approx(share.item())
+        assert 0 < share < 1
 
 
 # -- TR-DPO through the same object --------------------------------------------------------------------------------
@@ -346,9 +525,14 @@ def checkpoint(tmp_path):
     return tmp_path / "out" / "checkpoint-2"
 
 
-def test_a_moved_reference_is_in_every_checkpoint_without_pickle(make, checkpoint):
-    from safetensors.torch import load_file
+def assert_same_end(one, other):
+    assert torch.equal(weights(one.model), weights(other.model))
+    ends = [trainer.reference.tensors(trainer.model) for trainer in (one, other)]
+    assert ends[0]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
+
+def test_a_moved_reference_is_in_every_checkpoint_without_pickle(make, checkpoint):
     watch = Watch()
     watch.trainer = make(callbacks=[watch], **SAVE)
     watch.trainer.train()
@@ -365,16 +549,25 @@ def test_an_unmoved_reference_is_not_stored(make, checkpoint):
     assert (checkpoint.parent / "checkpoint-4" / REFERENCE_FILE).exists(), "moved before step 3"
 
 
-@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)], ids=["full", "lora"])
-def test_resumed_run_ends_where_the_uninterrupted_run_ends(make, checkpoint, peft_config):
-    settings = SAVE | {"train_sampling_strategy": "random", "peft_config": peft_config}
-    whole = make("dpo", **settings)
+@pytest.mark.parametrize("kind", ["full", "lora", "dora", "4bit"])
+def test_resumed_run_ends_where_the_uninterrupted_run_ends(make, policy_of, checkpoint, kind):
+    settings = SAVE | {"train_sampling_strategy": "random"}
+    whole = make(**settings, **policy_of(kind))
     whole.train()
-    resumed = make("dpo", **settings)
+    resumed = make(**settings, **policy_of(kind))
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert torch.equal(weights(whole.model), weights(resumed.model))
-    ends = [trainer.reference.tensors(trainer.model) for trainer in (whole, resumed)]
-    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+    assert_same_end(whole, resumed)
+
+
+def test_only_a_new_trainer_can_go_back_to_where_the_reference_stood_still(make, checkpoint):
+    settings = SAVE | {"humanline_sync_steps": 3}
+    whole = make(**settings)
+    whole.train()
+    with pytest.raises(ValueError, match="Make a new trainer"):
+        whole.train(resume_from_checkpoint=str(checkpoint))
+    resumed = make(**settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert_same_end(whole, resumed)
 
 
 def test_tr_dpo_resumes_exactly(make, checkpoint):
@@ -409,6 +602,14 @@ def test_missing_reference_file_is_an_error(make, checkpoint):
         make(**SAVE).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize("settings", [{"humanline": False}, {"humanline_sync_steps": 100}])
+def test_missing_reference_file_is_an_error_whatever_this_run_would_have_written(make, checkpoint, settings):
+    make(**SAVE).train()
+    (checkpoint / REFERENCE_FILE).unlink()
+    with pytest.raises(ValueError, match=r"holds a reference that has moved|reference\.safetensors is missing"):
+        make(**SAVE, **settings).train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 2000])
 def test_truncated_reference_file_is_an_error(make, checkpoint, keep):
     make(**SAVE).train()
@@ -418,25 +619,29 @@ def test_truncated_reference_file_is_an_error(make, checkpoint, keep):
         make(**SAVE).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_reference_of_another_model_is_an_error(make, checkpoint):
+@pytest.mark.parametrize("change", [lambda norm: torch.zeros(3), lambda norm: norm.half()], ids=["shape", "dtype"])
+def test_reference_of_another_model_is_an_error(make, checkpoint, change):
     make(**SAVE).train()
-    from safetensors.torch import load_file, save_file
-
     stored = load_file(checkpoint / REFERENCE_FILE)
-    stored["model.norm.weight"] = torch.zeros(3)
+    stored["model.norm.weight"] = change(stored["model.norm.weight"])
     save_file(stored, checkpoint / REFERENCE_FILE)
     with pytest.raises(ValueError, match=r"another model's reference: 'model\.norm\.weight'"):
         make(**SAVE).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_incomplete_checkpoint_is_passed_over(make, checkpoint, said):
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_incomplete_checkpoint_is_passed_over(make, checkpoint, said, damage):
     whole = make(**SAVE)
     whole.train()
-    (checkpoint.parent / "checkpoint-4" / "trainer_state.json").unlink()
+    state = checkpoint.parent / "checkpoint-4" / "trainer_state.json"
+    if damage == "missing":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:-20])
     resumed = make(**SAVE)
     resumed.train(resume_from_checkpoint=True)
     assert "checkpoint-4 is incomplete" in said()
-    assert torch.equal(weights(whole.model), weights(resumed.model))
+    assert_same_end(whole, resumed)
 
 
 def test_no_complete_checkpoint_is_an_error(make):

@@ -1,15 +1,24 @@
 """PPOTrainer: the rollout is of the whole step, the value head trains and travels, rewards have an order."""
 
 import copy
+import json
 
 import datasets
 import pytest
 import torch
-from conftest import paired_rows, perturbed, unpaired_rows, weights
+import trl
+from conftest import assistant, paired_rows, perturbed, unpaired_rows, user, weights
 from peft import LoraConfig
 from policy_runs import PPO, build, logged, scored
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer
 from halos_trl.advantages import gae
@@ -88,6 +97,84 @@ def test_rollout_of_two_processes_is_whitened_together():
     torch.testing.assert_close(double[0].advantages, alone[0].advantages)
     assert alone[0].advantages.mean().abs() < 1e-6
     assert alone[0].advantages.var(unbiased=False) == pytest.approx(1.0, abs=1e-5)
+
+
+# -- one optimizer step, written out -------------------------------------------------------------------------------
+
+
+def discounted(x_T, discount):
+    """y[t] = sum over s >= t of discount^(s - t) * x[s]."""
+    t = torch.arange(len(x_T))
+    return (discount ** (t - t[:, None]).abs()).triu() @ x_T
+
+
+def train_in_plain_torch(policy, reference, head, rows, tokenizer, settings):
+    """PPO on all rows as one batch, a row at a time. Moves `policy` and `head`; returns the last gradients' norms."""
+
+    def tokens_of(model, row):
+        """Log-prob and value of each completion token, both from the position before it."""
+        ids = torch.tensor(tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=False))
+        start = len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False))
+        outputs = model(input_ids=ids[None], output_hidden_states=True)
+        logps = outputs.logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
+        values = head.summary(outputs.hidden_states[-1][0, :-1].detach()).squeeze(-1)
+        return logps[start - 1 :], values[start - 1 :]
+
+    gamma, lam, cliprange = settings["gamma"], settings["lam"], settings["cliprange"]
+    old, advantages, targets = [], [], []
+    with torch.no_grad():
+        for row in rows:
+            old.append(tokens_of(reference, row)[0])
+            values = tokens_of(policy, row)[1]
+            rewards = torch.zeros_like(values)
+            rewards[-1] = row["score"]
+            deltas = rewards + gamma * torch.cat([values[1:], torch.zeros(1)]) - values
+            advantages.append(discounted(deltas, gamma * lam))
+            targets.append(discounted(rewards, gamma))
+    everywhere = torch.cat(advantages)
+    advantages = [(x - everywhere.mean()) / everywhere.std(correction=0) for x in advantages]
+
+    for _ in range(settings["ppo_epochs"]):
+        loss = 0.0
+        for row, old_T, advantage, target in zip(rows, old, advantages, targets, strict=True):
+            logps, values = tokens_of(policy, row)
+            ratio = (logps - old_T).exp()
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - cliprange, 1 + cliprange) * advantage)
+            critic = (values - target) ** 2 / 2
+            kl = logps - old_T
+            loss += (-surrogate + settings["critic_coef"] * critic + settings["kl_coef"] * kl).sum()
+        (loss / len(everywhere)).backward()
+        norms = [
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), settings["max_grad_norm"]),
+            torch.nn.utils.clip_grad_norm_(head.parameters(), settings["v_head_max_grad_norm"]),
+        ]
+        for parameter in [*policy.parameters(), *head.parameters()]:
+            parameter.data -= settings["learning_rate"] * parameter.grad
+            parameter.grad = None
+    return norms
+
+
+@pytest.mark.parametrize("ppo_epochs", [1, 2])
+def test_steps_equal_ppo_written_out(fit, model, tokenizer, ppo_epochs):
+    rows = scored(4)
+    settings = PPO | {
+        "gamma": 0.9, "lam": 0.7, "ppo_epochs": ppo_epochs, "max_grad_norm": 0.2, "v_head_max_grad_norm": 0.05,
+        "learning_rate": 0.1,
+    }  # fmt: skip
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": ppo_epochs}
+    trainer = fit(rows, train=False, weight_decay=0.0, **split, **settings)
+    policy, head = copy.deepcopy(model), copy.deepcopy(trainer.value_head)
+    start = weights(policy), weights(head)
+    norms = train_in_plain_torch(policy, perturbed(model), head, rows, tokenizer, settings)
+    trainer.train()
+
+    trained = torch.cat([p.flatten() for name, p in trainer.model.named_parameters() if "v_head" not in name])
+    torch.testing.assert_close(trained, weights(policy), rtol=0, atol=1e-6)
+    torch.testing.assert_close(head_weights(trainer), weights(head), rtol=0, atol=1e-6)
+    for parameters, before in zip((trained, head_weights(trainer)), start, strict=True):
+        assert (parameters - before).abs().max() > 1e-4, "both must move by far more than the tolerance"
+    assert norms[0] > settings["max_grad_norm"] and norms[1] > settings["v_head_max_grad_norm"], "both limits must act"
+    assert all(clipped > 0 for (clipped,) in logged(trainer, "clip_fraction")), "the clip must have a say"
 
 
 # -- one optimizer step is one batch -------------------------------------------------------------------------------
@@ -202,13 +289,16 @@ def test_critic_learns_a_constant_reward(fit):
 # -- saving --------------------------------------------------------------------------------------------------------
 
 
-def test_saved_policy_is_plain_and_the_head_lies_beside_it(fit, tmp_path, caplog):
+def test_saved_policy_is_plain_and_the_head_lies_beside_it(fit, tmp_path):
     trainer = fit(scored(10))
     trainer.save_model(tmp_path / "saved")
-    assert not any("v_head" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    trainer.model.save_pretrained(tmp_path / "by hand")
     policy = [p for name, p in trainer.model.named_parameters() if "v_head" not in name]
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy, strict=True))
+    for folder in ("saved", "by hand"):
+        assert not any("v_head" in name for name in load_file(tmp_path / folder / "model.safetensors"))
+        loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["unexpected_keys"] and not info["missing_keys"]
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), policy, strict=True))
     head = ValueHead(32)
     load_value_head(head, str(tmp_path / "saved"))
     assert torch.equal(weights(head), head_weights(trainer))
@@ -276,11 +366,11 @@ def test_dropout_is_off_in_the_rollout_and_on_in_the_update(fit, model):
 # -- where rewards come from ---------------------------------------------------------------------------------------
 
 
-def reward_model(tokenizer, num_labels=1):
+def reward_model(tokenizer, num_labels=1, positions=64):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id, num_labels=num_labels,
+        max_position_embeddings=positions, pad_token_id=tokenizer.pad_token_id, num_labels=num_labels,
     )  # fmt: skip
     return LlamaForSequenceClassification(config).eval()
 
@@ -294,6 +384,95 @@ def test_reward_model_scores_each_row_as_if_alone(fit, tokenizer, num_labels):
         text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], tokenize=False)
         alone = reward(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1].item()
         assert score == pytest.approx(alone, abs=1e-6)
+
+
+@pytest.fixture
+def other_tokenizer():
+    """Nothing like the policy's: other ids, a start token that it adds by itself, a template that knows tools."""
+    special = ["</s>", "<s>", "<pad>"]
+    pieces = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True) + special
+    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", pieces.index("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
+    )
+    tokenizer.chat_template = (
+        "{{ bos_token }}{{ tone }}{% for tool in tools or [] %}({{ tool.name }}){% endfor %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ eos_token }}"
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def scores_of(fit, other_tokenizer):
+    """The scores that PPO's rows get from the other tokenizer's reward model, and those of texts by themselves."""
+    reward = reward_model(other_tokenizer, positions=128)
+
+    def alone(text, limit=None):
+        ids = other_tokenizer(text, add_special_tokens=False)["input_ids"][:limit]
+        return reward(torch.tensor([ids])).logits.item()
+
+    def run(rows, texts, limit=None):
+        data = datasets.Dataset.from_list(rows)
+        settings = {"reward_model": reward, "reward_processing_class": other_tokenizer, "reward_batch_size": 3}
+        scores = list(fit(data, train=False, **settings).train_dataset["score"])
+        expected = [alone(text, limit) for text in texts]
+        assert len({round(score, 4) for score in expected}) == len(rows), "rows that score alike would prove nothing"
+        return scores, pytest.approx(expected, abs=1e-6)
+
+    run.reward = reward
+    return run
+
+
+def turns(*texts):
+    """Rows of a conversation, of completions of several lengths."""
+    return [{"prompt": user("Sort cab"), "completion": assistant(text)} for text in texts]
+
+
+def test_reward_model_reads_its_own_template(scores_of, other_tokenizer, tokenizer):
+    assert other_tokenizer.pad_token_id != tokenizer.pad_token_id
+    answers = ("abc", "a", "cabbage", "ba", "abcabcabcabc")
+    scores, expected = scores_of(turns(*answers), [f"<s>[user]Sort cab[assistant]{a}</s>" for a in answers])
+    assert scores == expected
+
+
+def test_reward_model_reads_plain_text_as_trls_reward_trainer_does(scores_of, other_tokenizer, make_config):
+    texts = [("Sort cab", " abc"), ("Sort b", " b</s>"), ("Sort the letters", " no")]
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in texts]
+    scores, expected = scores_of(rows, ["<s>Sort cab abc</s>", "<s>Sort b b</s>", "<s>Sort the letters no</s>"])
+    assert scores == expected
+    pairs = datasets.Dataset.from_list([{"prompt": p, "chosen": c, "rejected": "x"} for p, c in texts])
+    trls = trl.RewardTrainer(
+        scores_of.reward, make_config(trl.RewardConfig), train_dataset=pairs, processing_class=other_tokenizer
+    )
+    column = next(name for name in ("chosen_ids", "chosen_input_ids") if name in trls.train_dataset.column_names)
+    alone = [scores_of.reward(torch.tensor([ids])).logits.item() for ids in trls.train_dataset[column]]
+    assert scores == pytest.approx(alone, abs=1e-6)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_tools_and_template_arguments_reach_the_reward_model(scores_of, as_json):
+    rows = turns("abc", "abc", "abc")
+    for row, names in zip(rows, (["sort"], ["sort", "count"], []), strict=True):
+        tools = [{"name": name} for name in names]
+        row |= {"tools": json.dumps(tools) if as_json else tools, "chat_template_kwargs": {"tone": "kindly"}}
+    start, end = "<s>kindly", "[user]Sort cab[assistant]abc</s>"
+    scores, expected = scores_of(rows, [start + tools + end for tools in ("(sort)", "(sort)(count)", "")])
+    assert scores == expected
+
+
+@pytest.mark.parametrize("whose", ["tokenizer", "model"])
+def test_rows_too_long_for_the_reward_model_lose_their_end(scores_of, other_tokenizer, said, whose):
+    if whose == "tokenizer":
+        other_tokenizer.model_max_length = 30
+    else:
+        scores_of.reward.config.max_position_embeddings = 30
+    answers = ("abc", "abcde" * 3, "edcba" * 3)
+    # Before the answer there are 26 tokens, so the first row just fits with its end token.
+    scores, expected = scores_of(turns(*answers), [f"<s>[user]Sort cab[assistant]{a}</s>" for a in answers], limit=30)
+    assert scores == expected
+    assert "2 of 3 rows are longer than the 30 tokens" in said()
 
 
 def test_score_comes_before_reward_model_before_label(fit, tokenizer, said):
@@ -355,6 +534,20 @@ def test_reward_model_without_padding_token_is_refused(fit, tokenizer):
         fit(unpaired_rows(8), reward_model=reward_model(tokenizer), reward_processing_class=unpadded)
 
 
+def test_reward_model_that_pads_otherwise_than_its_tokenizer_is_refused(fit, tokenizer):
+    reward = reward_model(tokenizer)
+    reward.config.pad_token_id = tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="and its tokenizer have different padding tokens"):
+        fit(unpaired_rows(8), reward_model=reward, reward_processing_class=tokenizer)
+
+
+def test_what_is_no_reward_model_is_refused(fit, model, tokenizer):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.* gives logits of shape .*AutoModelForSequenceClass"):
+        fit(unpaired_rows(8), reward_model=model, reward_processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`reward_model` is 'some-id'; expected a model"):
+        fit(unpaired_rows(8), reward_model="some-id", reward_processing_class=tokenizer)
+
+
 def test_reward_model_is_refused_without_its_tokenizer_or_with_three_labels(fit, tokenizer):
     with pytest.raises(ValueError, match="`reward_model` was passed without `reward_processing_class`"):
         fit(unpaired_rows(8), reward_model=reward_model(tokenizer))
@@ -387,7 +580,10 @@ def test_settings_that_cannot_work_are_refused_at_construction(make_config, flag
         make_config(PPOConfig, **flags)
 
 
-def test_optimizer_that_cannot_know_the_head_is_refused(fit, model):
-    optimizer = torch.optim.SGD(perturbed(model).parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="value head"):
-        fit(scored(4), optimizers=(optimizer, None))
+def test_optimizer_that_cannot_know_the_head_is_refused(fit, model, tokenizer, make_config):
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    with pytest.raises(ValueError, match="`optimizers` holds an optimizer, which was made before the value head"):
+        fit(scored(4), optimizers=optimizers)
+    arguments = (model, None, make_config(PPOConfig), None, scored(4), None, tokenizer, None, None, optimizers)
+    with pytest.raises(ValueError, match="`optimizers` holds an optimizer, which was made before the value head"):
+        PPOTrainer(*arguments)

@@ -85,6 +85,11 @@ class GroupBatchSampler(Sampler[list[int]]):
         ]
         self._steps = sorted(map(sorted, pack([len(piece) for piece in self._pieces], self.step_size)))
 
+    @property
+    def steps(self) -> int:
+        """Different optimizer steps of an epoch."""
+        return len(self._steps)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
         self.epoch = epoch

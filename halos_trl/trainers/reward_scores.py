@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -62,9 +63,10 @@ class RewardModelScores:
 
     def _token_ids(self, row: dict[str, Any]) -> list[int]:
         if is_conversational(row):
+            tools = row.get("tools")
             text = self.processing_class.apply_chat_template(
                 row["prompt"] + row["completion"],
-                tools=row.get("tools"),
+                tools=json.loads(tools) if isinstance(tools, str) else tools,  # as TRL reads them
                 tokenize=False,
                 **(row.get("chat_template_kwargs") or {}),
             )

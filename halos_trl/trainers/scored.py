@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -78,12 +79,7 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
             seed=args.seed if args.data_seed is None else args.data_seed,
             repeats=self.passes_per_batch,
         )
-        if sampler.oversized:
-            logger.warning(
-                f"{sampler.oversized} groups of the train dataset have more completions than an optimizer step holds "
-                f"({sampler.step_size}) and are spread over several steps. Their advantages still are those of the "
-                "whole group. Raise `gradient_accumulation_steps` to keep them together."
-            )
+        _report_packing(sampler, len(data))
         loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
             StepRows(data.select_columns([column for column in self.columns if column in data.column_names])),
             batch_sampler=sampler,
@@ -143,6 +139,24 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
         # A micro-batch that got no example holds a few tokens without a completion.
         real_B1 = batch["completion_mask"].any(-1, keepdim=True)
         super().count_tokens({"attention_mask": batch["attention_mask"] * real_B1})
+
+
+def _report_packing(sampler: GroupBatchSampler, rows: int) -> None:
+    """Say where groups and the size of a step do not go together."""
+    if sampler.oversized:
+        logger.warning(
+            f"{sampler.oversized} groups of the train dataset have more completions than an optimizer step holds "
+            f"({sampler.step_size}) and are spread over several steps. Their advantages still are those of the "
+            "whole group. Raise `gradient_accumulation_steps` to keep them together."
+        )
+    fill, needed = rows / (sampler.steps * sampler.step_size), math.ceil(rows / sampler.step_size)
+    if fill < 3 / 4 and sampler.steps > needed:  # a short last step is nobody's fault
+        logger.warning(
+            f"Optimizer steps hold {fill:.0%} of the {sampler.step_size} completions that they have room for, because "
+            f"groups stay whole: an epoch takes {sampler.steps} steps, where {needed} would hold all rows. Choose "
+            "`per_device_train_batch_size` and `gradient_accumulation_steps` so that a step (their product over all "
+            "processes) is a multiple of the usual group size, or several times as large."
+        )
 
 
 __all__ = ["PrecomputedTokens", "ScoredTrainer"]
