@@ -365,8 +365,10 @@ class NamedTrainer(_Mixin):
     def without_repeats(self, batch: dict[str, Any], mask: str = "completion_mask") -> dict[str, Any]:
         """The batch without a completion in its repeated rows, so that they add nothing to sums over tokens."""
         rows = len(batch[mask])
-        own_B = torch.arange(rows, device=batch[mask].device) < self.real_rows(rows)
-        return batch | {mask: batch[mask] * own_B[:, None]}
+        own = self.real_rows(rows)
+        if own == rows:
+            return batch
+        return batch | {mask: torch.cat([batch[mask][:own], torch.zeros_like(batch[mask][own:])])}
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Between the last gradient of a step and its update. Under fp16 the scaler sees to it.
