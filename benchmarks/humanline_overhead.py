@@ -3,7 +3,8 @@
     python benchmarks/humanline_overhead.py
 
 Two trainers of the same kind take turns in one process, a block of steps each, so that whatever else the machine does
-hits both. A ratio compares the medians of two neighbouring blocks; what is reported is the median of the ratios. The
+hits both. A ratio compares the medians of two neighbouring blocks; what is reported is the median of the ratios, once
+of wall-clock times and once of CPU times (of all threads), which do not see the time that other programs take. The
 other number is the extra memory that the moving reference holds, in bytes, beside the size of one adapter.
 """
 
@@ -19,16 +20,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from halos_trl import DPOConfig, DPOTrainer, toy
 
+CLOCKS = {"wall clock": time.perf_counter, "CPU time": time.process_time}
+
 
 class StepTimer(TrainerCallback):
     def __init__(self):
         self.seconds = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start = [clock() for clock in CLOCKS.values()]
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append([clock() - start for clock, start in zip(CLOCKS.values(), self.start, strict=True)])
 
 
 def build_model(tokenizer):
@@ -80,9 +83,10 @@ def build_trainer(kind, humanline, options, output_dir):
 
 
 def block(trainer, timer):
+    """Median seconds of a step, by clock."""
     timer.seconds.clear()
     trainer.train()
-    return statistics.median(timer.seconds[1:])
+    return [statistics.median(times) for times in zip(*timer.seconds[1:], strict=True)]
 
 
 def main():
@@ -99,24 +103,26 @@ def main():
     for kind in options.kinds:
         with tempfile.TemporaryDirectory() as folder:
             plain, human = (build_trainer(kind, humanline, options, folder) for humanline in (False, True))
-            ratios, times = [], []
+            without, with_it = [], []  # (block, clock)
             for number in range(options.blocks):
                 order = [plain, human] if number % 2 == 0 else [human, plain]
                 seconds = {id(pair): block(*pair) for pair in order}
-                times.append((seconds[id(plain)], seconds[id(human)]))
-                ratios.append(seconds[id(human)] / seconds[id(plain)])
+                without.append(seconds[id(plain)])
+                with_it.append(seconds[id(human)])
             trainer = human[0]
             held = sum(t.nbytes for t in trainer.reference.tensors(trainer.model).values())
             size = sum(p.numel() for p in plain[0].model.parameters()) / 1e6
-            quartiles = statistics.quantiles(ratios, n=4)
             print(
                 f"{kind}: {size:.1f}M parameters, {options.batch_size} pairs of {options.length} tokens, "
-                f"{torch.get_num_threads()} threads\n"
-                f"  step without humanline {statistics.median(t for t, _ in times):.3f} s, "
-                f"with {statistics.median(t for _, t in times):.3f} s\n"
-                f"  ratio {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, "
-                f"{options.blocks} pairs of blocks)"
+                f"{torch.get_num_threads()} threads, {options.blocks} pairs of blocks"
             )
+            for clock, a, b in zip(CLOCKS, zip(*without, strict=True), zip(*with_it, strict=True), strict=True):
+                ratios = [y / x for x, y in zip(a, b, strict=True)]
+                quartiles = statistics.quantiles(ratios, n=4)
+                print(
+                    f"  {clock}: step without humanline {statistics.median(a):.3f} s, with {statistics.median(b):.3f} "
+                    f"s, ratio {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f})"
+                )
             if kind == "lora":
                 adapter = sum(p.nbytes for n, p in trainer.model.named_parameters() if ".default." in n)
                 print(f"  the reference holds {held} bytes, the adapter {adapter}")

@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import inspect
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -47,18 +48,18 @@ OWN_DEFAULTS = {("KTOConfig", "train_sampling_strategy"): "random"}
 # -- values other than the default, for fields whose type does not suggest one -------------------------------------
 
 VALUES = {
-    "output_dir": "elsewhere", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2},
-    "optim": "sgd", "optim_args": "momentum=0.5", "optim_target_modules": "all-linear", "bf16": True, "tf32": False,
+    "output_dir": "elsewhere", "lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}, "optim": "sgd",
+    "optim_args": "momentum=0.5", "optim_target_modules": "all-linear", "bf16": True, "tf32": False,
     "activation_checkpointing": False, "activation_checkpointing_kwargs": {"use_reentrant": True},
     "gradient_checkpointing_kwargs": {"use_reentrant": True}, "torch_compile_backend": "eager",
     "torch_compile_mode": "reduce-overhead", "liger_kernel_config": {"rope": False}, "neftune_noise_alpha": 5.0,
     "torch_empty_cache_steps": 3, "logging_strategy": "epoch", "include_num_input_tokens_seen": "all",
     "disable_tqdm": True, "report_to": "tensorboard", "run_name": "run", "project": "mine",
-    "trackio_space_id": "me/it", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static", "eval_strategy": "epoch",
-    "eval_steps": 7, "eval_accumulation_steps": 2, "include_for_metrics": ["loss"], "save_strategy": "epoch",
-    "save_total_limit": 2, "hub_token": "token", "hub_private_repo": True, "hub_model_id": "me/model",
-    "hub_strategy": "end", "hub_revision": "branch", "metric_for_best_model": "loss", "greater_is_better": True,
-    "data_seed": 3, "use_cpu": False, "accelerator_config": {"split_batches": True},
+    "trackio_space_id": "me/it", "trackio_bucket_id": "me/bucket", "trackio_static_space_id": "me/static",
+    "eval_strategy": "epoch", "eval_steps": 7, "eval_accumulation_steps": 2, "include_for_metrics": ["loss"],
+    "save_strategy": "epoch", "save_total_limit": 2, "hub_token": "token", "hub_private_repo": True,
+    "hub_model_id": "me/model", "hub_strategy": "end", "hub_revision": "branch", "metric_for_best_model": "loss",
+    "greater_is_better": True, "data_seed": 3, "use_cpu": False, "accelerator_config": {"split_batches": True},
     "parallelism_config": ParallelismConfig(), "dataloader_prefetch_factor": 2, "label_names": ["label"],
     "length_column_name": "size", "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 5,
     "ddp_broadcast_buffers": True, "ddp_static_graph": True, "fsdp": "full_shard",
@@ -77,16 +78,16 @@ WITH = {
 NO_CONFIG = {"ddp_backend": "needs a process group", "deepspeed": "needs its library"}
 # No trainer is built here with one of these fields of transformers.TrainingArguments.
 NO_TRAINER = {
-    "needs a GPU or several processes": {"use_cpu", "fp16", "fsdp", "fsdp_config", "parallelism_config"},
-    "excludes another of the fields": {"fp16_full_eval", "load_best_model_at_end", "dataloader_pin_memory"},
-    "needs its library": {"use_liger_kernel", "torch_compile", "torch_compile_backend", "torch_compile_mode"},
-    "needs the network": {"push_to_hub", "report_to"},
+    "needs a GPU or several processes": {"use_cpu", "fsdp", "parallelism_config"},
+    "excludes another of the fields": {"fp16", "fp16_full_eval", "load_best_model_at_end"},
+    "needs a compiler": {"torch_compile", "torch_compile_backend", "torch_compile_mode"},
+    "needs the network, or a tracker's library": {"push_to_hub", "report_to"},
     "is set for the whole process": {"full_determinism", "log_level"},
 }
 
 # -- probes --------------------------------------------------------------------------------------------------------
 
-# (the field with its value, what is set in TRL's run without it too). `model` and `ref` choose the policy.
+# (the field with its value, what is set in TRL's run without it too). `model` chooses the policy.
 WITHOUT_KL = {"loss_type": "apo_zero_unpaired"}  # where TRL's pairing of a row with its KL partner is in the way
 SHUFFLED = {"train_sampling_strategy": "random"}
 IN_ANY_ORDER = [
@@ -200,6 +201,7 @@ def run_of(model, tokenizer, make_config, tmp_path):
     ):
         trainer_class, config_class = CLASSES[method][2 * side : 2 * side + 2]
         folder = tmp_path / ("ours", "trls")[side]
+        shutil.rmtree(folder, ignore_errors=True)
         settings = {"train_sampling_strategy": "sequential", "max_steps": 2, "output_dir": str(folder)} | settings
         trainer = trainer_class(
             model=copy.deepcopy(model) if policy is None else policy(),
@@ -324,57 +326,45 @@ def test_every_default_is_trls(ours, theirs):
     assert {name: mine[name] for name, value in trls.items() if mine[name] != value} == own
 
 
-def settings_with(field, config_class):
-    """Settings that give a field another value than `settings_with(None, config_class)`."""
-    settings = {"output_dir": "out", "use_cpu": True, "bf16": False}
-    # Where the defaults differ, TRL's.
-    settings |= {
-        name: fields_of(config_class)[name].default
-        for (config, name) in OWN_DEFAULTS
-        if config == config_class.__name__
-    }
-    if field is None:
-        return settings
-    settings |= WITH.get(field.name, {})
+def common_settings(config_class):
+    """Settings with which either config can be made here, with TRL's default where ours is another."""
+    own = [name for (config, name) in OWN_DEFAULTS if config == config_class.__name__]
+    return {"output_dir": "out", "use_cpu": True, "bf16": False} | {n: fields_of(config_class)[n].default for n in own}
+
+
+def other_value(field):
+    """A value other than the default."""
     if choices := field.metadata.get("choices"):
-        value = next(choice for choice in choices if choice != field.default)
-    elif field.name in VALUES:
-        value = VALUES[field.name]
-    else:
-        assert isinstance(field.default, bool | int | float), f"give `{field.name}` another value in VALUES"
-        value = not field.default if isinstance(field.default, bool) else field.default + 1
-        if isinstance(field.default, float):
-            value = field.default / 2 + 0.2  # shares stay shares
-    return settings | {field.name: value}
+        return next(choice for choice in choices if choice != field.default)
+    if field.name in VALUES:
+        return VALUES[field.name]
+    assert isinstance(field.default, bool | int | float), f"give `{field.name}` another value in VALUES"
+    if isinstance(field.default, bool):
+        return not field.default
+    return field.default + 1 if isinstance(field.default, int) else field.default / 2 + 0.2  # shares stay shares
 
 
 @CONFIGS
 def test_every_field_holds_what_it_holds_in_trls_config(ours, theirs):
     for name, field in fields_of(theirs).items():
-        if name in NO_CONFIG:
-            continue
-        settings = settings_with(field, theirs)
-        without = {k: v for k, v in settings.items() if k != name} | {
-            k: v for k, v in settings_with(None, theirs).items() if k == name
-        }
-        trls = theirs(**settings)
-        assert getattr(trls, name) != getattr(theirs(**without), name), f"{name}: the value in VALUES has no effect"
-        assert_same_settings(ours(**settings), trls)
+        if name not in NO_CONFIG:
+            given, option = common_settings(theirs) | WITH.get(name, {}), {name: other_value(field)}
+            trls = theirs(**(given | option))
+            assert getattr(trls, name) != getattr(theirs(**given), name), f"{name}: its value in VALUES has no effect"
+            assert_same_settings(ours(**(given | option)), trls)
 
 
 @BOTH
-def test_a_trainer_leaves_every_field_as_trls_trainer_leaves_it(run_of, method):
+def test_a_trainer_leaves_every_field_as_trls_trainer_leaves_it(run_of, method, tmp_path):
     """The fields of transformers.TrainingArguments, all at once; the trainer's own are in the probes below."""
-    _, _, _, theirs, rows = CLASSES[method]
-    apart = set(NO_CONFIG) | set().union(*NO_TRAINER.values())
-    settings = {}
-    for name in HOST_FIELDS - apart:
-        settings[name] = settings_with(fields_of(theirs)[name], theirs)[name]
-    settings |= {"train_sampling_strategy": "sequential"}
-    ours, trls = (
+    fields, rows = fields_of(CLASSES[method][3]), CLASSES[method][4]
+    apart = NO_CONFIG.keys() | set().union(*NO_TRAINER.values())
+    settings = {name: other_value(fields[name]) for name in HOST_FIELDS - apart}
+    settings |= {"output_dir": str(tmp_path / "same"), "train_sampling_strategy": "sequential"}
+    ours, theirs = (
         run_of(method, side, train=False, arguments={"eval_dataset": rows(8)}, **settings) for side in (OURS, TRLS)
     )
-    assert_same_settings(ours.args, trls.args)
+    assert_same_settings(ours.args, theirs.args)
 
 
 def read_by_trainers(method):
@@ -442,6 +432,15 @@ CASES = [
 TRLS_RUNS_WITHOUT = {}
 
 
+@BOTH
+def test_a_repeated_run_looks_the_same(probe, method):
+    """Else the test below would take chance for the effect of an option."""
+    settings = SHUFFLED | {"model": "dropout", "disable_dropout": False, "save_strategy": "steps"}
+    settings |= WITHOUT_KL if method == "kto" else {}
+    first, again = (probe(method, TRLS, settings)[0] for _ in range(2))
+    assert_same(first, again)
+
+
 @pytest.mark.parametrize(("method", "option", "given"), CASES)
 def test_option_changes_trls_run_and_ours_alike(probe, method, option, given):
     if option.keys() - fields_of(CLASSES[method][3]).keys():
@@ -470,8 +469,8 @@ def test_fields_without_a_visible_effect_give_trls_run(probe, method):
 def test_batch_size_of_precomputing(run_of, method, monkeypatch):
     """It changes no number, only how many rows the reference scores at once."""
     settings = {"precompute_ref_log_probs": True, "loss_type": {"dpo": "sigmoid", "kto": "apo_zero_unpaired"}[method]}
-    rows = {OURS: [], TRLS: []}
-    for side in rows:
+    rows, trainers = ([], []), [None, None]
+    for side in (OURS, TRLS):
         trainer_class = CLASSES[method][2 * side]
         compute = trainer_class.compute_ref_log_probs
 
@@ -482,9 +481,10 @@ def test_batch_size_of_precomputing(run_of, method, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(trainer_class, "compute_ref_log_probs", counting)
             for size in (None, 3):
-                run_of(method, side, train=False, precompute_ref_batch_size=size, **settings)
+                trainers[side] = run_of(method, side, precompute_ref_batch_size=size, **settings)
     assert rows[OURS] == rows[TRLS]
-    assert len(rows[OURS]) == 2 + 6
+    assert len(rows[OURS]) == 2 + 6, "16 rows, 8 or 3 at once"
+    assert_same_run(*trainers)
 
 
 def test_accumulated_micro_batches_give_trls_run_without_a_kl_term(pair_of_runs):
@@ -492,6 +492,7 @@ def test_accumulated_micro_batches_give_trls_run_without_a_kl_term(pair_of_runs)
     split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "beta": 0.5}
     for method, options in (("kto", {"loss_type": "apo_zero_unpaired"}), ("dpo", {})):
         ours, theirs = pair_of_runs(method, **split, **options)
+        assert ours.state.epoch == theirs.state.epoch == 1.0, "two steps of 8 rows each"
         torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=1e-6)
         for mine, trls in zip(ours.state.log_history, theirs.state.log_history, strict=True):
             assert mine.get("loss") == pytest.approx(trls.get("loss"), abs=1e-6)
