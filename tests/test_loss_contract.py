@@ -829,3 +829,49 @@ def test_kto_by_parts_equals_the_whole(desirable: list[bool], seed: int, kl: flo
     both = losses.kto_kl(policy, reference, mask)
     for i in range(2):
         torch.testing.assert_close(parts[0][i] + parts[1][i], both[i])
+
+
+# The loss of one pair from its chosen and rejected tokens' log-ratios (where there is no reference: log-probs) after
+# the clamp, and from the chosen tokens' log-probs. HALOs' defaults.
+PAIRED_BY_HAND: dict[str, Callable[[list[float], list[float], list[float]], float]] = {
+    "dpo": lambda c, r, _: softplus(-0.1 * (sum(c) - sum(r))),
+    "cdpo": lambda c, r, _: 0.8 * softplus(-0.1 * (sum(c) - sum(r))) + 0.2 * softplus(0.1 * (sum(c) - sum(r))),
+    "ipo": lambda c, r, _: (sum(c) / len(c) - sum(r) / len(r) - 5) ** 2,
+    "simpo": lambda c, r, _: softplus(-10 * (sum(c) / len(c) - sum(r) / len(r) - 0.3)),
+    "slic": lambda c, r, raw: max(0.0, 1 - sum(c) + sum(r)) - 0.1 * sum(raw),
+}
+TOKENS = st.lists(st.tuples(st.floats(-8, 0), st.floats(-8, 0)), min_size=1, max_size=6)  # (policy, reference)
+
+
+def padded(rows: list[list[tuple[float, float]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Policy, reference and mask of rows that start at different columns, with rubbish outside of the mask."""
+    width = max(map(len, rows)) + len(rows)
+    policy, reference = torch.full((2, len(rows), width), 7.0, dtype=torch.float64)
+    mask = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        at = slice(i, i + len(row))
+        policy[i, at], reference[i, at] = torch.tensor(row, dtype=torch.float64).T
+        mask[i, at] = 1
+    return policy, reference, mask
+
+
+@pytest.mark.parametrize("name", PAIRED)
+@few_examples
+@given(
+    pairs=st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=4),
+    bounds=st.none() | st.tuples(st.floats(-3, -0.1), st.floats(0.1, 3)),
+)
+def test_paired_losses_equal_their_formula(
+    name: str, pairs: list[tuple[Any, Any]], bounds: tuple[float, float] | None
+) -> None:
+    def seen(tokens: list[tuple[float, float]]) -> list[float]:
+        values = [p if name in WITHOUT_REFERENCE else p - q for p, q in tokens]
+        return values if bounds is None else [min(max(value, bounds[0]), bounds[1]) for value in values]
+
+    chosen, reference_chosen, chosen_mask = padded([pair[0] for pair in pairs])
+    rejected, reference_rejected, rejected_mask = padded([pair[1] for pair in pairs])
+    record = PairedLogps(chosen, rejected, reference_chosen, reference_rejected, chosen_mask, rejected_mask)
+    out = run(name, record, humanline=None if bounds is None else Humanline(*bounds))
+    by_hand = PAIRED_BY_HAND[name]
+    expected = [by_hand(seen(c), seen(r), [policy for policy, _ in c]) for c, r in pairs]
+    assert out.losses.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
