@@ -16,8 +16,15 @@ DPO-like method
 averages micro-batch means     sums and counts are kept on the device and divided once per log line
 drops rows without room for    the same rows are dropped, but counted in a warning
 a completion, silently
-writes the reference adapter   only the policy's adapter is saved
+writes the reference adapter   the other adapters are saved
 into the saved model
+gives a PeftModel a reference  it is added without editing the base weights a second time (PiSSA and its
+adapter, needed or not         kin), and not at all where `needs_reference` is false
+finds cached reference sums    also by the settings that decide which tokens they are over
+by dataset and model alone
+lets NaN gradients through     an error between the gradient and the update
+loads the adapter of a         its dtype stays
+quantized model as float32
 =============================  =========================================================================
 """
 
