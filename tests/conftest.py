@@ -23,13 +23,19 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def _tokenizer():
     return toy.build_tokenizer()
 
 
+@pytest.fixture
+def tokenizer(_tokenizer):
+    """The toy's, fresh: trainers set its tokens to what their config says."""
+    return copy.deepcopy(_tokenizer)
+
+
 @pytest.fixture(scope="session")
-def _tiny(tokenizer):
-    return toy.tiny_model(tokenizer)
+def _tiny(_tokenizer):
+    return toy.tiny_model(_tokenizer)
 
 
 @pytest.fixture

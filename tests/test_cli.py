@@ -28,11 +28,11 @@ ON_CPU = [
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, tokenizer, _tiny):
+def files(tmp_path_factory, _tokenizer, _tiny):
     """A folder with the tiny model and the same rows in every readable format."""
     folder = tmp_path_factory.mktemp("files")
     _tiny.save_pretrained(folder / "tiny")
-    tokenizer.save_pretrained(folder / "tiny")
+    _tokenizer.save_pretrained(folder / "tiny")
     rows, held_out = unpaired_rows(12), unpaired_rows(4, seed=1)
     rows.to_json(folder / "rows.jsonl")
     rows.to_json(folder / "rows.json", lines=False)

@@ -66,12 +66,12 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory, tokenizer, _tiny) -> Iterator[Pushed]:
+def pushed(tmp_path_factory, _tokenizer, _tiny) -> Iterator[Pushed]:
     from conftest import unpaired_rows
 
     folder = tmp_path_factory.mktemp("pushed")
     _tiny.save_pretrained(folder / "local-base")
-    tokenizer.save_pretrained(folder / "local-base")
+    _tokenizer.save_pretrained(folder / "local-base")
     unpaired_rows(16).to_json(folder / "rows.jsonl")
     with HubServer() as hub:
         hub.repositories["tester/base"] = Repository()
