@@ -1,6 +1,6 @@
 """Align a language model with KTO (arXiv:2402.01306) on completions that were each judged good or bad.
 
-    python examples/train_kto.py                               # embedded default: no network, about three minutes
+    python examples/train_kto.py                               # embedded default: no network, a minute or two
 
     python examples/train_kto.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/kto-mix-14k \
