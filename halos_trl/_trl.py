@@ -378,14 +378,14 @@ class NamedTrainer(_Mixin):
         return batch | {mask: torch.cat([batch[mask][:own], torch.zeros_like(batch[mask][own:])])}
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Between the last gradient of a step and its update. Under fp16 the scaler sees to it.
+        # Between the last gradient of a step and its update. Under fp16 the loss scaler skips such a step.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = float(whole(norm)) if isinstance(norm, torch.Tensor) else norm
-        if value is not None and self.accelerator.scaler is None and not math.isfinite(value):
+        if value is not None and self.accelerator.mixed_precision != "fp16" and not math.isfinite(value):
             raise ValueError(
-                f"The gradient's norm is {value} at step {self.state.global_step + 1}, although the loss was "
-                "finite. The weights were not updated with it (by DeepSpeed, which updates earlier, they were). Lower "
-                "`learning_rate`, set `max_grad_norm`, or look for extreme values in the model's weights."
+                f"The gradient's norm is {value} at step {self.state.global_step + 1}. The weights were not updated "
+                "with it (DeepSpeed, which updates earlier, may have done so). Lower `learning_rate`, or look for "
+                "extreme values in the model's weights."
             )
         return norm
 
@@ -422,6 +422,7 @@ class TrainerHost(NamedTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         self._refuse_foreign_config(args)
+        self._new_adapter = peft_config
         self.check_arguments(args, model, ref_model)
         train_dataset = self._checked_before_trl(train_dataset, "train")
         eval_dataset = self._checked_before_trl(eval_dataset, "eval")
@@ -451,8 +452,8 @@ class TrainerHost(NamedTrainer):
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""
-        adapters = list(getattr(model, "peft_config", {}))
-        active = list(getattr(model, "active_adapters", [])) if adapters else []
+        adapters = [] if isinstance(model, str) or not is_peft_model(model) else list(model.peft_config)
+        active = list(model.active_adapters) if adapters else []
         if adapters and (active != [POLICY_ADAPTER] or REFERENCE_ADAPTER in adapters):
             raise ValueError(
                 f"The PeftModel has adapters {adapters}, of which {active} is active. The active one is trained and "
@@ -575,8 +576,9 @@ class TrainerHost(NamedTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
         # PEFT loads an adapter in float32; that of a quantized model was bfloat16 before the interruption.
         for name, parameter in policy.named_parameters():
-            if parameter.dtype != dtypes[name]:
-                parameter.data = parameter.data.to(dtypes[name])
+            dtype = dtypes.get(name, parameter.dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:

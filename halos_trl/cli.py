@@ -256,7 +256,8 @@ def _checkpoint(training_args: Any) -> str | None:
         return last
     # The folder of a finished run has a trainer state too, but nothing that training could go on from.
     holds = [name for name in ("trainer_state.json", "scheduler.pt") if os.path.isfile(os.path.join(wanted, name))]
-    if len(holds) < 2:
+    deepspeed = any(Path(wanted).glob("global_step*"))  # may keep the scheduler to itself
+    if len(holds) < 2 and not (deepspeed and holds):
         raise ValueError(
             f"`--resume_from_checkpoint {wanted}` is no checkpoint to go on from: it needs `trainer_state.json` and "
             f"`scheduler.pt`, and has {holds}. Name a `checkpoint-<step>` folder that was not written with "

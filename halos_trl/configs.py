@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import trl
@@ -92,11 +92,16 @@ def _require_not_negative(config: Any, name: str, why: str) -> None:
 
 def _require_count(config: Any, name: str, why: str) -> None:
     value = getattr(config, name)
-    _require(isinstance(value, int) and value >= 1, name, value, why, "Use a whole number, 1 or more.")
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    _require(whole and value >= 1, name, value, why, "Use a whole number, 1 or more.")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _check_sync(config: Any) -> None:
@@ -191,14 +196,16 @@ class DPOConfig(HumanlineConfig, trl.DPOConfig):
                     "the installed TRL does not know it.", f"TRL says: {listed}",
                 )  # fmt: skip
         _require(
-            self.ld_alpha is None or 0 <= self.ld_alpha <= 1, "ld_alpha", self.ld_alpha,
+            self.ld_alpha is None or _is_share(self.ld_alpha), "ld_alpha", self.ld_alpha,
             "it weighs the tokens beyond the shorter completion.", "Use a number in [0, 1].",
         )  # fmt: skip
-        high = 0.5 if "robust" in self.loss_type else 1.0
         _require(
-            0 <= self.label_smoothing < high, "label_smoothing", self.label_smoothing,
-            "it is the share of flipped labels; the `robust` loss divides by 1 - 2 * it.",
-            f"Use a number in [0, {high}).",
+            _is_share(self.label_smoothing), "label_smoothing", self.label_smoothing,
+            "it is the share of flipped labels.", "Use a number in [0, 1].",
+        )  # fmt: skip
+        _require(
+            "robust" not in self.loss_type or self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
+            "the `robust` loss divides by 1 - 2 * it.", "Use a number in [0, 0.5).",
         )  # fmt: skip
 
 

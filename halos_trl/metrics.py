@@ -29,8 +29,9 @@ def total(values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch
 def loss_sums(output: LossOutput) -> Sums:
     """Rewards of both sides and the method's own metrics."""
     sums = {"rewards/chosen": total(output.chosen_rewards), "rewards/rejected": total(output.rejected_rewards)}
-    sums.update({name: total(values) for name, values in output.metrics.items()})
-    return sums
+    # The mean of no rows is no number; the name stays, since every process has to count the same ones.
+    of_rows = {name: total(value if len(output.losses) else value[None][:0]) for name, value in output.metrics.items()}
+    return sums | of_rows
 
 
 def accuracy_sums(output: LossOutput) -> Sums:

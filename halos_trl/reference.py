@@ -142,6 +142,10 @@ class FrozenAdapter(AdapterOff):
                     "`humanline` and `sync_ref_model` keep the reference in a second adapter, and PEFT cannot add one "
                     f"to this model: {error} Change the adapter's configuration, or switch the setting off."
                 ) from error
+        for name, module in peft_model.named_modules():
+            # TRL's own losses ask for it in the policy's mode.
+            if isinstance(module, torch.nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
+                module.p = 0.0
         for reference, policy in _adapter_pairs(peft_model):
             # Same dtype too: a quantized policy's adapter is bfloat16, and rounding has to happen in the same places.
             reference.data = policy.data.clone()
@@ -239,9 +243,14 @@ class ReferenceSync(TrainerCallback):
             self.reference.sync(model, self.mix)
 
 
-def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU. Every process has to call this, since each may hold a shard."""
-    return {name: whole(tensor).cpu() for name, tensor in tensors.items()}
+def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, where they are kept. Every process has to call this, since each may hold a shard."""
+    kept = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if keep:
+            kept[name] = value.cpu()
+    return kept
 
 
 def save_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:

@@ -220,6 +220,13 @@ def test_precomputed_sums_are_refused_for_a_loss_that_may_read_tokens(fit):
         fit(unpaired_rows(8), OwnTrainer, precompute_ref_log_probs=True)
 
 
+def test_precomputing_with_an_adapter_that_takes_base_weights_is_refused(fit):
+    """TRL would store the log-probs of the base that is left, which is not what the policy starts from."""
+    adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*starts with a part of the base weights"):
+        fit(unpaired_rows(8), ref=None, peft_config=adapter, precompute_ref_log_probs=True)
+
+
 # -- the reference -------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,13 @@ class AlignmentTrainer(StepAsBatch):
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         super().check_arguments(args, model, ref_model)
         self._refuse_what_nobody_reads(args)
+        adapter = getattr(self, "_new_adapter", None)
+        if args.precompute_ref_log_probs and adapter is not None and edits_base_weights(adapter):
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` reads the base model without its adapter, but this adapter "
+                f"(`init_lora_weights={adapter.init_lora_weights!r}`) starts with a part of the base weights, so that "
+                "is not what the policy starts from. Switch it off, or initialize the adapter in another way."
+            )
         if args.precompute_ref_log_probs and not (self.takes_precomputed or self.stores_token_logps):
             raise ValueError(
                 f"`precompute_ref_log_probs=True` stores one sum for each completion, but the loss of "
@@ -271,7 +278,7 @@ class AlignmentTrainer(StepAsBatch):
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         if self.reference.moved:
-            tensors = gathered(self.reference.tensors(self.model))  # on every process: sharded ones gather together
+            tensors = gathered(self.reference.tensors(self.model), keep=self.args.should_save)
             if self.args.should_save:
                 save_reference(tensors, checkpoint_dir)
             # Into the trainer's state, so that a later run knows what has to be there.

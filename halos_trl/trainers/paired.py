@@ -38,10 +38,11 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         self.refuse_non_finite(tokens, reference_BT)
         # A collated batch holds the chosen completions first, then the rejected ones.
         pairs, kept = self.batch_size(inputs), self.real_rows(self.batch_size(inputs))
-        index_B = torch.arange(2 * pairs, device=tokens.logps_BT.device)
-        index_B = index_B[index_B % pairs < kept]
-        tokens, is_chosen_B = tokens.rows(index_B), index_B < pairs
-        reference_BT = None if reference_BT is None else reference_BT[index_B]
+        if kept < pairs:
+            index_B = torch.cat([torch.arange(kept), torch.arange(pairs, pairs + kept)]).to(tokens.logps_BT.device)
+            tokens = tokens.rows(index_B)
+            reference_BT = None if reference_BT is None else reference_BT[index_B]
+        is_chosen_B = torch.arange(2 * kept, device=tokens.logps_BT.device) < kept
         output = check_output(self.loss(_pairs(tokens, reference_BT)), kept)
         self.record_metrics(self.loss_sums(output) | accuracy_sums(output) | self._sums(tokens, is_chosen_B))
         self.record_metrics(self.clamp_sums(tokens, reference_BT, is_chosen_B))
