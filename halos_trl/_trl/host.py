@@ -1,0 +1,362 @@
+"""What the package's trainers need from their TRL parent, whichever it is."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from transformers.integrations import is_wandb_available
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
+
+from ..metrics import RunningMeans, Sums
+from ..sharded import whole
+from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
+from .construct import overridden, own_reference_adapter, reference_like_policy
+from .forward import NOT_MODEL_INPUTS, TokenTable, score_tokens
+from .rows import drop_and_count, groups_by_length
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        DataCollator,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+
+logger = get_logger(__name__)
+
+
+class Method(NamedTuple):
+    """How a method is named in logs, tags, the model card and its citation."""
+
+    name: str
+    title: str
+    arxiv: str
+    citation: str
+
+
+if TYPE_CHECKING:
+    # The mixins below stand in front of a trainer whose attributes they use; the checker takes any for it.
+    from trl import DPOTrainer as _Mixin
+else:
+    _Mixin = object
+
+
+class NamedTrainer(_Mixin):
+    """A trainer that is known by its `method` in tags, the model card and its citation."""
+
+    trl_class: ClassVar[type]
+    config_class: ClassVar[type]
+    method: ClassVar[Method | None] = None
+
+    # `compute_loss` weighs each micro-batch by its share of the optimizer step, so nobody else may divide.
+    loss_is_scaled_for_ga = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        method = cls.__dict__.get("method")
+        if method is None and "_name" not in cls.__dict__:
+            # A user's own method must not be published under the name and paper of the class it extends.
+            cls._name = cls.__name__.removesuffix("Trainer")
+            cls._paper = {}
+        if method is not None:
+            cls._name = method.name
+            cls._paper = {"title": method.title, "id": method.arxiv, "citation": method.citation}
+        cls._tag_names = ["trl", "halos-trl", cls._name.lower()]
+
+    def _refuse_foreign_config(self, args: Any) -> None:
+        # A sibling's config is no better: `IPOConfig` extends `DPOConfig`, but DPO would not read its `tau`.
+        own = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == __name__.split(".")[0]), object)
+        if isinstance(args, self.config_class) and issubclass(self.config_class, own):
+            return
+        ours = self.config_class.__name__
+        # `trl.GRPOConfig` shares the name of ours, and nothing else.
+        same = type(args) in self.config_class.__mro__
+        advice = "it takes the same arguments" if same else f"`trl.{ours}`, where there is one, has other fields"
+        raise ValueError(
+            f"{type(self).__name__} got `args` of type {type(args).__module__}.{type(args).__name__}, which has other "
+            f"fields than this method. Use `from halos_trl import {ours}`: {advice}."
+        )
+
+    @property
+    def mode(self) -> str:
+        """`"train"` or `"eval"`: which log the metrics of a batch belong to."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def moment(self) -> str:
+        """Where an error appeared, for its message."""
+        return f"step {self.state.global_step + 1}" if self.mode == "train" else "evaluation"
+
+    def check_rows(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        """Hook: validate raw rows, before tokenization."""
+        return dataset
+
+    def real_rows(self, rows: int) -> int:
+        """How many of a batch's `rows` are its own: behind them accelerate repeats rows to fill the last evaluation
+        batch of every process.
+        """
+        state = self.accelerator.gradient_state
+        if self.mode == "train" or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - rows * self.accelerator.process_index, 0), rows)
+
+    def without_repeats(self, batch: dict[str, Any], mask: str = "completion_mask") -> dict[str, Any]:
+        """The batch without a completion in its repeated rows, so that they add nothing to sums over tokens."""
+        rows = len(batch[mask])
+        own = self.real_rows(rows)
+        if own == rows:
+            return batch
+        return batch | {mask: torch.cat([batch[mask][:own], torch.zeros_like(batch[mask][own:])])}
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        # Between the last gradient of a step and its update. Under fp16 the loss scaler skips such a step.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        value = float(whole(norm)) if isinstance(norm, torch.Tensor) else norm
+        if value is not None and self.accelerator.mixed_precision != "fp16" and not math.isfinite(value):
+            raise ValueError(
+                f"The gradient's norm is {value} at step {self.state.global_step + 1}. The weights were not updated "
+                "with it (DeepSpeed, which updates earlier, may have done so). Lower `learning_rate`, or look for "
+                "extreme values in the model's weights."
+            )
+        return norm
+
+    def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A collated batch, where the model is."""
+        return self._prepare_inputs(batch)
+
+
+class TrainerHost(NamedTrainer):
+    """What the package's trainers need from their TRL parent, under public names.
+
+    Mixed in front of a TRL trainer class, which is named by `trl_class`.
+    """
+
+    needs_reference: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: Any = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **trl_arguments: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
+        self._refuse_foreign_config(args)
+        self._new_adapter = peft_config
+        self.check_arguments(args, model, ref_model)
+        train_dataset = self._checked_before_trl(train_dataset, "train")
+        eval_dataset = self._checked_before_trl(eval_dataset, "eval")
+        self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._new_tokens: torch.Tensor | None = None
+        hidden = self._hidden_from_trl(args)
+        with (
+            overridden(args, **hidden),
+            reference_like_policy(self, model),
+            own_reference_adapter(model, self.needs_reference),
+        ):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                **trl_arguments,
+            )
+
+    def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
+        """Hook: refuse combinations that cannot work, before anything is loaded."""
+        adapters = [] if isinstance(model, str) or not is_peft_model(model) else list(model.peft_config)
+        active = list(model.active_adapters) if adapters else []
+        if adapters and (active != [POLICY_ADAPTER] or REFERENCE_ADAPTER in adapters):
+            raise ValueError(
+                f"The PeftModel has adapters {adapters}, of which {active} is active. The active one is trained and "
+                f"must be called {POLICY_ADAPTER!r}; {REFERENCE_ADAPTER!r} is kept for the reference. Load it with "
+                f"`PeftModel.from_pretrained(base, folder, adapter_name={POLICY_ADAPTER!r}, is_trainable=True)`."
+            )
+        own = {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
+        if ref_model is not None and any(id(parameter) in own for parameter in ref_model.parameters()):
+            raise ValueError(
+                "`ref_model` shares parameters with `model`, so it would change with the policy. Leave it out, and a "
+                "reference is made from the policy as it is; or pass a model with weights of its own."
+            )
+
+    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
+        """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
+        if isinstance(dataset, dict):
+            return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
+        if not isinstance(dataset, Dataset | IterableDataset):
+            return dataset
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"The {name} dataset is empty. Pass at least one row.")
+        # TRL leaves the preparation of images to its collator.
+        return self.check_rows(dataset, name) if {"image", "images"} & set(first) else dataset
+
+    def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
+        """Config values that TRL must not see while it builds the trainer."""
+        # Its callback refuses adapters and is lost on resume; `reference.py` does the same work without either.
+        return {"sync_ref_model": False}
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        dataset = self.check_rows(dataset, dataset_name)
+        truncates = args.max_length is not None and getattr(args, "truncation_mode", "keep_start") == "keep_start"
+        # TRL drops rows whose prompt fills `max_length` in silence. It sees no limit, and we drop the same rows.
+        unlimited = copy.copy(args)
+        unlimited.max_length = None
+        dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)  # type: ignore[misc]
+        return drop_and_count(dataset, args.max_length, dataset_name) if truncates else dataset
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "
+                f"over through the cache folder of the {name} dataset, but that dataset exists in memory only. Save "
+                "it with `save_to_disk` and load it with `load_from_disk`, or set `precompute_ref_log_probs=False`."
+            )
+        # TRL's cache is found by dataset and model alone, but these decide which tokens count.
+        deciding = [getattr(self.args, field, None) for field in ("max_length", "truncation_mode", "ld_alpha")]
+        key = Hasher.hash((self._precompute_model_hash, deciding))
+        with overridden(self, _precompute_model_hash=key):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # The host's sampler looks for `input_ids`, which rows get only when they are collated.
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", None)
+        if not isinstance(data, Dataset) or not (strategy == "group_by_length" or groups_by_length(self.args)):
+            return super()._get_train_sampler(train_dataset)
+        columns = [c for c in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids") if c in data.column_names]
+        lengths = [sum(map(len, row)) for row in zip(*(data[column] for column in columns), strict=True)]
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
+        )
+
+    # -- one forward -------------------------------------------------------------------------------------------
+
+    def policy_tokens(self, model: torch.nn.Module, batch: dict[str, Any]) -> TokenTable:
+        """The policy's token table, with the MoE auxiliary loss where the model has one."""
+        return score_tokens(model, batch, output_router_logits=self.aux_loss_enabled)
+
+    @contextlib.contextmanager
+    def no_grad_forward(self) -> Iterator[None]:
+        """The context in which a forward pass without gradient runs."""
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            self.compute_loss_context_manager(),
+        ):
+            yield
+
+    def logits_for_metrics(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
+        """Plain model outputs with logits, as `compute_metrics` expects them (one more forward, like TRL's)."""
+        inputs = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and not k.startswith("KL_")}
+        with torch.no_grad():
+            return model(**inputs, use_cache=False)
+
+    # -- metrics -----------------------------------------------------------------------------------------------
+
+    def record_metrics(self, sums: Sums) -> None:
+        """Add named (sum, count) pairs to what the next log line averages. No communication, no device sync."""
+        self._means[self.mode].add(sums)
+
+    def count_tokens(self, batch: dict[str, Any]) -> None:
+        """Add a training batch to `num_tokens`."""
+        if self.mode == "train":
+            tokens = batch["attention_mask"].sum()
+            self._new_tokens = tokens if self._new_tokens is None else self._new_tokens + tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = self.mode
+        self._metrics[mode].update({k: [v] for k, v in self._means[mode].drain(self._reduce_sum).items()})
+        if self._new_tokens is not None:
+            tokens = self._reduce_sum(self._new_tokens.to(torch.int64))
+            self._total_train_tokens += int(tokens.item()) // self._tp_size
+            self._new_tokens = None
+        if self._metrics[mode]:
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        # PEFT loads an adapter in float32; that of a quantized model was bfloat16 before the interruption.
+        for name, parameter in policy.named_parameters():
+            dtype = dtypes.get(name, parameter.dtype)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
+            kept = [name for name in self.model.peft_config if name != REFERENCE_ADAPTER]
+            save = functools.partial(self.model.save_pretrained, selected_adapters=kept)
+            with overridden(self.model, save_pretrained=save):
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
+        else:
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+
+    def before_checkpoint(self, checkpoint_dir: str) -> None:
+        """Hook: write what belongs into a checkpoint and TRL does not know about."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # First, so that a checkpoint with a trainer state is never one without the files of this hook.
+        folder = f"checkpoint-{self.state.global_step}"
+        self.before_checkpoint(os.path.join(self._get_output_dir(trial=trial), folder))
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+
+def card_identity(trainer: NamedTrainer) -> dict[str, Any]:
+    """Name, paper and tags of a trainer's method, as the model card shows them."""
+    return {"name": trainer._name, "paper": trainer._paper, "tags": trainer._tag_names}
+
+
+def run_urls() -> dict[str, str]:
+    """Where the trackers in use show the run, by tracker name."""
+    urls = {"trackio": get_trackio_space_url(), "comet": get_comet_experiment_url()}
+    if is_wandb_available():
+        import wandb
+
+        urls["wandb"] = wandb.run.url if wandb.run is not None else None
+    return {name: url for name, url in urls.items() if url}

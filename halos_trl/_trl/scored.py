@@ -1,0 +1,72 @@
+"""`trl.KTOTrainer` behind the door, for scored completions."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Any, ClassVar
+
+import torch
+import trl
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+
+from .adapters import REFERENCE_ADAPTER, reading_adapter
+from .forward import score_tokens
+from .host import TrainerHost
+
+
+class ScoredHost(TrainerHost, trl.KTOTrainer):
+    """`trl.KTOTrainer` behind the door, for scored completions: its tokenization, models and saving, none of its loss.
+
+    TRL's columns of precomputed reference log-probs hold a sum for each completion. Here `ref_logps` holds one number
+    per completion token, in as many columns as the longest completion of the dataset has tokens; TRL's cache on disk,
+    its fingerprint and its work over several processes stay in use.
+    """
+
+    trl_class = trl.KTOTrainer
+    columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "completion_ids", "label", "score", "advantage", "ref_logps")
+    """What a prepared row brings into a batch."""
+
+    def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
+        # The one loss type for which TRL prepares no KL partners.
+        return {**super()._hidden_from_trl(args), "loss_type": "apo_zero_unpaired"}
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Most examples of a micro-batch; `auto_find_batch_size` may have lowered it."""
+        return self._train_batch_size
+
+    def check_tokenized(self, dataset: Dataset, name: str) -> Dataset:
+        """Hook: validate tokenized rows."""
+        return dataset
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        # For a dataset named "train" TRL recommends weights of desirable rows, which have no meaning here.
+        dataset = super()._prepare_dataset(dataset, processing_class, args, f"scored {dataset_name}")
+        return self.check_tokenized(dataset, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(self.columns)
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        limit = sys.maxsize if self.args.max_length is None else self.args.max_length
+        lengths = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
+        self._precomputed_width = max(min(len(p) + len(c), limit) - len(p) for p, c in lengths)
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, None]:
+        """Reference log-probs of the completion tokens, moved to the left: `(B, longest completion)`, then zeros."""
+        shared = getattr(self.ref_model, "module", self.ref_model) is None and is_peft_model(self.model)
+        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
+        with self.no_grad_forward(), contextlib.ExitStack() as stack:
+            if shared:
+                adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None
+                stack.enter_context(reading_adapter(self.accelerator.unwrap_model(self.model), adapter))
+            tokens = score_tokens(model, inputs)
+        mask_BT = tokens.mask_BT
+        packed_BW = tokens.logps_BT.new_zeros(len(mask_BT), self._precomputed_width)
+        for row, (logps_T, mask_T) in enumerate(zip(tokens.logps_BT, mask_BT, strict=True)):
+            own = logps_T[mask_T]
+            packed_BW[row, : len(own)] = own
+        return packed_BW.float(), None

@@ -1,0 +1,94 @@
+"""The value head as a part of the policy while it trains."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import is_peft_model
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..value_head import NAME as VALUE_HEAD
+from ..value_head import ValueHead, load_value_head, save_value_head, taken_off
+from .scored import ScoredHost
+
+
+@dataclass
+class _WithValues(FusedCausalLMOutput):
+    """A field and not an attribute, since DDP and autocast rebuild outputs from their fields."""
+
+    state_values: torch.Tensor | None = None
+
+
+def _attach(head: ValueHead, causal_lm: Any) -> None:
+    """Make the head a part of the policy: its forward pass through the fused LM head also answers `state_values`."""
+    causal_lm.add_module(VALUE_HEAD, head)
+    # Whoever saves the policy without this package gets the plain model too.
+    own = {f"{VALUE_HEAD}.{name}" for name in head.state_dict()}
+    causal_lm._keys_to_ignore_on_save = own | set(causal_lm._keys_to_ignore_on_save or ())
+    fused_forward = causal_lm.forward
+    seen: dict[str, torch.Tensor] = {}
+    causal_lm.base_model.register_forward_hook(lambda module, args, out: seen.update(hidden=out.last_hidden_state))
+
+    @functools.wraps(fused_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = fused_forward(*args, **kwargs)
+        hidden_BSH = seen.pop("hidden")
+        if not kwargs.get("fused_lm_head"):
+            return outputs
+        return _WithValues(**outputs, state_values=head(hidden_BSH[:, :-1]))
+
+    causal_lm.forward = forward
+
+
+class ValueHost(ScoredHost):
+    """A host whose policy carries a value head while it trains, and is saved without it."""
+
+    value_head: ValueHead
+
+    def attach_value_head(self) -> None:
+        """Give the policy a new head. Raises ValueError where its gradients could not be limited apart."""
+        if self.is_deepspeed_enabled or not hasattr(transformers.Trainer, "_clip_grad_norm"):
+            engine = "DeepSpeed" if self.is_deepspeed_enabled else f"transformers {transformers.__version__}"
+            raise ValueError(
+                f"{type(self).__name__} limits the gradients of the value head apart from the policy's, which "
+                f"{engine} has no place for. Use DDP or FSDP2 with transformers 5."
+            )
+        causal_lm = self._causal_lm()
+        config = causal_lm.config.get_text_config()
+        size = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+        self.value_head = ValueHead(size, self.args.seed).to(causal_lm.get_output_embeddings().weight.device)
+        _attach(self.value_head, causal_lm)
+
+    def _causal_lm(self) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if state_dict is None:
+            head = self.value_head.state_dict()
+        else:  # gathered from shards
+            marker = f"{VALUE_HEAD}."
+            head = {name.split(marker, 1)[1]: t for name, t in state_dict.items() if marker in name}
+            state_dict = {name: t for name, t in state_dict.items() if marker not in name}
+        save_value_head(head, folder)
+        with taken_off(self._causal_lm()):
+            super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with taken_off(self._causal_lm()):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with taken_off(self._causal_lm()):
+            super()._load_best_model()
+        load_value_head(self.value_head, self.state.best_model_checkpoint)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        own = {id(parameter) for parameter in self.value_head.parameters()}
+        policy = [parameter for parameter in model.parameters() if id(parameter) not in own]
+        return self.accelerator.clip_grad_norm_(policy, self.args.max_grad_norm)
