@@ -372,7 +372,11 @@ def read_by_trainers(method):
     files = [Path(inspect.getsourcefile({"dpo": trl.DPOTrainer, "kto": trl.KTOTrainer}[method]))]
     package = Path(halos_trl.__file__).parent
     own = ("base", "paired", "dpo") if method == "dpo" else ("base", "unpaired", "kto")
-    files += [package / "_trl.py", package / "reference.py", *(package / "trainers" / f"{name}.py" for name in own)]
+    files += [
+        *package.glob("_trl/*.py"),
+        package / "reference.py",
+        *(package / "trainers" / f"{name}.py" for name in own),
+    ]
     text = "\n".join(path.read_text() for path in files)
     return set(re.findall(r"\bargs\.(\w+)", text)) | set(re.findall(r"getattr\((?:self\.)?args, \"(\w+)\"", text))
 
