@@ -30,7 +30,8 @@ MAY_IMPORT = MATHEMATICS | {
     "model_card": {"_trl"},
     "trainers": {*MATHEMATICS, "data", "sharded", "value_head", "_trl", "reference", "configs", "model_card"},
     "toy": set(),
-    "cli": {*MATHEMATICS, "data", "value_head", "_trl", "configs", "model_card", "trainers", "toy"},
+    "merge": {"_trl", "model_card", "value_head"},
+    "cli": {*MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
     "__init__": {*MATHEMATICS, "configs", "trainers", "data"},
 }
 
