@@ -45,7 +45,7 @@ def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
         shutil.copy(value_head, target)
     trainer.processing_class.save_pretrained(target)
     model_card.write(trainer, None, used_datasets, None, merged_dir=target)
-    print(f"Merged model saved to {target}")
+    trainer.accelerator.print(f"Merged model saved to {target}")
     if args.push_to_hub:
         api, repo = HfApi(token=args.hub_token), model_card.merged_name(trainer.hub_model_id)
         api.create_repo(repo, private=args.hub_private_repo, exist_ok=True)
@@ -53,4 +53,4 @@ def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=target, revision=revision, commit_message="Merged model")
-        print(f"Merged model pushed to {repo}")
+        trainer.accelerator.print(f"Merged model pushed to {repo}")

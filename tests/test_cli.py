@@ -19,6 +19,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, KTOConfig, KTOTrainer, cli, model_card, toy
+from halos_trl.merge import merge_adapter
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_kto.py"
 ON_CPU = [
@@ -544,7 +545,7 @@ def test_card_of_a_reward_model(make_config, tokenizer, here):
     with torch.no_grad():
         trainer.model.base_model.model.score.modules_to_save["default"].weight.add_(0.1)
     trainer.save_model()
-    cli.merge_adapter(trainer, [])
+    merge_adapter(trainer, [])
     merged = AutoModelForSequenceClassification.from_pretrained(f"{trainer.args.output_dir}-merged")
     ids = torch.arange(24).reshape(2, 12) + 5
     mask = torch.ones_like(ids)
