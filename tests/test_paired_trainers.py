@@ -263,7 +263,7 @@ def test_nan_is_refused_whoever_computes_the_loss(fit, model, loss_type, humanli
 @pytest.mark.parametrize("config_class", [CDPOConfig, IPOConfig, SimPOConfig, SLiCConfig])
 def test_config_of_another_method_is_refused(fit, config_class):
     """Each of them is a `DPOConfig` too, but DPO would not read its own fields."""
-    with pytest.raises(ValueError, match=f"got `args` of type halos_trl.configs.{config_class.__name__}"):
+    with pytest.raises(ValueError, match=f"got `args` of type {config_class.__module__}.{config_class.__name__}"):
         fit(paired_rows(8), DPOTrainer, config_class)
 
 

@@ -167,7 +167,7 @@ def test_adapter_is_merged_into_the_unquantized_base(pushed: Pushed) -> None:
 def test_training_arguments_are_those_of_the_flags(pushed: Pushed) -> None:
     for repo in ("tester/full", "tester/kto-adapter"):
         arguments = pushed.report["training_args"][repo]
-        assert arguments["class"] == "halos_trl.configs.KTOConfig"
+        assert arguments["class"] == "halos_trl.configs.unpaired.KTOConfig"
         assert {name: arguments[name] for name in ("learning_rate", "max_steps", "desirable_weight")} == {
             "learning_rate": 0.02,
             "max_steps": 2,

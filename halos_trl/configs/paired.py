@@ -1,0 +1,168 @@
+"""The config classes of the methods on pairs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import trl
+
+from .checks import check_sync, defaults_of, is_share, require, require_not_negative, require_positive
+from .shared import REFERENCE_FIELDS, SYNC_HELP, HumanlineConfig
+
+
+@dataclass
+class DPOConfig(HumanlineConfig, trl.DPOConfig):
+    """`trl.DPOConfig` plus humanline; every field means what it means there."""
+
+    sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "beta")
+        check_sync(self)
+        self._check_trl_losses()
+        if self.humanline and self.use_weighting:
+            raise ValueError(
+                "`humanline=True` and `use_weighting=True` exclude each other: WPO weighs pairs by the policy's own "
+                "probabilities, which the clamp replaces. Switch one of them off."
+            )
+
+    def _check_trl_losses(self) -> None:
+        require(len(self.loss_type) > 0, "loss_type", self.loss_type, "there is no loss.", "Name one or more.")
+        for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
+            # Newer releases of TRL may know more of them, and list those here.
+            listed = trl.DPOConfig.__dataclass_fields__[name].metadata["help"]
+            for value in values:
+                require(
+                    re.search(rf"[`']{re.escape(str(value))}[`']", listed) is not None, name, value,
+                    "the installed TRL does not know it.", f"TRL says: {listed}",
+                )  # fmt: skip
+        require(
+            self.ld_alpha is None or is_share(self.ld_alpha), "ld_alpha", self.ld_alpha,
+            "it weighs the tokens beyond the shorter completion.", "Use a number in [0, 1].",
+        )  # fmt: skip
+        require(
+            is_share(self.label_smoothing), "label_smoothing", self.label_smoothing,
+            "it is the share of flipped labels.", "Use a number in [0, 1].",
+        )  # fmt: skip
+        require(
+            "robust" not in self.loss_type or self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
+            "the `robust` loss divides by 1 - 2 * it.", "Use a number in [0, 0.5).",
+        )  # fmt: skip
+
+
+DPO_LOSS_FIELDS = (
+    "loss_type",
+    "loss_weights",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "label_smoothing",
+    "use_weighting",
+    "discopop_tau",
+)
+
+
+@dataclass
+class _PairedConfig(DPOConfig):
+    """Base of the paired methods that are not DPO: TRL's DPO-only options are refused instead of ignored."""
+
+    _refused: ClassVar[tuple[str, ...]] = DPO_LOSS_FIELDS
+
+    def __post_init__(self) -> None:
+        # Before TRL normalizes any value.
+        defaults = defaults_of(type(self))
+        for name in self._refused:
+            require(
+                getattr(self, name) == defaults[name], name, getattr(self, name),
+                f"{type(self).__name__.removesuffix('Config')} has no such option.",
+                "Leave it out, or use `DPOConfig` and `DPOTrainer`, which have it.",
+            )  # fmt: skip
+        super().__post_init__()
+
+
+@dataclass
+class CDPOConfig(_PairedConfig):
+    """Conservative DPO.
+
+    Parameters:
+        beta (`float`, *optional*, defaults to `0.1`):
+            Inverse temperature, per nat.
+        epsilon (`float`, *optional*, defaults to `0.2`):
+            Assumed share of flipped labels, in [0, 0.5).
+    """
+
+    epsilon: float = field(default=0.2, metadata={"help": "Assumed share of flipped labels, in [0, 0.5)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 <= self.epsilon < 0.5, "epsilon", self.epsilon, "it is the share of flipped labels.",
+            "Use a number in [0, 0.5); at 0.5 the labels would say nothing.",
+        )  # fmt: skip
+
+
+@dataclass
+class IPOConfig(_PairedConfig):
+    """Identity preference optimization.
+
+    Parameters:
+        tau (`float`, *optional*, defaults to `0.1`):
+            Strength of the regularization; the per-token margin is drawn to 1 / (2 tau) nats. TRL calls it `beta`.
+    """
+
+    _refused = (*DPO_LOSS_FIELDS, "beta")
+
+    tau: float = field(default=0.1, metadata={"help": "The per-token margin is drawn to 1 / (2 tau) nats."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "tau")
+
+
+@dataclass
+class SimPOConfig(_PairedConfig):
+    """SimPO, which compares with no reference.
+
+    Parameters:
+        beta (`float`, *optional*, defaults to `10.0`):
+            Inverse temperature, per nat per token.
+        gamma_beta_ratio (`float`, *optional*, defaults to `0.3`):
+            Margin between the mean log-probs, nats per token, at least 0.
+    """
+
+    _refused = (*DPO_LOSS_FIELDS, *REFERENCE_FIELDS, "humanline_sync_steps")
+
+    beta: float = field(default=10.0, metadata={"help": "Inverse temperature, per nat per token."})
+    gamma_beta_ratio: float = field(
+        default=0.3, metadata={"help": "Margin between the mean log-probs, nats per token, at least 0."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "gamma_beta_ratio", "a negative margin rewards preferring the rejected completion.")
+
+
+@dataclass
+class SLiCConfig(_PairedConfig):
+    """SLiC, which compares with no reference.
+
+    Parameters:
+        beta (`float`, *optional*, defaults to `1.0`):
+            Margin between the summed log-probs, nats.
+        lambda_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the chosen completion's negative log-likelihood, at least 0.
+    """
+
+    _refused = (*DPO_LOSS_FIELDS, *REFERENCE_FIELDS, "humanline_sync_steps")
+
+    beta: float = field(default=1.0, metadata={"help": "Margin between the summed log-probs, nats."})
+    lambda_coef: float = field(
+        default=0.1, metadata={"help": "Weight of the chosen completion's negative log-likelihood, at least 0."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "lambda_coef", "a negative weight makes the chosen completion less likely.")

@@ -1,0 +1,12 @@
+"""The config class of the reward model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trl
+
+
+@dataclass
+class BradleyTerryConfig(trl.RewardConfig):
+    """`trl.RewardConfig`; HALOs' Bradley-Terry loss has no parameters of its own."""

@@ -1,0 +1,138 @@
+"""The config classes of the methods on scored completions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import trl
+
+from .checks import check_sync, defaults_of, require, require_count, require_not_negative, require_positive
+from .shared import HumanlineConfig
+from .unpaired import KTO_LOSS_FIELDS
+
+
+@dataclass
+class _ScoredConfig(HumanlineConfig, trl.KTOConfig):
+    """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
+
+    _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS
+
+    train_sampling_strategy: str = field(
+        default="random",
+        metadata={
+            "help": "Order of the groups: `random` (new in each epoch) or `sequential`.",
+            "choices": ["random", "sequential"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        defaults = defaults_of(type(self))
+        for name in self._refused:
+            require(
+                getattr(self, name) == defaults[name], name, getattr(self, name),
+                f"{type(self).__name__.removesuffix('Config')} has no such option.", "Leave it out.",
+            )  # fmt: skip
+        super().__post_init__()
+        check_sync(self)
+        known = ("random", "sequential")
+        require(
+            self.train_sampling_strategy in known, "train_sampling_strategy", self.train_sampling_strategy,
+            "the examples of a prompt have to stay together.", f"Use one of {known}.",
+        )  # fmt: skip
+        require(
+            not self.dataloader_drop_last, "dataloader_drop_last", self.dataloader_drop_last,
+            "a step may hold fewer examples than it could, so that no group is torn apart.", "Leave it out.",
+        )  # fmt: skip
+
+
+@dataclass
+class GRPOConfig(_ScoredConfig):
+    """Group-relative policy optimization on scored completions that exist already (offline).
+
+    Parameters:
+        beta (`float`, *optional*, defaults to `0.01`):
+            Weight of the KL penalty, at least 0.
+        epsilon (`float`, *optional*, defaults to `0.01`):
+            The probability ratio is clipped to [1 - epsilon, 1 + epsilon_high].
+        epsilon_high (`float`, *optional*):
+            Upper clip range; `epsilon` where not set.
+        scale_rewards (`bool`, *optional*, defaults to `True`):
+            Divide advantages by the standard deviation of their group (+ 0.01).
+        sequence_level (`bool`, *optional*, defaults to `False`):
+            One ratio per completion (GSPO) instead of one per token.
+    """
+
+    beta: float = field(default=0.01, metadata={"help": "Weight of the KL penalty, at least 0."})
+    epsilon: float = field(
+        default=0.01, metadata={"help": "The probability ratio is clipped to [1 - epsilon, 1 + epsilon_high]."}
+    )
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "Upper clip range of the probability ratio; `epsilon` where not set."}
+    )
+    scale_rewards: bool = field(
+        default=True, metadata={"help": "Divide advantages by the standard deviation of their group (+ 0.01)."}
+    )
+    sequence_level: bool = field(
+        default=False, metadata={"help": "One ratio per completion (GSPO) instead of one per token."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_not_negative(self, "beta", "a negative weight rewards leaving the reference.")
+        require_positive(self, "epsilon", *(["epsilon_high"] if self.epsilon_high is not None else []))
+
+
+@dataclass
+class PPOConfig(_ScoredConfig):
+    """Proximal policy optimization with a value head, on completions that exist already (offline).
+
+    Parameters:
+        cliprange (`float`, *optional*, defaults to `0.5`):
+            The probability ratio is clipped to [1 - cliprange, 1 + cliprange].
+        critic_coef (`float`, *optional*, defaults to `0.01`):
+            Weight of the critic's squared error, at least 0.
+        kl_coef (`float`, *optional*, defaults to `0.1`):
+            Weight of the KL penalty, at least 0. The penalty is linear in the log-ratio, so on fixed completions it
+            lowers the log-probs of all of them without a bound; watch `kl`, and lower it at high learning rates.
+        gamma (`float`, *optional*, defaults to `0.99`):
+            Discount per token, in [0, 1].
+        lam (`float`, *optional*, defaults to `0.95`):
+            Mixing of the advantage estimates, in [0, 1]: 0 looks one token ahead, 1 to the end.
+        ppo_epochs (`int`, *optional*, defaults to `1`):
+            Optimizer steps on each batch; values and advantages are computed once, before the first of them.
+        v_head_max_grad_norm (`float`, *optional*, defaults to `0.1`):
+            Gradient-norm limit of the value head alone. `max_grad_norm` limits the policy alone.
+        reward_batch_size (`int`, *optional*, defaults to `32`):
+            Completions that the reward model scores at once, on each process.
+    """
+
+    _refused = (*KTO_LOSS_FIELDS, "beta")
+
+    cliprange: float = field(
+        default=0.5, metadata={"help": "The probability ratio is clipped to [1 - cliprange, 1 + cliprange]."}
+    )
+    critic_coef: float = field(default=0.01, metadata={"help": "Weight of the critic's squared error, at least 0."})
+    kl_coef: float = field(default=0.1, metadata={"help": "Weight of the KL penalty, at least 0."})
+    gamma: float = field(default=0.99, metadata={"help": "Discount per token, in [0, 1]."})
+    lam: float = field(default=0.95, metadata={"help": "Mixing of the advantage estimates, in [0, 1]."})
+    ppo_epochs: int = field(
+        default=1, metadata={"help": "Optimizer steps on each batch, with values and advantages computed once."}
+    )
+    v_head_max_grad_norm: float = field(
+        default=0.1, metadata={"help": "Gradient-norm limit of the value head; `max_grad_norm` limits the policy."}
+    )
+    reward_batch_size: int = field(
+        default=32, metadata={"help": "Completions that the reward model scores at once, on each process."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "cliprange", "v_head_max_grad_norm")
+        for name in ("critic_coef", "kl_coef"):
+            require_not_negative(self, name, "a negative weight turns the term around.")
+        for name in ("gamma", "lam"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, name, value, "it is a discount.", "Use a number in [0, 1].")
+        for name in ("ppo_epochs", "reward_batch_size"):
+            require_count(self, name, "it counts passes or rows.")

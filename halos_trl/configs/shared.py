@@ -1,0 +1,84 @@
+"""The settings that every method with a reference shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from ..humanline import Humanline
+from .checks import require, require_count
+
+
+@dataclass
+class HumanlineConfig:
+    """The fields that every method shares (arXiv:2509.24207).
+
+    Parameters:
+        humanline (`bool`, *optional*, defaults to `False`):
+            Clamp the per-token log-ratios and let the reference follow the policy one step behind.
+        log_epsilon_p (`float`, *optional*, defaults to `-1.0`):
+            Lower bound of a token's log-ratio, nats, at most 0.
+        log_epsilon_r (`float`, *optional*, defaults to `1.5`):
+            Upper bound of a token's log-ratio, nats, at least 0.
+        humanline_sync_steps (`int`, *optional*, defaults to `1`):
+            Copy the policy into the reference before every n-th optimizer step.
+    """
+
+    humanline: bool = field(
+        default=False,
+        metadata={"help": "Clamp per-token log-ratios and let the reference follow the policy (arXiv:2509.24207)."},
+    )
+    log_epsilon_p: float = field(
+        default=-1.0, metadata={"help": "Humanline's lower bound of a token's log-ratio, nats, at most 0."}
+    )
+    log_epsilon_r: float = field(
+        default=1.5, metadata={"help": "Humanline's upper bound of a token's log-ratio, nats, at least 0."}
+    )
+    humanline_sync_steps: int = field(
+        default=1,
+        metadata={"help": "Humanline copies the policy into the reference before every n-th optimizer step."},
+    )
+
+    @property
+    def humanline_clamp(self) -> Humanline | None:
+        """The clamp as the losses take it; `None` with humanline off."""
+        return Humanline(self.log_epsilon_p, self.log_epsilon_r) if self.humanline else None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if not self.humanline:
+            for f in fields(HumanlineConfig):
+                value = getattr(self, f.name)
+                require(
+                    value == f.default, f.name, value, "it has no effect while `humanline` is off.",
+                    "Set `humanline=True` (`--humanline`), or leave it out.",
+                )  # fmt: skip
+            return
+        self.humanline_clamp  # noqa: B018  (its constructor checks the bounds)
+        require_count(
+            self, "humanline_sync_steps", "it counts optimizer steps; a reference that never moves is no humanline."
+        )
+        if getattr(self, "precompute_ref_log_probs", False):
+            raise ValueError(
+                "`humanline=True` and `precompute_ref_log_probs=True` exclude each other: humanline moves the "
+                "reference every few steps, so log-probs computed before training are stale at once. Switch one off."
+            )
+        if getattr(self, "sync_ref_model", False):
+            raise ValueError(
+                "`humanline=True` and `sync_ref_model=True` both decide how the reference moves: humanline copies the "
+                "policy before every `humanline_sync_steps`-th step, TR-DPO mixes it in afterwards. Switch one off."
+            )
+
+
+SYNC_HELP = (
+    "Let the reference follow the policy (TR-DPO, arXiv:2404.09656): every `ref_model_sync_steps` steps, mix the "
+    "policy into it with weight `ref_model_mixup_alpha`. Works with adapters; not with `precompute_ref_log_probs`."
+)
+
+
+REFERENCE_FIELDS = (
+    "precompute_ref_log_probs",
+    "precompute_ref_batch_size",
+    "sync_ref_model",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+)

@@ -1,0 +1,50 @@
+"""The config class of KTO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trl
+
+from .checks import check_sync, require, require_not_negative, require_positive
+from .shared import SYNC_HELP, HumanlineConfig
+
+KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
+
+
+@dataclass
+class KTOConfig(HumanlineConfig, trl.KTOConfig):
+    """`trl.KTOConfig` plus humanline, with shuffling on.
+
+    The KL partners are taken from inside the optimizer step, so any order of training is fine:
+    `train_sampling_strategy` defaults to `"random"` (TRL: `"sequential"`), and `per_device_train_batch_size=1` works.
+    Defaults are those of TRL and HALOs, which agree (`beta=0.1`, both weights 1).
+    """
+
+    sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})
+    train_sampling_strategy: str = field(
+        default="random",
+        metadata={
+            "help": "Order of the training data; any order works, since KL partners come from inside the step.",
+            "choices": ["random", "sequential", "group_by_length"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "beta")
+        check_sync(self)
+        for name in ("desirable_weight", "undesirable_weight"):
+            require_not_negative(self, name, "a negative weight turns the loss around.")
+        require(
+            self.desirable_weight + self.undesirable_weight > 0, "desirable_weight", self.desirable_weight,
+            "`undesirable_weight` is 0 too, so there is nothing to learn.", "Set one of them above 0.",
+        )  # fmt: skip
+        known = ("kto", "apo_zero_unpaired")
+        require(
+            self.loss_type in known,
+            "loss_type",
+            self.loss_type,
+            "KTOTrainer does not know it.",
+            f"Use one of {known}.",
+        )
