@@ -5,13 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from accelerate.logging import get_logger
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import model_card
 from .._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, TokenTable, edits_base_weights
@@ -20,7 +16,6 @@ from ..humanline import log_ratios
 from ..metrics import Sums, loss_sums, total, unclamped_sums
 from ..records import LossOutput
 from ..reference import (
-    REFERENCE_FILE,
     AdapterOff,
     FrozenAdapter,
     FrozenCopy,
@@ -28,23 +23,16 @@ from ..reference import (
     PrecomputedColumn,
     Reference,
     ReferenceSync,
-    gathered,
-    load_reference,
-    save_reference,
 )
 from ..sharded import parameters_by_name, shape_of
+from .checkpoints import checkpoint_of, restore_reference, write_reference
 
 if TYPE_CHECKING:
     from .._trl import TrainerHost as _Host
 else:
     _Host = object
 
-logger = get_logger(__name__)
-
 _UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
-
-_MOVED = "halos_trl.moved_reference"
-"""Stands in the trainer state of a checkpoint that holds a moved reference."""
 
 
 @dataclass
@@ -277,12 +265,7 @@ class AlignmentTrainer(StepAsBatch):
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
-        if self.reference.moved:
-            tensors = gathered(self.reference.tensors(self.model), keep=self.args.should_save)
-            if self.args.should_save:
-                save_reference(tensors, checkpoint_dir)
-            # Into the trainer's state, so that a later run knows what has to be there.
-            self.state.stateful_callbacks[_MOVED] = {"args": {}, "attributes": {}}
+        write_reference(self.reference, self.model, self.state, checkpoint_dir, keep=self.args.should_save)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; a resumed run also gets back the reference that its checkpoint holds.
@@ -291,52 +274,14 @@ class AlignmentTrainer(StepAsBatch):
         was interrupted is passed over with a warning.
         """
         self._step = None
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no complete checkpoint. Start "
-                    "without it, or pass the path of a checkpoint."
-                )
-        if resume_from_checkpoint:
-            self._restore_reference(os.fspath(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint:
+            self.restore(os.fspath(checkpoint))
+        return super().train(checkpoint, *args, **kwargs)
 
-    def _restore_reference(self, folder: str) -> None:
-        state_file = os.path.join(folder, TRAINER_STATE_NAME)
-        if not os.path.isfile(state_file):
-            return  # transformers has its own message for what is no checkpoint
-        state = TrainerState.load_from_json(state_file)
-        stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE)) or _MOVED in state.stateful_callbacks
-        if stored and self.sync_callback is None:
-            raise ValueError(
-                f"{folder} holds a reference that has moved ({REFERENCE_FILE}), but this run's stands still: "
-                "it would silently be another one. Resume with the `humanline` or `sync_ref_model` setting of the run "
-                "that wrote it."
-            )
-        if stored or (self.sync_callback and self.sync_callback.syncs_until(state.global_step)):
-            load_reference(self.reference.tensors(self.model), folder)
-            self.reference.moved = True
-        elif self.reference.moved:
-            raise ValueError(
-                f"The reference of {folder} had not left its start, but this trainer has trained before and its "
-                "reference has. Make a new trainer and resume with that one."
-            )
+    def restore(self, folder: str) -> None:
+        """Hook: take from a checkpoint what `before_checkpoint` wrote."""
+        restore_reference(self.reference, self.sync_callback, self.model, folder)
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint with a trainer state, which is written last; None where there is none."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        try:
-            TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
-        except (OSError, ValueError) as error:
-            logger.warning(
-                f"{folder} is incomplete ({TRAINER_STATE_NAME}: {error}), so the checkpoint before it is used."
-            )
-        else:
-            return str(folder)
-    return None
-
-
-__all__ = ["AlignmentTrainer", "StepAsBatch", "last_complete_checkpoint"]
+__all__ = ["AlignmentTrainer", "StepAsBatch"]

@@ -213,8 +213,8 @@ class PPOTrainer(ScoredTrainer, ValueHost):
         if self._is_between_epochs(self.state.global_step):
             save_rollouts(self._rollouts or [], rollout_file(checkpoint_dir, self.accelerator.process_index))
 
-    def _restore_reference(self, folder: str) -> None:
-        super()._restore_reference(folder)
+    def restore(self, folder: str) -> None:
+        super().restore(folder)
         state_file = os.path.join(folder, TRAINER_STATE_NAME)
         if not os.path.isfile(state_file):
             return  # transformers has its own message for what is no checkpoint
