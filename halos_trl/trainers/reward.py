@@ -13,7 +13,7 @@ from .._trl import Method, RewardHost
 from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from . import reward_head
-from .base import StepAsBatch
+from .step import StepAsBatch
 
 
 class BradleyTerryTrainer(StepAsBatch, RewardHost):

@@ -18,7 +18,8 @@ from ..humanline import log_ratios, unclamped_counts
 from ..metrics import RunningMeans, Sums, total
 from ..records import LossOutput
 from ..reference import Reference
-from .base import AlignmentTrainer, Step
+from .base import AlignmentTrainer
+from .step import Step
 
 logger = get_logger(__name__)
 
