@@ -84,9 +84,6 @@ class NamedTrainer(_Mixin):
     config_class: ClassVar[type]
     method: ClassVar[Method | None] = None
 
-    # `compute_loss` weighs each micro-batch by its share of the optimizer step, so nobody else may divide.
-    loss_is_scaled_for_ga = True
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         method = cls.__dict__.get("method")
@@ -286,6 +283,14 @@ class TrainerHost(NamedTrainer):
         )
 
     # -- one forward -------------------------------------------------------------------------------------------
+
+    def batch_loss(self, model: Any, batch: dict[str, Any], return_outputs: bool = False) -> Any:
+        """Hook: the loss of a collated batch, as `compute_loss` returns it."""
+        raise NotImplementedError
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        # Called by TRL's `compute_loss`, so a subclass may override either.
+        return self.batch_loss(model, inputs, return_outputs)
 
     def policy_tokens(self, model: torch.nn.Module, batch: dict[str, Any]) -> TokenTable:
         """The policy's token table, with the MoE auxiliary loss where the model has one."""

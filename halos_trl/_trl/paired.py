@@ -27,14 +27,14 @@ class PairedHost(TrainerHost, HostTrainer):
         """
         humanline = self.args.humanline_clamp
         if humanline is None:
-            result = HostTrainer.compute_loss(self, model, inputs, return_outputs)
+            result = HostTrainer._compute_loss(self, model, inputs, return_outputs)
             return result if return_outputs else (result, None)
         reference_BT = self.reference.log_probs(inputs)
         sums = HostTrainer.compute_ref_log_probs(self, _Answering(reference_BT), inputs)
         clamped = _Clamped(model, reference_BT, inputs["completion_mask"][:, 1:], humanline)
         inputs = {**inputs, "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         with overridden(self, precompute_ref_logps=True):
-            loss = HostTrainer.compute_loss(self, clamped, inputs)
+            loss = HostTrainer._compute_loss(self, clamped, inputs, False)
         is_chosen_B = torch.arange(len(reference_BT), device=reference_BT.device) < len(reference_BT) // 2
         # TRL would log the log-probs that it was given; those of the policy stand in for them.
         self.record_metrics(logps_sums(clamped.policy_BT, is_chosen_B))

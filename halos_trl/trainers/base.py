@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, ClassVar
 
@@ -122,11 +123,21 @@ class AlignmentTrainer(StepAsBatch):
         if sync:
             self.sync_callback = ReferenceSync(reference, steps_in_backward=self.is_deepspeed_enabled, **sync)
             self.add_callback(self.sync_callback)
+            if self.is_deepspeed_enabled:
+                self._sync_before_last_backward(self.sync_callback)
         return reference
 
-    def before_last_backward(self) -> None:
-        if self.sync_callback is not None:
-            self.sync_callback.before_backward(self.state, self.model)
+    def _sync_before_last_backward(self, callback: ReferenceSync) -> None:
+        # Once per step, between its last loss and its update, which DeepSpeed makes inside `backward`.
+        backward = self.accelerator.backward
+
+        @functools.wraps(backward)
+        def synced_backward(loss: torch.Tensor, **kwargs: Any) -> None:
+            if self.accelerator.sync_gradients:
+                callback.before_backward(self.state, self.model)
+            backward(loss, **kwargs)
+
+        self.accelerator.backward = synced_backward
 
     def _refuse_unlike_reference(self) -> None:
         unwrapped = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model)]
@@ -198,7 +209,6 @@ class AlignmentTrainer(StepAsBatch):
         `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one whose writing
         was interrupted is passed over with a warning.
         """
-        self._step = None
         checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
         if checkpoint:
             self.restore(os.fspath(checkpoint))

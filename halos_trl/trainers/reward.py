@@ -13,7 +13,7 @@ from .._trl import Method, RewardHost
 from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from . import reward_head
-from .step import StepAsBatch
+from .step import StepAsBatch, weighted, without_share
 
 
 class BradleyTerryTrainer(StepAsBatch, RewardHost):
@@ -63,14 +63,14 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, without_share(inputs), return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The reward model's loss is {loss.item()} at {self.moment}. The weights were not "
                 "updated with it. Look for NaN in the model's weights, or lower `learning_rate`."
             )
-        loss = self.share_of_step(loss, inputs)
+        loss = weighted(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def batch_size(self, batch: dict[str, Any]) -> int:

@@ -1,14 +1,19 @@
-"""One optimizer step as one batch, however it is split over micro-batches and processes. And the model card."""
+"""One optimizer step as one batch, however it is split over micro-batches and processes. And the model card.
+
+What a micro-batch has to know about its step travels inside it, so `compute_loss` is a function of its batch: it
+remembers nothing between calls, and whoever overrides it gets TRL's meaning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import model_card
+from .._trl import STEP_SHARE
 
 if TYPE_CHECKING:
     from .._trl import TrainerHost as _Host
@@ -16,54 +21,62 @@ else:
     _Host = object
 
 
-@dataclass
-class Step:
-    """The optimizer step in progress."""
+@dataclass(frozen=True)
+class StepShare:
+    """What a training micro-batch knows about its optimizer step. It stands in the batch under `STEP_SHARE`."""
 
-    examples: torch.Tensor
-    """Examples of the whole step, over all micro-batches and processes."""
-    microbatches_left: int
+    weight: torch.Tensor
+    """Factor of the micro-batch's mean loss: own examples * processes * micro-batches / examples of the step. 1 where
+    all micro-batches are of one size, since the host averages over micro-batches and processes."""
+    prepared: Any = None
+    """What the method computed for this micro-batch when it saw the whole step: KTO's KL estimate, PPO's rollout."""
+
+
+def share_in(batch: Mapping[str, Any]) -> StepShare | None:
+    """The share of a training micro-batch; None for every other batch, which stands for itself."""
+    return batch.get(STEP_SHARE)
+
+
+def without_share(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as its collator made it."""
+    return {name: value for name, value in batch.items() if name != STEP_SHARE}
+
+
+def weighted(mean_loss: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """A micro-batch's mean loss, so that the step's gradient is that of the mean over all its examples."""
+    share = share_in(batch)
+    return mean_loss if share is None else mean_loss * share.weight
 
 
 class StepAsBatch(_Host):
     """One optimizer step is one batch, however it is split over micro-batches and processes. And the model card."""
 
-    _step: Step | None = None
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """All micro-batches of the next optimizer step, after `begin_step` has seen them together."""
+        """All micro-batches of the next optimizer step, each with its `StepShare`."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.model.train()
-            self.begin_step([self.on_device(batch) for batch in batches])
+            for batch, share in zip(batches, self.shares_of([self.on_device(b) for b in batches]), strict=True):
+                batch[STEP_SHARE] = share
         return batches, num_items
 
-    def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        """Hook: what has to be known about the whole step before its first micro-batch."""
-        examples = torch.tensor(sum(map(self.batch_size, batches)), device=self.accelerator.device)
-        self._step = Step(self.accelerator.reduce(examples, reduction="sum"), len(batches))
+    def shares_of(self, batches: list[dict[str, Any]]) -> list[StepShare]:
+        """The share of each micro-batch that this process holds of a step; every process has to call this."""
+        sizes = [torch.as_tensor(self.batch_size(batch), device=self.accelerator.device) for batch in batches]
+        step_size = self.accelerator.reduce(torch.stack(sizes).sum(), reduction="sum").clamp(min=1)
+        slots = self.accelerator.num_processes * len(batches)
+        return [
+            StepShare(size * slots / step_size, prepared)
+            for size, prepared in zip(sizes, self.prepare_step(batches), strict=True)
+        ]
 
-    def batch_size(self, batch: dict[str, Any]) -> int:
+    def prepare_step(self, batches: list[dict[str, Any]]) -> Sequence[Any]:
+        """Hook: what has to be computed from the whole step before its first loss, for each micro-batch."""
+        return [None] * len(batches)
+
+    def batch_size(self, batch: dict[str, Any]) -> Any:
         """Number of examples (rows or pairs) in a collated batch."""
         raise NotImplementedError
-
-    def share_of_step(self, mean_loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """Scale a micro-batch's mean loss so that the step's gradient is that of the mean over all its examples.
-
-        Micro-batches are summed and processes averaged, so the weight is `own examples * processes / examples of the
-        step`. Evaluation averages over examples by itself.
-        """
-        if self.mode == "eval" or self._step is None:
-            return mean_loss
-        weight = self.batch_size(batch) * self.accelerator.num_processes / self._step.examples
-        self._step.microbatches_left -= 1
-        if self._step.microbatches_left == 0:
-            self._step = None
-            self.before_last_backward()
-        return mean_loss * weight
-
-    def before_last_backward(self) -> None:
-        """Hook: all losses of an optimizer step are there, and its last gradient is not."""
 
     # -- model card --------------------------------------------------------------------------------------------
 
@@ -84,4 +97,4 @@ class StepAsBatch(_Host):
             model_card.write(self, model_name, dataset_name, tags)
 
 
-__all__ = ["Step", "StepAsBatch"]
+__all__ = ["StepAsBatch", "StepShare", "share_in", "weighted", "without_share"]
