@@ -17,6 +17,9 @@ from .checks import Row, Rows, _columns, _require_columns, drop_columns
 
 logger = get_logger(__name__)
 
+LARGEST_SCORE = 1e12
+"""Its square, summed over the tokens of a step, is far from what float32 holds (3e38)."""
+
 ScoreRows = Callable[[Dataset], Sequence[float]]
 """Gives one score for each row of `prompt` and `completion`, in order."""
 
@@ -187,4 +190,9 @@ def _check_score(score: Any, where: str) -> None:
         raise ValueError(
             f"{where} has score {score!r}; scores are finite numbers. Mend or drop the row: it would spoil the "
             "advantages of its whole group."
+        )
+    if abs(score) > LARGEST_SCORE:
+        raise ValueError(
+            f"{where} has score {score!r}; scores may reach {LARGEST_SCORE:.0e} in absolute value. Losses and "
+            "gradients are float32 and square them. Rescale the scores, e.g. to a few units."
         )

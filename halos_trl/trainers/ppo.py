@@ -16,6 +16,7 @@ from .. import losses
 from .._trl import Method, TokenTable, ValueHost, score_tokens
 from ..configs import PPOConfig
 from ..humanline import log_ratios
+from ..logprobs import finite_exp
 from ..metrics import Sums, total
 from ..records import LossOutput, PolicyStep
 from ..sharded import whole
@@ -188,7 +189,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
             "values": "values_mean",
         }
         ratios_BT, _ = log_ratios(record.policy, record.old_policy, record.mask, self.args.humanline_clamp)
-        seqratio = total(ratios_BT.sum(-1).exp(), record.mask.any(-1))
+        seqratio = total(finite_exp(ratios_BT.sum(-1)), record.mask.any(-1))
         return self.token_means(output, names, record.mask) | {"seqratio": seqratio}
 
     def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
