@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from halos_trl.advantages import group_advantages
 from halos_trl.data.group_sampler import FILLER, GroupBatchSampler, StepRows, pack
-from halos_trl.data.groups import group_numbers, prompt_hash, scored_rows
+from halos_trl.data.groups import group_numbers, prompt_key, scored_rows
 from halos_trl.trainers.grpo import with_advantages
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=30)
@@ -150,11 +150,11 @@ def test_forms_of_rows_give_the_same_groups():
         {"prompt": "a", "completions": ["x", "z"], "scores": [0.0, 2.0]},
         {"prompt": "b", "completions": ["y"], "scores": [1.0]},
     )
-    assert scored_rows(flat, "train")["group"] == [0, 1, 0]
+    assert scored_rows(flat, "train")["prompt_group"] == [0, 1, 0]
     unfolded = scored_rows(lists, "train")
     assert list(unfolded["completion"]) == ["x", "z", "y"]
     assert list(unfolded["score"]) == [0.0, 2.0, 1.0]
-    assert list(unfolded["group"]) == [0, 0, 1]
+    assert list(unfolded["prompt_group"]) == [0, 0, 1]
     assert list(unfolded["label"]) == [False, True, True]
 
 
@@ -180,21 +180,21 @@ def test_labels_and_pairs_count_as_plus_and_minus_one():
     for pairs in (explicit, implicit):
         rows = scored_rows(pairs, "train")
         assert list(rows["score"]) == [1.0, -1.0]
-        assert list(rows["group"]) == [0, 0]
+        assert list(rows["prompt_group"]) == [0, 0]
 
 
-def test_groups_follow_prompt_id_else_roles_and_contents():
-    with_ids = plain(
-        {"prompt": "a", "prompt_id": "q"}, {"prompt": "a", "prompt_id": "r"}, {"prompt": "b", "prompt_id": "q"}
-    )
-    assert group_numbers(with_ids, "train") == [0, 1, 0]
+def test_groups_are_equal_prompts_which_ids_split():
+    assert group_numbers(plain({"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}), "train") == [0, 1, 0]
+    ids = ("q", "r", "q", "s")
+    with_ids = plain(*({"prompt": p, "prompt_id": q} for p, q in zip("aaab", ids, strict=True)))
+    assert group_numbers(with_ids, "train") == [0, 1, 0, 2]
     joined = [
         [{"role": "user", "content": "ab"}],
         [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
         [{"role": "system", "content": "ab"}],
         "ab",
     ]
-    assert len(set(map(prompt_hash, joined))) == 4
+    assert len({prompt_key({"prompt": prompt}) for prompt in joined}) == 4
 
 
 def test_advantages_are_over_the_whole_group():
@@ -209,7 +209,7 @@ def test_advantages_are_over_the_whole_group():
     assert list(with_advantages(rows, "train", scale_by_std=True)["advantage"]) == pytest.approx(expected, abs=1e-12)
     unscaled = with_advantages(rows, "train", scale_by_std=False)["advantage"]
     assert list(unscaled) == pytest.approx([-0.5, 0.0, 0.5, 0.0])
-    assert torch.equal(group_advantages(torch.tensor(rows["score"]), rows["group"])[1:2], torch.zeros(1))
+    assert torch.equal(group_advantages(torch.tensor(rows["score"]), rows["prompt_group"])[1:2], torch.zeros(1))
 
 
 def test_group_of_one_is_counted(said):
@@ -259,7 +259,7 @@ def test_bad_rows_are_refused(case):
 
 def test_turn_that_ended_at_once_is_a_completion():
     row = {"prompt": user("a"), "completion": assistant(""), "score": 0.0}
-    assert scored_rows(plain(row, row), "train")["group"] == [0, 0]
+    assert scored_rows(plain(row, row), "train")["prompt_group"] == [0, 0]
 
 
 def test_streams_are_refused():

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
+from ..data.checks import columns_of, plain_rows
 from ..metrics import RunningMeans, Sums
 from ..sharded import whole
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
@@ -58,31 +59,18 @@ else:
     _Mixin = object
 
 
-def _is_ours(config_class: type) -> bool:
-    return config_class.__module__.split(".")[0] == __name__.split(".")[0]
-
-
-def _advice_on_config(given: type, wanted: type, name: str) -> str:
-    """What to pass in place of a config of another class."""
-    hosts = [c for c in wanted.__mro__ if c.__module__.split(".")[0] == "trl" and not c.__name__.startswith("_")]
-    if given in hosts:
-        return f"It lacks the settings of this package. Use `{name}`, which extends it."
-    host = next((c for c in given.__mro__ if c in hosts), None)
-    if host is not None and not _is_ours(given):
-        return (
-            f"It derives from `trl.{host.__name__}` and lacks the settings of this package and their checks. Derive "
-            f"it from `{name}`, which extends `trl.{host.__name__}`: `class {given.__name__}({name}): ...`. Where a "
-            "framework defines it, call `halos_trl.patch_trl()` before that framework is imported."
-        )
-    return f"Its fields are not those of this method. Use `{name}`, or a class derived from it."
-
-
 class NamedTrainer(_Mixin):
     """A trainer that is known by its `method` in tags, the model card and its citation."""
 
     trl_class: ClassVar[type]
     config_class: ClassVar[type]
     method: ClassVar[Method | None] = None
+
+    # `compute_loss` weighs each micro-batch by its share of the optimizer step, so nobody else may divide.
+    loss_is_scaled_for_ga = True
+
+    drops_invalid_rows: bool = False
+    """Whether `check_rows` drops and counts what it would refuse; set before TRL's constructor prepares data."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -98,14 +86,16 @@ class NamedTrainer(_Mixin):
 
     def _refuse_foreign_config(self, args: Any) -> None:
         # A sibling's config is no better: `IPOConfig` extends `DPOConfig`, but DPO would not read its `tau`.
-        own = next((c for c in type(args).__mro__ if _is_ours(c)), object)
+        own = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == __name__.split(".")[0]), object)
         if isinstance(args, self.config_class) and issubclass(self.config_class, own):
             return
-        given, wanted = type(args), self.config_class
-        source = wanted.__module__ if not _is_ours(wanted) else __name__.split(".")[0]
+        ours = self.config_class.__name__
+        # `trl.GRPOConfig` shares the name of ours, and nothing else.
+        same = type(args) in self.config_class.__mro__
+        advice = "it takes the same arguments" if same else f"`trl.{ours}`, where there is one, has other fields"
         raise ValueError(
-            f"{type(self).__name__} got `args` of type {given.__module__}.{given.__qualname__}. "
-            + _advice_on_config(given, wanted, f"{source}.{wanted.__name__}")
+            f"{type(self).__name__} got `args` of type {type(args).__module__}.{type(args).__name__}, which has other "
+            f"fields than this method. Use `from halos_trl import {ours}`: {advice}."
         )
 
     @property
@@ -184,6 +174,7 @@ class TrainerHost(NamedTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         self._refuse_foreign_config(args)
+        self.drops_invalid_rows = args.drop_invalid_rows
         self._new_adapter = peft_config
         self.check_arguments(args, model, ref_model)
         train_dataset = self._checked_before_trl(train_dataset, "train")
@@ -231,15 +222,13 @@ class TrainerHost(NamedTrainer):
 
     def _checked_before_trl(self, dataset: Any, name: str) -> Any:
         """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
-        if isinstance(dataset, dict):
+        if isinstance(dataset, dict) and name != "train":
             return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
-        if not isinstance(dataset, Dataset | IterableDataset):
+        if dataset is None:
             return dataset
-        first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(f"The {name} dataset is empty. Pass at least one row.")
+        dataset = plain_rows(dataset, name)
         # TRL leaves the preparation of images to its collator.
-        return self.check_rows(dataset, name) if {"image", "images"} & set(first) else dataset
+        return self.check_rows(dataset, name) if {"image", "images"} & columns_of(dataset, name) else dataset
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         """Config values that TRL must not see while it builds the trainer."""
@@ -283,14 +272,6 @@ class TrainerHost(NamedTrainer):
         )
 
     # -- one forward -------------------------------------------------------------------------------------------
-
-    def batch_loss(self, model: Any, batch: dict[str, Any], return_outputs: bool = False) -> Any:
-        """Hook: the loss of a collated batch, as `compute_loss` returns it."""
-        raise NotImplementedError
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        # Called by TRL's `compute_loss`, so a subclass may override either.
-        return self.batch_loss(model, inputs, return_outputs)
 
     def policy_tokens(self, model: torch.nn.Module, batch: dict[str, Any]) -> TokenTable:
         """The policy's token table, with the MoE auxiliary loss where the model has one."""

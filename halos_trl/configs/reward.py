@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import trl
 
+from .shared import RowsConfig
+
 
 @dataclass
-class BradleyTerryConfig(trl.RewardConfig):
+class BradleyTerryConfig(RowsConfig, trl.RewardConfig):
     """`trl.RewardConfig`; HALOs' Bradley-Terry loss has no parameters of its own."""

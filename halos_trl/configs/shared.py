@@ -69,6 +69,25 @@ class HumanlineConfig:
             )
 
 
+@dataclass
+class RowsConfig:
+    """The fields that every trainer shares.
+
+    Parameters:
+        drop_invalid_rows (`bool`, *optional*, defaults to `False`):
+            Drop rows that would be refused (an empty completion, a label or score that is none, ...), and count them
+            in a warning.
+    """
+
+    drop_invalid_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop rows that would be refused, and count them in a warning that names the first one and what "
+            "is wrong with it."
+        },
+    )
+
+
 SYNC_HELP = (
     "Let the reference follow the policy (TR-DPO, arXiv:2404.09656): every `ref_model_sync_steps` steps, mix the "
     "policy into it with weight `ref_model_mixup_alpha`. Works with adapters; not with `precompute_ref_log_probs`."

@@ -1,73 +1,145 @@
-"""Checks of raw rows, before tokenization. Every error names the dataset, the row and the remedy."""
+"""Checks of raw datasets, before tokenization: their type, columns and rows, whichever method they are for.
+
+Every error names the dataset, the row and the remedy. What is wrong with a single row stands in `row_checks`.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 from accelerate.logging import get_logger
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Json, Value
+
+from .row_checks import TEMPLATE_COLUMNS, OneForm, Problem, Row, RowCheck, paired_check, unpaired_check
 
 logger = get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset
-Row: TypeAlias = dict[str, Any]
+
+_DROP = "Or let `drop_invalid_rows=True` drop such rows and count them."
 
 
-def check_unpaired_rows(dataset: Rows, name: str) -> Rows:
-    """Refuse rows that KTO-like methods cannot learn from.
+def check_unpaired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False) -> Rows:
+    """Refuse rows that KTO-like methods cannot learn from, and return the dataset to use.
 
-    Either `prompt`, `completion`, `label` (bool), or paired rows (`chosen`, `rejected`, maybe `prompt`), which TRL
-    unpairs. Raises ValueError for missing columns, labels that are not boolean, and empty completions; streamed rows
-    are checked as they are read. Returns the dataset to use.
+    Either `prompt`, `completion`, `label` (booleans, or the whole numbers 0 and 1, which become booleans), or paired
+    rows (`chosen`, `rejected`, maybe `prompt`), which TRL unpairs. Raises ValueError for what is no dataset, for
+    missing columns, and for the first row that `row_checks` has something against; with `drop_invalid` such rows are
+    dropped and counted in a warning. Streamed rows are checked as they are read.
     """
-    columns = _columns(dataset, name)
+    dataset = plain_rows(dataset, name)
+    columns = columns_of(dataset, name)
     if {"chosen", "rejected"} <= columns:
-        dataset = check_paired_rows(dataset, name)
+        dataset = check_paired_rows(dataset, name, drop_invalid=drop_invalid)
         # TRL would let these stand in for what it makes of the pairs.
         return drop_columns(dataset, columns & {"completion", "label"}, name, "Rows with `chosen` and `rejected`")
-    _require_columns(
-        columns, name, ("prompt", "completion", "label"), "or paired rows with `chosen` and `rejected` (and `prompt`)"
-    )
+    wanted = ("prompt", "completion", "label")
+    require_columns(columns, name, wanted, "or paired rows with `chosen` and `rejected` (and `prompt`)")
+    dataset = check_each(dataset, name, wanted, OneForm(unpaired_check), drop_invalid)
+    return with_boolean_labels(without_missing_kwargs(dataset, columns))
 
-    def check(row: Row, i: int) -> None:
-        _check_completions(row, i, name, ("completion",))
-        if not isinstance(row["label"], bool | np.bool_):
-            raise ValueError(
-                f"Row {i} of the {name} dataset has label {row['label']!r} of type {type(row['label']).__name__}; "
-                "labels are booleans (True: desirable). Write true or false in a JSON file; or convert the column, "
-                "e.g. `dataset.map(lambda row: {'label': row['score'] > 0})`, or for 0 and 1 "
-                "`dataset.cast_column('label', datasets.Value('bool'))`."
+
+def check_paired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False, splits_implicit: bool = True) -> Rows:
+    """Refuse rows of `chosen` and `rejected` that DPO-like methods cannot learn from, and return the dataset to use.
+
+    As `check_unpaired_rows`. `splits_implicit`: without a column `prompt`, the method needs a common start of both
+    sides to stand for it.
+    """
+    dataset = plain_rows(dataset, name)
+    columns = columns_of(dataset, name)
+    require_columns(columns, name, ("chosen", "rejected"), "with `prompt`, or with the prompt as their common start")
+    wanted = tuple(column for column in ("prompt", "chosen", "rejected") if column in columns)
+    check = _CountsEqual(OneForm(paired_check(columns, splits_implicit=splits_implicit)), dataset, name)
+    dataset = check_each(dataset, name, wanted, check, drop_invalid)
+    check.report()
+    return without_missing_kwargs(dataset, columns)
+
+
+class _CountsEqual:
+    """A check that also counts pairs of equal sides, and warns."""
+
+    text = "equal `chosen` and `rejected`. They are kept, but say nothing about a preference."
+
+    def __init__(self, check: RowCheck, dataset: Rows, name: str):
+        self.check = check
+        self.rows = len(dataset) if isinstance(dataset, Dataset) else None
+        self.name = name
+        self.checked = self.equal = 0
+        self.first: int | None = None
+
+    def __call__(self, row: Row) -> Problem:
+        problem = self.check(row)
+        if problem is None and row["chosen"] == row["rejected"]:
+            self.first = self.checked if self.first is None else self.first
+            self.equal += 1
+            if self.rows is None and _is_power_of_two(self.equal):
+                logger.warning(f"{self.equal} rows of the streamed {self.name} dataset so far have {self.text}")
+        self.checked += 1
+        return problem
+
+    def report(self) -> None:
+        if self.rows is not None and self.equal:
+            logger.warning(
+                f"{self.equal} of {self.rows} rows of the {self.name} dataset (the first is row {self.first}) have "
+                f"{self.text}"
             )
 
-    return _check_each(dataset, ("prompt", "completion", "label"), check)
+
+def _is_power_of_two(count: int) -> bool:
+    """When to warn about a stream, which has no end at which to report the total: 1, 2, 4, 8, ..."""
+    return count & (count - 1) == 0
 
 
-def check_paired_rows(dataset: Rows, name: str) -> Rows:
-    """Refuse rows that DPO-like methods cannot learn from: missing columns or empty completions (ValueError)."""
-    columns = _columns(dataset, name)
-    _require_columns(columns, name, ("chosen", "rejected"), "with `prompt`, or with the prompt as their common start")
-    wanted = tuple(column for column in ("prompt", "chosen", "rejected") if column in columns)
-    equal: list[int] = []
+# -- the dataset as a whole ----------------------------------------------------------------------------------------
 
-    def check(row: Row, i: int) -> None:
-        _check_completions(row, i, name, ("chosen", "rejected"))
-        if row["chosen"] == row["rejected"]:
-            equal.append(i)
-            if not isinstance(dataset, Dataset) and len(equal) & (len(equal) - 1) == 0:  # 1, 2, 4, 8, ...
-                logger.warning(f"{len(equal)} rows of the streamed {name} dataset so far have {_EQUAL}")
 
-    checked = _check_each(dataset, wanted, check)
-    if isinstance(dataset, Dataset) and equal:
-        logger.warning(
-            f"{len(equal)} of {len(dataset)} rows of the {name} dataset (the first is row {equal[0]}) have {_EQUAL}"
+def plain_rows(dataset: Any, name: str) -> Rows:
+    """The dataset with rows of plain Python values, whatever format it has.
+
+    Raises ValueError for what is no `datasets.Dataset` or `IterableDataset`, with the call that makes one of it, and
+    for a dataset whose rows are made by a transform.
+    """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            f"The {name} dataset is of type {type(dataset).__module__}.{type(dataset).__name__}; expected a "
+            f"`datasets.Dataset` or a `datasets.IterableDataset`. {_conversion(dataset, name)}"
         )
-    return checked
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        if {"image", "images"} & set(dataset.column_names):
+            return dataset  # images are often loaded by one
+        raise ValueError(
+            f"The {name} dataset makes its rows by a transform (`set_transform` or `with_transform`), which would be "
+            "lost when they are tokenized. Apply it before, with `dataset.map(function)`."
+        )
+    return dataset.with_format(None)
 
 
-_EQUAL = "equal `chosen` and `rejected`. They are kept, but say nothing about a preference."
+def _conversion(dataset: Any, name: str) -> str:
+    if isinstance(dataset, Mapping):
+        key = next(iter(dataset), "train")
+        return f"This one holds {sorted(map(str, dataset))}: pass one of them, e.g. `data[{key!r}]`."
+    if isinstance(dataset, str):
+        return f"Load it: `datasets.load_dataset({dataset!r}, split={name!r})`."
+    makers = {"DataFrame": "from_pandas", "Table": "from_list", "list": "from_list", "tuple": "from_list"}
+    maker = makers.get(type(dataset).__name__)
+    if type(dataset).__module__.startswith("polars"):
+        maker = "from_polars"
+    if maker:
+        return f"Make one of it: `datasets.Dataset.{maker}(rows)`."
+    return "Make one of it, e.g. with `datasets.Dataset.from_list` or `datasets.IterableDataset.from_generator`."
+
+
+def columns_of(dataset: Rows, name: str) -> set[str]:
+    """The columns of a dataset; of a stream, those of its first row. Raises ValueError for one without rows."""
+    if isinstance(dataset, Dataset):
+        columns = set(dataset.column_names) if len(dataset) else set()
+    else:
+        columns = set(next(iter(dataset), ()))
+    if not columns:
+        raise ValueError(f"The {name} dataset is empty. Pass at least one row.")
+    return columns
 
 
 def drop_columns(dataset: Rows, columns: set[str], name: str, whose: str) -> Rows:
@@ -78,77 +150,163 @@ def drop_columns(dataset: Rows, columns: set[str], name: str, whose: str) -> Row
     return dataset.remove_columns(sorted(columns))
 
 
-def _columns(dataset: Rows, name: str) -> set[str]:
-    try:
-        return set(next(iter(dataset)))
-    except StopIteration:
-        raise ValueError(f"The {name} dataset is empty. Pass at least one row.") from None
-
-
-def _require_columns(columns: set[str], name: str, wanted: tuple[str, ...], alternative: str) -> None:
+def require_columns(columns: set[str], name: str, wanted: tuple[str, ...], alternative: str) -> None:
+    """Raise ValueError for missing columns: with the trainer that fits the rows, or the column that may be meant."""
     missing = [column for column in wanted if column not in columns]
     if not missing:
         return
-    others = sorted(columns - set(wanted))
+    remedy = _fitting_trainer(columns) or _renames(missing, sorted(columns - set(wanted)))
+    raise ValueError(
+        f"The {name} dataset has columns {sorted(columns)}; missing: {missing}. Expected {list(wanted)}, "
+        f"{alternative}. {remedy}"
+    )
+
+
+def _renames(missing: list[str], others: list[str]) -> str:
     hints = [
         f"`dataset.rename_column({close[0]!r}, {column!r})`"
         for column in missing
         if (close := difflib.get_close_matches(column, others, n=1, cutoff=0.6))
     ]
-    raise ValueError(
-        f"The {name} dataset has columns {sorted(columns)}; missing: {missing}. Expected {list(wanted)}, "
-        f"{alternative}. " + (f"Did you mean {' and '.join(hints)}?" if hints else "Rename or add the columns.")
+    return f"Did you mean {' and '.join(hints)}?" if hints else "Rename or add the columns."
+
+
+_FITTING = (
+    ({"prompt", "completions", "scores"}, "Lists of `completions` and `scores` fit `GRPOTrainer` and `PPOTrainer`."),
+    (
+        {"prompt", "completion", "score"},
+        "Scored rows fit `GRPOTrainer` and `PPOTrainer`; for `KTOTrainer`, make labels of the scores, e.g. "
+        "`dataset.map(lambda row: {'label': row['score'] > 0})`.",
+    ),
+    ({"prompt", "completion", "label"}, "Labelled rows fit `KTOTrainer` (and `GRPOTrainer` and `PPOTrainer`)."),
+    (
+        {"prompt", "completion"},
+        "Completions without a judgement fit `trl.SFTTrainer`, and `PPOTrainer` with a `reward_model`; for the other "
+        "methods, add a `label` or a `score`.",
+    ),
+    ({"messages"}, "Rows of `messages` without a judgement fit `trl.SFTTrainer`."),
+    ({"conversations"}, "`dataset.map(trl.maybe_convert_to_chatml)` makes messages of `from` and `value`."),
+    ({"text"}, "Rows of `text` without a judgement fit `trl.SFTTrainer`."),
+)
+
+
+def _fitting_trainer(columns: set[str]) -> str:
+    return next((advice for fits, advice in _FITTING if fits <= columns), "")
+
+
+# -- each row ------------------------------------------------------------------------------------------------------
+
+
+def check_each(dataset: Rows, name: str, columns: Iterable[str], check: RowCheck, drop_invalid: bool) -> Rows:
+    """The dataset without the rows that `check` has something against, or a ValueError that names the first of them.
+
+    Reads `columns` and what reaches the chat template.
+    """
+    if not isinstance(dataset, Dataset):
+        return _check_stream(dataset, name, check, drop_invalid)
+    problems = list(_problems(dataset, columns, check, stop_at_first=not drop_invalid))
+    if not problems:
+        return dataset
+    first, problem = problems[0]
+    if not drop_invalid:
+        raise ValueError(f"{_of_row(first, name, problem)} {_DROP}")
+    if len(problems) == len(dataset):
+        raise ValueError(f"Each row of the {name} dataset would be dropped. {_of_row(first, name, problem)}")
+    logger.warning(
+        f"Dropped {len(problems)} of {len(dataset)} rows of the {name} dataset. The first, row {first}, {problem}"
+    )
+    dropped = {i for i, _ in problems}
+    return dataset.select([i for i in range(len(dataset)) if i not in dropped])
+
+
+def _problems(
+    dataset: Dataset, columns: Iterable[str], check: RowCheck, stop_at_first: bool
+) -> Iterator[tuple[int, str]]:
+    read = [column for column in (*columns, *TEMPLATE_COLUMNS) if column in dataset.column_names]  # not the images
+    i = 0
+    for batch in dataset.select_columns(read).with_format(None).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            problem = check(dict(zip(batch, values, strict=True)))
+            if problem is not None:
+                yield i, problem
+                if stop_at_first:
+                    return
+            i += 1
+
+
+def _check_stream(dataset: IterableDataset, name: str, check: RowCheck, drop_invalid: bool) -> IterableDataset:
+    dropped = 0
+
+    def is_good(row: Row, i: int) -> bool:
+        nonlocal dropped
+        problem = check(row)
+        if problem is None:
+            return True
+        if not drop_invalid:
+            raise ValueError(f"{_of_row(i, name, problem)} {_DROP}")
+        dropped += 1
+        if _is_power_of_two(dropped):
+            logger.warning(
+                f"Dropped {dropped} rows of the streamed {name} dataset so far. The last, row {i}, {problem}"
+            )
+        return False
+
+    checked = dataset.filter(is_good, with_indices=True)
+    if drop_invalid and next(iter(checked), None) is None:
+        raise ValueError(
+            f"Each row of the streamed {name} dataset would be dropped. See the warnings for the reasons."
+        )
+    return checked
+
+
+def _of_row(i: int, name: str, problem: str) -> str:
+    return f"Row {i} of the {name} dataset {problem}"
+
+
+# -- values that stand for others ----------------------------------------------------------------------------------
+
+
+def with_boolean_labels(dataset: Rows) -> Rows:
+    """Labels 0 and 1 as booleans; others as they are."""
+    if dataset.features is not None and dataset.features.get("label") == Value("bool"):
+        return dataset
+    return _with_column(dataset, "label", Value("bool"), bool)
+
+
+def without_missing_kwargs(dataset: Rows, columns: set[str]) -> Rows:
+    """Rows whose `chat_template_kwargs` hold what the row sets: columns of dicts are filled up with None.
+
+    A template can tell a variable that is None from one that is not defined.
+    """
+    if "chat_template_kwargs" not in columns:
+        return dataset
+    return _with_column(dataset, "chat_template_kwargs", Json(), own_kwargs)
+
+
+def own_kwargs(kwargs: Row | None) -> Row:
+    """The variables of the chat template that a row sets."""
+    return {key: value for key, value in (kwargs or {}).items() if value is not None}
+
+
+def _with_column(dataset: Rows, column: str, feature: Any, convert: Callable[[Any], Any]) -> Rows:
+    features = dataset.features
+    return dataset.map(
+        lambda row: {column: convert(row[column])},
+        features=None if features is None else Features({**features, column: feature}),
     )
 
 
-def _check_each(dataset: Rows, columns: tuple[str, ...], check: Callable[[Row, int], None]) -> Rows:
-    if isinstance(dataset, Dataset):
-        for i, row in enumerate(dataset.select_columns(list(columns)).with_format(None)):  # not the images
-            check(row, i)
-        return dataset
-
-    def checked(row: Row, i: int) -> Row:
-        check(row, i)
-        return row
-
-    return dataset.map(checked, with_indices=True, features=dataset.features)
-
-
-def _check_completions(row: Row, i: int, name: str, columns: tuple[str, ...]) -> None:
-    if "prompt" in row:
-        _check_prompt(row["prompt"], [row[column] for column in columns], i, name)
-    for column in columns:
-        if _is_empty(row[column]):
-            raise ValueError(
-                f"Row {i} of the {name} dataset has an empty `{column}`: {row[column]!r}. There is no token to learn "
-                "from. Fill such rows or drop them with `dataset.filter`."
-            )
-
-
-def _check_prompt(prompt: Any, completions: list[Any], i: int, name: str) -> None:
-    if not isinstance(prompt, str | list):
-        raise ValueError(
-            f"Row {i} of the {name} dataset has prompt {prompt!r} of type {type(prompt).__name__}; a prompt is a text "
-            "or a list of messages. Fill such rows or drop them with `dataset.filter`."
-        )
-    for completion in completions:
-        if completion and isinstance(completion, str) != isinstance(prompt, str):
-            raise ValueError(
-                f"Row {i} of the {name} dataset mixes a prompt of type {type(prompt).__name__} with a completion of "
-                f"type {type(completion).__name__}. Make both texts, or both lists of messages."
-            )
-
-
-def _is_empty(completion: Any) -> bool:
-    if not completion:
-        return True
-    if isinstance(completion, str):
-        return False
-    # A conversation: empty when no message holds anything (content, tool calls, reasoning) besides its role.
-    held = (value for message in completion for key, value in message.items() if key not in ("role", "name"))
-    return not any(any(map(_part, value)) if isinstance(value, list) else value for value in held)
-
-
-def _part(part: Any) -> Any:
-    """What a part of a message's content holds; parts of a type other than text count as they are."""
-    return part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+__all__ = [
+    "Row",
+    "Rows",
+    "check_each",
+    "check_paired_rows",
+    "check_unpaired_rows",
+    "columns_of",
+    "drop_columns",
+    "own_kwargs",
+    "plain_rows",
+    "require_columns",
+    "with_boolean_labels",
+    "without_missing_kwargs",
+]

@@ -4,79 +4,145 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, Image
+from datasets import List as ListFeature
 from trl import extract_prompt, unpair_preference_dataset
 
-from .checks import Row, Rows, _columns, _require_columns, drop_columns
+from .checks import (
+    Row,
+    Rows,
+    check_each,
+    columns_of,
+    drop_columns,
+    plain_rows,
+    require_columns,
+    without_missing_kwargs,
+)
+from .row_checks import OneForm, scored_check, scored_lists_check, scored_pairs_check, shown
 
 logger = get_logger(__name__)
-
-LARGEST_SCORE = 1e12
-"""Its square, summed over the tokens of a step, is far from what float32 holds (3e38)."""
 
 ScoreRows = Callable[[Dataset], Sequence[float]]
 """Gives one score for each row of `prompt` and `completion`, in order."""
 
+GROUP = "prompt_group"
+"""The column that numbers the prompts."""
 
-def scored_rows(dataset: Rows, name: str, score_rows: ScoreRows | None = None) -> Dataset:
-    """One row per completion with `prompt`, `completion`, `score`, `group` and `label`.
+_PROMPT_COLUMNS = ("prompt", "tools", "chat_template_kwargs", "image", "images")
+
+
+def scored_rows(
+    dataset: Rows, name: str, score_rows: ScoreRows | None = None, *, drop_invalid: bool = False
+) -> Dataset:
+    """One row per completion with `prompt`, `completion`, `score`, `prompt_group` and `label`.
 
     `dataset` holds `prompt`, `completion` and `score`; or `prompt` with the lists `completions` and `scores`; or a
-    boolean `label`, or `chosen` and `rejected`, which count as scores of +1 and -1. A score column is used where there
-    is one, then `score_rows`, then the label. `group` numbers the prompts, found by `prompt_id` where that column
-    exists and by a hash of roles and contents elsewhere. `label` is whether the score is positive.
+    `label` (a boolean, 0 or 1), or `chosen` and `rejected`, which count as scores of +1 and -1. A score column is used
+    where there is one, then `score_rows`, then the label. `prompt_group` numbers the prompts as `group_numbers` finds
+    them. `label` is whether the score is positive.
 
-    Raises ValueError, naming the row, for streamed data, missing columns, empty completions, lists of different
-    lengths, and scores that are not finite numbers.
+    Raises ValueError for streamed data, missing columns, ids that join different prompts, and the first row that
+    `row_checks` has something against; with `drop_invalid` such rows are dropped and counted in a warning, rows of
+    several completions as a whole.
     """
+    dataset = plain_rows(dataset, name)
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"The {name} dataset is a {type(dataset).__name__}. Advantages and batches need whole groups, so all rows "
             "have to be there before training: pass a map-style `datasets.Dataset` (do not stream)."
         )
-    dataset = dataset.with_format(None)
-    columns = _columns(dataset, name)
-    if {"score", "group", "completion_ids"} <= columns:
+    columns = columns_of(dataset, name)
+    if {"score", GROUP, "completion_ids"} <= columns:
         return dataset  # prepared before, and passed to `evaluate`
-    dataset = _one_row_per_completion(dataset, columns, name)
+    dataset = drop_columns(dataset, columns & {GROUP}, name, "Rows")
+    dataset = _one_row_per_completion(dataset, columns - {GROUP}, name, score_rows is None, drop_invalid)
     if "score" in dataset.column_names and score_rows is not None:
         logger.warning(f"The {name} dataset has a score column, so the reward model is not used for it.")
     if "score" not in dataset.column_names:
-        dataset = dataset.add_column("score", _scores_of(dataset, name, score_rows))
-    scores = _finite(dataset["score"], name)
-    groups = group_numbers(dataset, name)
-    made = {"score": scores, "group": groups, "label": [score > 0 for score in scores]}
+        dataset = dataset.add_column("score", _scores_of(dataset, score_rows))
+    elif "label" in dataset.column_names:
+        logger.warning(f"The {name} dataset has a column `label` beside the scores, which is not read.")
+    scores = [float(score) for score in dataset["score"]]
+    made = {"score": scores, "label": [score > 0 for score in scores]}
     dataset = dataset.remove_columns([column for column in made if column in dataset.column_names])
     for column, values in made.items():
         dataset = dataset.add_column(column, values)
     return dataset
 
 
-def prompt_hash(prompt: Any) -> str:
-    """SHA-256 of a prompt's text, or of its roles and contents, so that different conversations cannot collide."""
-    parts = prompt if isinstance(prompt, str) else [[turn["role"], turn.get("content")] for turn in prompt]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+# -- groups --------------------------------------------------------------------------------------------------------
+
+
+def prompt_key(row: Row) -> str:
+    """SHA-256 of what the model sees as the prompt of a row: different prompts have different keys.
+
+    That is the text; or all that reaches the chat template, which is every field of the messages, `tools` and
+    `chat_template_kwargs`; and the images.
+    """
+    prompt, tools, kwargs = row["prompt"], row.get("tools"), row.get("chat_template_kwargs")
+    parts = [
+        prompt if isinstance(prompt, str) else [_set_fields(message) for message in prompt],
+        # A template may write tools as JSON, so the order of their keys counts.
+        json.loads(tools) if isinstance(tools, str) else tools,
+        _set_fields(kwargs or {}),
+        [row.get("image"), row.get("images")],
+    ]
+    return hashlib.sha256(json.dumps(parts, default=_digest).encode()).hexdigest()
+
+
+def _set_fields(fields: Row) -> list[tuple[str, Any]]:
+    """By name; where one of several rows has a field, the others are filled up with None."""
+    return sorted((key, value) for key, value in fields.items() if value is not None)
+
+
+def _digest(value: Any) -> str:
+    """Stands for what JSON does not know: an image, bytes, a date."""
+    data = (
+        value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+    )
+    return hashlib.sha256(data).hexdigest()
 
 
 def group_numbers(dataset: Dataset, name: str) -> list[int]:
-    """Which rows share a prompt: a number per row, counting prompts as they first appear."""
-    if "prompt_id" in dataset.column_names:
-        keys = list(dataset["prompt_id"])
-        if None in keys:
+    """Which rows share a prompt, by `prompt_key`: a number per row, counting prompts as they first appear.
+
+    A column `prompt_id` splits the rows of equal prompts into several groups. Raises ValueError for an id of different
+    prompts.
+    """
+    keys = _prompt_keys(dataset)
+    ids = list(dataset["prompt_id"]) if "prompt_id" in dataset.column_names else [None] * len(keys)
+    numbers: dict[tuple[Any, str], int] = {}
+    key_of_id: dict[Any, tuple[str, int]] = {}
+    for i, (key, prompt_id) in enumerate(zip(keys, ids, strict=True)):
+        first_key, first = key_of_id.setdefault(prompt_id, (key, i))
+        if prompt_id is not None and key != first_key:
             raise ValueError(
-                f"Row {keys.index(None)} of the {name} dataset has no `prompt_id` although the dataset has that "
-                "column. Fill it in every row, or remove the column: then rows with equal prompts form a group."
+                f"Rows {first} and {i} of the {name} dataset have the same `prompt_id`, {prompt_id!r}, but different "
+                f"prompts, so their scores cannot be compared: {shown(dataset[first]['prompt'])} and "
+                f"{shown(dataset[i]['prompt'])} (also `tools`, `chat_template_kwargs` and images are part of a "
+                "prompt). Two data sets whose ids both count from 0 may have been joined. Make the ids unique, or "
+                "remove the column: then rows with equal prompts form a group."
             )
-    else:
-        keys = [prompt_hash(prompt) for prompt in dataset["prompt"]]
-    numbers: dict[Any, int] = {}
-    return [numbers.setdefault(key, len(numbers)) for key in keys]
+        numbers.setdefault((prompt_id, key), len(numbers))
+    return [numbers[prompt_id, key] for prompt_id, key in zip(ids, keys, strict=True)]
+
+
+def _prompt_keys(dataset: Dataset) -> list[str]:
+    dataset = dataset.select_columns([column for column in _PROMPT_COLUMNS if column in dataset.column_names])
+    for column, feature in dataset.features.items():
+        # The bytes of an image tell it apart as well as its pixels do.
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        if isinstance(feature, ListFeature) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(column, ListFeature(Image(decode=False)))
+    keys: list[str] = []
+    for batch in dataset.iter(batch_size=1000):
+        keys += [prompt_key(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    return keys
 
 
 def check_completion_tokens(dataset: Dataset, name: str) -> Dataset:
@@ -93,56 +159,42 @@ def check_completion_tokens(dataset: Dataset, name: str) -> Dataset:
 # -- forms of rows -------------------------------------------------------------------------------------------------
 
 
-def _one_row_per_completion(dataset: Dataset, columns: set[str], name: str) -> Dataset:
-    if "completions" in columns and "prompt" in columns:
+def _one_row_per_completion(
+    dataset: Dataset, columns: set[str], name: str, needs_score: bool, drop_invalid: bool
+) -> Dataset:
+    if {"completions", "prompt"} <= columns:
         if {"score", "completion"} & columns:
             raise ValueError(
                 f"The {name} dataset has columns {sorted(columns)}: lists of `completions` beside single values. "
                 "With `completions` goes a list of `scores`, one for each. Rename or remove the other columns."
             )
-        _check_each(dataset, lambda row, i: _check_lists(row, i, name, "scores" in columns))
-        return dataset.map(_unfold, batched=True, remove_columns=dataset.column_names)
-    if {"chosen", "rejected"} <= columns:
-        _check_each(dataset, lambda row, i: _refuse_empty(row, i, name, "chosen", "rejected"))
-        if "prompt" not in columns:
-            dataset = dataset.map(extract_prompt)
+        _require_judgement(columns, name, needs_score, {"scores"})
+        read: tuple[str, ...]
+        read, check = ("prompt", "completions", "scores"), scored_lists_check(columns)
+    elif {"chosen", "rejected"} <= columns:
         dataset = drop_columns(dataset, columns & {"completion", "label"}, name, "Rows with `chosen` and `rejected`")
-        return unpair_preference_dataset(dataset)
-    alternative = "with `score` or a boolean `label`; or `prompt` with the lists `completions` and `scores`; or pairs"
-    _require_columns(columns, name, ("prompt", "completion"), alternative)
-    _check_each(dataset, lambda row, i: _refuse_empty(row, i, name, "completion"))
-    return dataset
+        read, check = ("prompt", "chosen", "rejected"), scored_pairs_check(columns)
+    else:
+        alternative = "with `score` or `label`; or `prompt` with the lists `completions` and `scores`; or pairs"
+        require_columns(columns, name, ("prompt", "completion"), alternative)
+        _require_judgement(columns, name, needs_score, {"score", "label"})
+        read, check = ("prompt", "completion", "score", "label"), scored_check(columns, needs_score)
+    dataset = check_each(dataset, name, (*read, "prompt_id"), OneForm(check), drop_invalid)
+    if "prompt" not in columns:
+        dataset = dataset.map(extract_prompt)
+    dataset = without_missing_kwargs(dataset, columns)
+    dataset = dataset.add_column(GROUP, group_numbers(dataset, name))
+    if "completions" in read:
+        return dataset.map(_unfold, batched=True, remove_columns=dataset.column_names)
+    return unpair_preference_dataset(dataset) if "chosen" in read else dataset
 
 
-def _check_each(dataset: Dataset, check: Callable[[Row, int], None]) -> None:
-    for i, row in enumerate(dataset):
-        check(row, i)
-
-
-def _check_lists(row: Row, i: int, name: str, has_scores: bool) -> None:
-    completions = row["completions"]
-    if not completions:
-        raise ValueError(f"Row {i} of the {name} dataset has no completions. Drop such rows.")
-    if has_scores and len(row["scores"] or []) != len(completions):
+def _require_judgement(columns: set[str], name: str, needs_score: bool, wanted: set[str]) -> None:
+    if needs_score and not wanted & columns:
         raise ValueError(
-            f"Row {i} of the {name} dataset has {len(completions)} completions but {len(row['scores'] or [])} scores. "
-            "Give one score for each completion."
+            f"The {name} dataset has columns {sorted(columns)}: neither `score` (or `scores`) nor `label`. Add a "
+            "score to each completion, or a boolean label (PPO also takes a `reward_model`)."
         )
-    for completion in completions:
-        _refuse_empty({"completions": completion}, i, name, "completions")
-    for score in row["scores"] if has_scores else ():
-        _check_score(score, f"Row {i} of the {name} dataset")
-
-
-def _refuse_empty(row: Row, i: int, name: str, *columns: str) -> None:
-    # A message without content is let through: a model that ends its turn at once has said one token, the end, and its
-    # low score is worth learning from. What the chat template makes of it is checked after tokenization.
-    for column in columns:
-        if not row[column]:
-            raise ValueError(
-                f"Row {i} of the {name} dataset has an empty `{column}`: {row[column]!r}. There is no token to learn "
-                "from. Drop such rows."
-            )
 
 
 def _unfold(rows: dict[str, list]) -> dict[str, list]:
@@ -159,40 +211,7 @@ def _unfold(rows: dict[str, list]) -> dict[str, list]:
     }
 
 
-# -- scores --------------------------------------------------------------------------------------------------------
-
-
-def _scores_of(dataset: Dataset, name: str, score_rows: ScoreRows | None) -> Sequence[float]:
+def _scores_of(dataset: Dataset, score_rows: ScoreRows | None) -> Sequence[float]:
     if score_rows is not None:
         return score_rows(dataset)
-    if "label" not in dataset.column_names:
-        raise ValueError(
-            f"The {name} dataset has columns {sorted(dataset.column_names)}: neither `score` (or `scores`) nor "
-            "`label`. Add a score to each completion, or a boolean label (PPO also takes a `reward_model`)."
-        )
-    for i, label in enumerate(dataset["label"]):
-        if not isinstance(label, bool):
-            raise ValueError(
-                f"Row {i} of the {name} dataset has label {label!r} of type {type(label).__name__}; labels are "
-                "booleans (True: score +1, False: -1). Rename a column of numbers to `score`."
-            )
     return [1.0 if label else -1.0 for label in dataset["label"]]
-
-
-def _finite(scores: Sequence[Any], name: str) -> list[float]:
-    for i, score in enumerate(scores):
-        _check_score(score, f"Row {i} of the {name} dataset")
-    return [float(score) for score in scores]
-
-
-def _check_score(score: Any, where: str) -> None:
-    if isinstance(score, bool) or not isinstance(score, Real) or not math.isfinite(score):
-        raise ValueError(
-            f"{where} has score {score!r}; scores are finite numbers. Mend or drop the row: it would spoil the "
-            "advantages of its whole group."
-        )
-    if abs(score) > LARGEST_SCORE:
-        raise ValueError(
-            f"{where} has score {score!r}; scores may reach {LARGEST_SCORE:.0e} in absolute value. Losses and "
-            "gradients are float32 and square them. Rescale the scores, e.g. to a few units."
-        )

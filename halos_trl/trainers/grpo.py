@@ -14,10 +14,10 @@ from .._trl import Method, TokenTable
 from ..advantages import group_advantages
 from ..configs import GRPOConfig
 from ..data.checks import Rows
+from ..data.groups import GROUP
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput
 from .scored import ScoredTrainer
-from .step import weighted
 
 logger = get_logger(__name__)
 
@@ -72,7 +72,9 @@ class GRPOTrainer(ScoredTrainer):
             sequence_level=self.args.sequence_level,
         )
 
-    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         inputs = self.without_repeats(inputs)
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
@@ -80,7 +82,7 @@ class GRPOTrainer(ScoredTrainer):
         output = self.loss(GroupLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, inputs["advantage"]))
         self.record_metrics(self._sums(output, inputs, tokens) | self.scored_sums(inputs, tokens, reference_BT))
         self.count_tokens(inputs)
-        loss = weighted(self.mean_over_tokens(output, tokens), inputs)
+        loss = self.share_of_step(self.mean_over_tokens(output, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, output: LossOutput, batch: dict[str, Any], tokens: TokenTable) -> Sums:
@@ -104,7 +106,7 @@ def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Datas
     if "advantage" in dataset.column_names:
         logger.warning(f"The {name} dataset has a column `advantage`. It is replaced: advantages come from scores.")
         dataset = dataset.remove_columns("advantage")
-    groups = list(dataset["group"])
+    groups = list(dataset[GROUP])
     sizes = Counter(groups)
     alone = sum(size == 1 for size in sizes.values())
     if alone:

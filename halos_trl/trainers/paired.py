@@ -12,7 +12,6 @@ from ..data.checks import Rows, check_paired_rows
 from ..metrics import Sums, accuracy_sums, logps_sums, side_sums, total
 from ..records import LossOutput, PairedLogps, check_output
 from .base import AlignmentTrainer
-from .step import weighted
 
 
 class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
@@ -31,7 +30,9 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         """The losses `(B,)` of a micro-batch and its rewards."""
         raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
 
-    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
         self.refuse_non_finite(tokens, reference_BT)
@@ -47,7 +48,7 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         self.record_metrics(self.clamp_sums(tokens, reference_BT, is_chosen_B))
         self.count_tokens(inputs)
         loss = output.losses.sum() / max(kept, 1)
-        loss = weighted(self.with_aux_loss(loss, tokens), inputs)
+        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, tokens: TokenTable, is_chosen_B: torch.Tensor) -> Sums:
@@ -62,7 +63,7 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         return batch["completion_mask"].shape[0] // 2
 
     def check_rows(self, dataset: Rows, name: str) -> Rows:
-        return check_paired_rows(dataset, name)
+        return check_paired_rows(dataset, name, drop_invalid=self.drops_invalid_rows)
 
 
 def _pairs(tokens: TokenTable, reference_BT: torch.Tensor | None) -> PairedLogps:

@@ -13,12 +13,12 @@ from datasets import Dataset
 from .._trl import ScoredHost, TokenTable
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
-from ..data.groups import ScoreRows, check_completion_tokens, scored_rows
+from ..data.groups import GROUP, ScoreRows, check_completion_tokens, scored_rows
 from ..humanline import log_ratios, unclamped_counts
 from ..metrics import RunningMeans, Sums, total
 from ..records import LossOutput
 from ..reference import Reference
-from .base import AlignmentTrainer
+from .base import AlignmentTrainer, Step
 
 logger = get_logger(__name__)
 
@@ -56,7 +56,9 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
     # -- data --------------------------------------------------------------------------------------------------
 
     def check_rows(self, dataset: Rows, name: str) -> Dataset:
-        return scored_rows(dataset, name.removeprefix("scored "), self.score_rows)
+        return scored_rows(
+            dataset, name.removeprefix("scored "), self.score_rows, drop_invalid=self.drops_invalid_rows
+        )
 
     def check_tokenized(self, dataset: Dataset, name: str) -> Dataset:
         return check_completion_tokens(dataset, name)
@@ -70,7 +72,7 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
         """Micro-batches of this process, from a sampler that already knows the processes."""
         args, data = self.args, self.train_dataset
         sampler = GroupBatchSampler(
-            list(data["group"][:]) if self.groups_stay_together else range(len(data)),
+            list(data[GROUP][:]) if self.groups_stay_together else range(len(data)),
             micro_batch_size=self.micro_batch_size,
             micro_batches=args.gradient_accumulation_steps,
             num_processes=self.accelerator.num_processes,
@@ -99,6 +101,10 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
     def batch_size(self, batch: dict[str, Any]) -> Any:
         """The weight of a micro-batch in its step: the number of its completion tokens."""
         return batch["completion_mask"][:, 1:].sum()
+
+    def begin_step(self, batches: list[dict[str, Any]]) -> None:
+        tokens = torch.stack([self.batch_size(batch) for batch in batches]).sum()
+        self._step = Step(self.accelerator.reduce(tokens, reduction="sum"), len(batches))
 
     def mean_over_tokens(self, output: LossOutput, tokens: TokenTable) -> torch.Tensor:
         """The loss of a batch by itself; 0, with a gradient of 0, where it has no completion token."""
