@@ -1,5 +1,18 @@
 """The HALOs alignment methods as an extension of Hugging Face TRL."""
 
+from typing import TYPE_CHECKING, Any
+
+import trl
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
 from .configs import (
     BradleyTerryConfig,
     CDPOConfig,
@@ -12,6 +25,7 @@ from .configs import (
     SLiCConfig,
 )
 from .humanline import Humanline
+from .patching import TRLPatch, patch_trl
 from .trainers import (
     BradleyTerryTrainer,
     CDPOTrainer,
@@ -27,7 +41,29 @@ from .trainers import (
     load_reward_model,
 )
 
+if TYPE_CHECKING:
+    from trl import (
+        LogCompletionsCallback,
+        RichProgressCallback,
+        apply_chat_template,
+        clone_chat_template,
+        create_reference_model,
+        extract_prompt,
+        init_zero_verbose,
+        is_conversational,
+        maybe_apply_chat_template,
+        maybe_extract_prompt,
+        maybe_unpair_preference_dataset,
+        unpair_preference_dataset,
+    )
+
 __version__ = "0.1.0"
+
+RewardTrainer = BradleyTerryTrainer
+"""TRL's name of it."""
+
+RewardConfig = BradleyTerryConfig
+"""TRL's name of it."""
 
 __all__ = [
     "BradleyTerryConfig",
@@ -36,6 +72,7 @@ __all__ = [
     "CDPOTrainer",
     "DPOConfig",
     "DPOTrainer",
+    "DatasetMixtureConfig",
     "GRPOConfig",
     "GRPOTrainer",
     "Humanline",
@@ -43,13 +80,43 @@ __all__ = [
     "IPOTrainer",
     "KTOConfig",
     "KTOTrainer",
+    "LogCompletionsCallback",
+    "ModelConfig",
     "PPOConfig",
     "PPOTrainer",
     "PairedPreferenceTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "RichProgressCallback",
     "SLiCConfig",
     "SLiCTrainer",
+    "ScriptArguments",
     "SimPOConfig",
     "SimPOTrainer",
+    "TRLPatch",
+    "TrlParser",
     "UnpairedPreferenceTrainer",
+    "apply_chat_template",
+    "clone_chat_template",
+    "create_reference_model",
+    "extract_prompt",
+    "get_dataset",
+    "get_peft_config",
+    "get_quantization_config",
+    "init_zero_verbose",
+    "is_conversational",
     "load_reward_model",
+    "maybe_apply_chat_template",
+    "maybe_extract_prompt",
+    "maybe_unpair_preference_dataset",
+    "patch_trl",
+    "unpair_preference_dataset",
 ]
+
+if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees one
+
+    def __getattr__(name: str) -> Any:
+        """The helpers that TRL's scripts import beside trainer and config: TRL's own, fetched when first asked for."""
+        if name in __all__:
+            return getattr(trl, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,7 @@ def group_advantages(
         eps: added to the standard deviation, in the unit of the scores; positive.
 
     Returns:
-        (B,) without unit, float32 or float64. Exactly 0 in a group of one or of equal scores.
+        (B,) without unit, float32 or float64. Exactly 0 in a group of one or of equal scores. Any finite scores serve.
 
     As in HALOs the standard deviation is that of the population (divided by n); TRL divides by n - 1 and adds 1e-4.
     """
@@ -56,13 +56,16 @@ def group_advantages(
     _check_finite("scores", scores_B)
     groups_B, count = _group_indices(group_ids_B, scores_B.device)
 
+    # In units of a power of two, which is exact: squares and sums of scores like 1e200 would overflow.
+    unit_B = _unit(scores_B, groups_B, count)
+    scores_B, eps_B = scores_B / unit_B, eps / unit_B
     # Shifted by the smallest score of the group: equal scores then centre to exactly 0, not to a rounding error.
     lowest_G = scores_B.new_zeros(count).scatter_reduce(0, groups_B, scores_B, "amin", include_self=False)
     shifted_B = scores_B - lowest_G[groups_B]
     centred_B = shifted_B - _group_mean(shifted_B, groups_B, count)
     if not scale_by_std:
-        return centred_B
-    return centred_B / (_group_mean(centred_B.square(), groups_B, count).sqrt() + eps)
+        return centred_B * unit_B
+    return centred_B / (_group_mean(centred_B.square(), groups_B, count).sqrt() + eps_B)
 
 
 @torch.no_grad()
@@ -95,7 +98,13 @@ def gae(values_BT: Tensor, rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float 
 
     next_values_BT = torch.cat([values_BT[:, 1:], torch.zeros_like(values_BT[:, :1])], dim=1)
     raw_BT = _discounted_sum(rewards_BT + gamma * next_values_BT - values_BT, gamma * lam)
-    whitened_BT = (raw_BT - masked_mean(raw_BT, mask_BT)) * (masked_var(raw_BT, mask_BT) + 1e-8).rsqrt()
+    variance = masked_var(raw_BT, mask_BT)
+    if not variance.isfinite():
+        raise ValueError(
+            f"values reach {values_BT.abs().max().item():.3g} and rewards {rewards_BT.abs().max().item():.3g}: the "
+            f"variance of the advantages overflows {raw_BT.dtype}. Rescale the scores, e.g. to a few units."
+        )
+    whitened_BT = (raw_BT - masked_mean(raw_BT, mask_BT)) * (variance + 1e-8).rsqrt()
     return GAE(
         advantages=apply_mask(whitened_BT, mask_BT),
         returns=apply_mask(raw_BT + values_BT, mask_BT),
@@ -129,6 +138,14 @@ def _group_mean(x_B: Tensor, groups_B: Tensor, count: int) -> Tensor:
     """The mean of each row's group, (B,)."""
     means_G = x_B.new_zeros(count).scatter_reduce(0, groups_B, x_B, "mean", include_self=False)
     return means_G[groups_B]
+
+
+def _unit(x_B: Tensor, groups_B: Tensor, count: int) -> Tensor:
+    """For each row the largest power of two that its group reaches in absolute value, at least 1: (B,)."""
+    largest_G = x_B.new_ones(count).scatter_reduce(0, groups_B, x_B.abs(), "amax")
+    # mantissa in [1/2, 1); the quotient is exact, where 2 ** exponent may overflow or round.
+    mantissa_G, _ = torch.frexp(largest_G)
+    return (largest_G / (2 * mantissa_G))[groups_B]
 
 
 def _check_finite(name: str, x: Tensor) -> None:

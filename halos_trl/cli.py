@@ -20,7 +20,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 
 from . import model_card, toy
 from .merge import merge_adapter
-from .trainers.base import last_complete_checkpoint
+from .trainers.checkpoints import last_complete_checkpoint
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 

@@ -6,6 +6,8 @@ Masked positions are selected away, not multiplied by 0, so that an infinity or 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,13 +78,31 @@ def masked_var(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return masked_mean((at_least_float32(x_BT) - masked_mean(x_BT, mask_BT)).square(), mask_BT)
 
 
+def finite_exp(x: Tensor) -> Tensor:
+    """exp(x) without overflow, at least float32: beyond three quarters of the exponent range it goes on as its tangent.
+
+    Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope stay finite and positive, so that a ratio
+    that far out still multiplies with an advantage of 0, or is clipped, to what it should be, and is still pushed back
+    where nothing clips it. The last quarter of the range is left to factors and sums.
+    """
+    x = at_least_float32(x)
+    inside = x.clamp(max=_exp_limit(x.dtype))
+    return inside.exp() * (1 + (x - inside))
+
+
 def kl_k3(log_ratios_BT: Tensor) -> Tensor:
     """Per-token estimate of KL(policy || reference) from r = log policy - log reference: exp(-r) - 1 + r.
 
     Unbiased when the tokens were sampled from the policy, and never negative: "k3" of Schulman's note "Approximating
     KL divergence" (http://joschu.net/blog/kl-approx.html); DeepSeekMath (arXiv 2402.03300) eq. 4. Nats, shape and
     dtype of the input (at least float32). exp(-r) - 1 is taken as one function because r is near 0 where training
-    starts.
+    starts; far below 0 it goes on as its tangent, as `finite_exp` does.
     """
     log_ratios_BT = at_least_float32(log_ratios_BT)
-    return torch.expm1(-log_ratios_BT) + log_ratios_BT
+    inside = (-log_ratios_BT).clamp(max=_exp_limit(log_ratios_BT.dtype))
+    beyond = -log_ratios_BT - inside
+    return torch.expm1(inside) + inside.exp() * beyond + log_ratios_BT
+
+
+def _exp_limit(dtype: torch.dtype) -> float:
+    return 0.75 * math.log(torch.finfo(dtype).max)

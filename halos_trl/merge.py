@@ -1,11 +1,17 @@
-"""The saved adapter merged into its base model: loaded, merged, saved and pushed."""
+"""The saved adapter merged into its base model: loaded, merged, checked, saved and pushed."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.logging import get_logger
 from huggingface_hub import HfApi
 from peft import PeftModel
 from transformers.integrations import unset_hf_deepspeed_config
@@ -13,44 +19,170 @@ from transformers.integrations import unset_hf_deepspeed_config
 from . import model_card
 from .value_head import VALUE_HEAD_FILE
 
+logger = get_logger(__name__)
+
 
 def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
     """Merge the saved adapter into its base model and save (and push) the result; on one process only.
 
     The base is loaded anew, unquantized, in the dtype of the run (`--dtype`): merging into quantized weights would
-    round the update away, and the trainer's own model may be sharded.
+    round the update away, and the trainer's own model may be sharded. What was saved is loaded once more and compared
+    with the adapter. Raises ValueError where the two differ, and leaves no merged model behind.
     """
     args = trainer.args
     # DeepSpeed ZeRO-3 would shard every model that is loaded while its configuration is set, with all processes.
     unset_hf_deepspeed_config()
+    target = Path(model_card.merged_name(os.path.normpath(args.output_dir)))
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(trainer, partial, used_datasets)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _move_away(target)
+    partial.rename(target)
+    trainer.accelerator.print(f"Merged model saved to {target}")
+    if args.push_to_hub:
+        _push(args, model_card.merged_name(trainer.hub_model_id), target)
+        trainer.accelerator.print(f"Merged model pushed to {model_card.merged_name(trainer.hub_model_id)}")
+
+
+def _write(trainer: Any, folder: Path, used_datasets: list[str]) -> None:
+    args = trainer.args
     trained = trainer.accelerator.unwrap_model(trainer.model)
     # FSDP puts a class of its own in front of the model's.
     model_class: Any = next(c for c in type(trained.get_base_model()).__mro__ if not c.__module__.startswith("torch."))
     settings = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    if trained.active_peft_config.task_type == "SEQ_CLS":  # a reward model; its base may be a language model
+    settings |= {"attn_implementation": "eager"}  # runs on the CPU, too
+    if "SequenceClassification" in model_class.__name__:  # a reward model; its base may be a language model
         settings["num_labels"] = trained.config.num_labels
     base = model_class.from_pretrained(trained.active_peft_config.base_model_name_or_path, **settings)
-    merged = PeftModel.from_pretrained(base, args.output_dir).merge_and_unload()
-    merged.generation_config = getattr(trained, "generation_config", None)
-    # A trained copy of tied embeddings (`--lora_modules_to_save embed_tokens`) unties them; reloading has to know.
-    # PEFT sees to it itself from some version on.
-    head = merged.get_output_embeddings()
-    if head is not None and head.weight is not merged.get_input_embeddings().weight:
-        merged.config.get_text_config().tie_word_embeddings = False
+    adapted = PeftModel.from_pretrained(base, args.output_dir).eval()
+    ids = _sample_ids(trainer.processing_class)
+    expected = outputs_of(adapted, ids)
+    with adapted.disable_adapter():
+        change = (expected - outputs_of(adapted, ids)).abs().mean().item()
 
-    target = model_card.merged_name(os.path.normpath(args.output_dir))
-    merged.save_pretrained(target)
+    merged = merged_model(adapted)
+    merged.generation_config = getattr(trained, "generation_config", None)
+    merged.save_pretrained(folder)
+    del base, adapted, merged  # one copy in memory
+    reloaded = model_class.from_pretrained(folder, **{k: v for k, v in settings.items() if k != "revision"})
+    refuse_other_model(expected, outputs_of(reloaded, ids), change, reloaded.dtype)
+    if _comparable(trainer, trained):
+        refuse_other_model(outputs_of(trained, ids), outputs_of(reloaded, ids), change, reloaded.dtype)
     value_head = os.path.join(args.output_dir, VALUE_HEAD_FILE)
     if os.path.isfile(value_head):
-        shutil.copy(value_head, target)
-    trainer.processing_class.save_pretrained(target)
-    model_card.write(trainer, None, used_datasets, None, merged_dir=target)
-    trainer.accelerator.print(f"Merged model saved to {target}")
-    if args.push_to_hub:
-        api, repo = HfApi(token=args.hub_token), model_card.merged_name(trainer.hub_model_id)
-        api.create_repo(repo, private=args.hub_private_repo, exist_ok=True)
-        revision = getattr(args, "hub_revision", None)
-        if revision:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=target, revision=revision, commit_message="Merged model")
-        trainer.accelerator.print(f"Merged model pushed to {repo}")
+        shutil.copy(value_head, folder)
+    trainer.processing_class.save_pretrained(folder)
+    model_card.write(trainer, None, used_datasets, None, merged_dir=str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------- the merge
+
+
+def merged_model(adapted: PeftModel) -> Any:
+    """The adapter merged into its base.
+
+    An adapter acts on one of two tied weights, or on each in its own way. So they are untied for the merge, and tied
+    again where they still are equal.
+    """
+    tied = _tied_parameters(adapted)
+    for places in tied:
+        for module, name in places[1:]:
+            setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
+    merged: Any = adapted.merge_and_unload()
+    head, embeddings = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and head.weight is not embeddings.weight:
+        still_tied = bool(tied) and torch.equal(head.weight, embeddings.weight)
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = still_tied
+    merged.tie_weights()
+    return merged
+
+
+def _tied_parameters(model: torch.nn.Module) -> list[list[tuple[torch.nn.Module, str]]]:
+    """Every parameter that several modules hold, with its places."""
+    places: dict[int, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places[id(parameter)].append((module, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+# ---------------------------------------------------------------------------------------------------------- the check
+
+_TEXT = "Merging 17 apples, 3 pears & one large fig: is the answer (still) the same, or not? Yes; it has to be."
+
+
+def _sample_ids(processing_class: Any) -> torch.Tensor:
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return torch.tensor([tokenizer(_TEXT)["input_ids"][:32]])
+
+
+@torch.no_grad()
+def outputs_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs in nats of the next tokens of one row, or the scores of a classifier, without dropout; in float32."""
+    with _evaluating(model):
+        logits = model(input_ids=ids.to(model.device)).logits.float().cpu()
+    return logits if logits.ndim == 2 else logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _comparable(trainer: Any, trained: Any) -> bool:
+    """Whether this process alone can run the trained model, in the arithmetic of the merged one."""
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    return not sharded and getattr(trained.config, "quantization_config", None) is None
+
+
+def refuse_other_model(expected: torch.Tensor, got: torch.Tensor, change: float, dtype: torch.dtype) -> None:
+    """Raise ValueError where the outputs of the merged model are not those of the adapter.
+
+    `change` is the mean absolute effect of the adapter. In half precision, base plus adapter is rounded to the grid
+    of the base's weights.
+    """
+    floor, share = (1e-3, 0.01) if dtype in (torch.float32, torch.float64) else (0.1, 0.2)
+    difference = (expected - got).abs().mean().item()
+    if not difference <= floor + share * change:  # NaN too
+        raise ValueError(
+            f"The merged model is not the trained one: its outputs differ from the adapter's by {difference:.4g} on "
+            f"average, where the adapter itself changes those of its base by {change:.4g}. No merged model was "
+            "written; the adapter is saved. Use it unmerged. This happens where something outside of the adapter was "
+            "trained, or an adapter of tied weights cannot be merged."
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def _move_away(target: Path) -> None:
+    """Keep what lay in the folder out of the merged model: `from_pretrained` and a push would take it for a part."""
+    if not target.exists():
+        return
+    number = 1
+    while (aside := target.with_name(f"{target.name}.previous-{number}")).exists():
+        number += 1
+    target.rename(aside)
+    logger.warning(f"{target} existed already. It was moved to {aside}, so that nothing of it mixes with the new one.")
+
+
+def _push(args: Any, repo: str, folder: Path) -> None:
+    api = HfApi(token=args.hub_token)
+    api.create_repo(repo, private=args.hub_private_repo, exist_ok=True)
+    revision = getattr(args, "hub_revision", None)
+    if revision:
+        api.create_branch(repo, branch=revision, exist_ok=True)
+    api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="Merged model")
+
+
+__all__ = ["merge_adapter", "merged_model", "outputs_of", "refuse_other_model"]

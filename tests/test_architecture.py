@@ -32,7 +32,8 @@ MAY_IMPORT = MATHEMATICS | {
     "toy": set(),
     "merge": {"_trl", "model_card", "value_head"},
     "cli": {*MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
-    "__init__": {*MATHEMATICS, "configs", "trainers", "data"},
+    "patching": {"configs", "trainers"},
+    "__init__": {*MATHEMATICS, "configs", "trainers", "data", "patching"},
 }
 
 
@@ -127,6 +128,19 @@ def test_insides_of_trl_are_imported_in_one_folder_only():
     """TRL promises only what `trl` itself exports; its submodules move between releases."""
     deep = {part_of(m) for m, path in MODULES.items() for host, _ in imports(path) if host.startswith("trl.")}
     assert deep <= {"_trl"}
+
+
+def test_classes_of_trl_are_bound_when_a_module_is_imported():
+    """Frameworks replace `trl.DPOTrainer` and its like by classes that extend ours, which a look-up would find."""
+    found = []
+    for module, path in MODULES.items():
+        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.Lambda)]
+        for node in [inner for function in functions for inner in ast.walk(function)]:
+            late_import = isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "trl"
+            by_name = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trl"
+            if late_import or (by_name and node.attr[0].isupper()):
+                found.append(f"{module}:{node.lineno}")
+    assert found == []
 
 
 # -- no traces -----------------------------------------------------------------------------------------------------

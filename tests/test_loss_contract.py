@@ -741,6 +741,18 @@ def test_group_advantages_numbers() -> None:
     assert group_advantages(torch.tensor([1, 3]), torch.tensor([5, 5]), scale_by_std=False).tolist() == [-1.0, 1.0]
 
 
+@pytest.mark.parametrize("size", [1e200, 1.7e308, 1.0, 1e-200])
+def test_group_advantages_of_any_finite_scores(size: float) -> None:
+    # Scores -1, 1 in units of `size`: mean 0, standard deviation `size`.
+    scores = torch.tensor([-size, size, 5.0, 7.0], dtype=torch.float64)
+    expected = size / (size + 0.01)
+    got = group_advantages(scores, ["big", "big", "small", "small"])
+    assert got.tolist() == pytest.approx([-expected, expected, -1 / 1.01, 1 / 1.01], rel=1e-12)
+    # Beside it in the batch, other groups are what they are alone, to the bit.
+    assert torch.equal(got[2:], group_advantages(scores[2:], [0, 0]))
+    assert group_advantages(scores, [0, 0, 1, 1], scale_by_std=False)[1].item() == pytest.approx(size, rel=1e-12)
+
+
 def test_a_group_of_equal_scores_has_no_advantage_at_all() -> None:
     # The float64 mean of three times 0.1 is not 0.1, so a plain difference would leave a rounding error.
     assert not group_advantages(torch.tensor([0.1] * 3, dtype=torch.float64), "ppp").any()
@@ -797,6 +809,8 @@ def test_gae_refuses() -> None:
             gae(zeros, zeros, mask, **{name: value})
     with pytest.raises(ValueError, match=r"rewards\[0, 1\] is nan"):
         gae(zeros, torch.tensor([[0.0, math.nan, 0.0]]), mask)
+    with pytest.raises(ValueError, match=r"rewards 1e\+25: the variance .* overflows torch.float32"):
+        gae(zeros, torch.tensor([[0.0, 1e25, 0.0]]), mask)
     with pytest.raises(ValueError, match=r"values\[0, 0\] is inf"):
         gae(torch.tensor([[math.inf, 0.0, 0.0]]), zeros, mask)
     with pytest.raises(ValueError, match="nothing is broadcast"):

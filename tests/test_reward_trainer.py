@@ -8,10 +8,12 @@ import pytest
 import torch
 import trl
 from conftest import assistant, paired_rows, user, weights
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
 
 from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, toy
 from halos_trl.trainers.reward import load_reward_model
+from halos_trl.trainers.reward_scores import RewardModelScores
 
 
 @pytest.fixture(scope="module")
@@ -210,9 +212,101 @@ def test_another_number_of_logits_is_refused(tmp_path):
 
 
 def test_lora(fit):
-    from peft import LoraConfig
-
     trainer = fit(paired_rows(8), max_steps=1, peft_config=LoraConfig(r=2, task_type="SEQ_CLS"), train=False)
     before = weights(trainer.model)
     trainer.train()
     assert not torch.equal(before, weights(trainer.model))
+
+
+# -- heads that would stay random ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def language_model(model, tokenizer, tmp_path):
+    """The folder of a language model, from which a reward model starts with a new head."""
+    folder = tmp_path / "language-model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def train_adapter(policy, tokenizer, make_config, **lora):
+    trainer = BradleyTerryTrainer(
+        policy,
+        make_config(BradleyTerryConfig),
+        train_dataset=paired_rows(24),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=2, **lora),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"task_type": "SEQ_CLS"},
+        {"modules_to_save": ["score"]},
+        {"modules_to_save": ["score"], "target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_adapter_with_a_trained_head_scores_the_same_when_reloaded(language_model, tokenizer, make_config, lora):
+    trainer = train_adapter(language_model, tokenizer, make_config, **lora)
+    ids = torch.tensor([tokenizer("ab c")["input_ids"], tokenizer("dd e")["input_ids"]])
+    loaded = load_reward_model(trainer.args.output_dir).eval()
+    assert type(loaded) is LlamaForSequenceClassification
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits, rtol=0, atol=1e-6)
+    # An adapter of a reward model needs no head of its own.
+    loaded.save_pretrained(f"{language_model}-scorer")
+    adapter = train_adapter(f"{language_model}-scorer", tokenizer, make_config)
+    again = load_reward_model(adapter.args.output_dir).eval()
+    torch.testing.assert_close(again(ids).logits, adapter.model.eval()(ids).logits, rtol=0, atol=1e-6)
+    assert (again(ids).logits - loaded(ids).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({}, r"neither trains nor saves \['score.weight'\].*SEQ_CLS"),
+        ({"target_modules": ["q_proj", "score"]}, r"neither trains nor saves \['score.base_layer.weight'"),
+        ({"task_type": "CAUSAL_LM"}, r"task_type='CAUSAL_LM'.*--lora_task_type SEQ_CLS"),
+    ],
+)
+def test_adapter_that_leaves_a_new_head_random_is_refused(language_model, tokenizer, make_config, lora, message):
+    with pytest.raises(ValueError, match=message):
+        train_adapter(language_model, tokenizer, make_config, **lora)
+
+
+def test_new_head_that_is_frozen_or_missing_in_the_adapter_is_refused(language_model, tokenizer, make_config):
+    frozen = AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    frozen.score.requires_grad_(False)
+    trained_beside = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1), LoraConfig(r=2)
+    )
+    trained_beside.base_model.model.score.requires_grad_(True)
+    for policy, message in ((frozen, "are frozen"), (trained_beside, "neither trains nor saves")):
+        with pytest.raises(ValueError, match=message):
+            BradleyTerryTrainer(
+                policy, make_config(BradleyTerryConfig), train_dataset=paired_rows(8), processing_class=tokenizer
+            )
+
+
+def test_language_model_is_no_reward_model(language_model, tokenizer, make_config):
+    with pytest.raises(ValueError, match=r"saved as \['LlamaForCausalLM'\] and does not hold \['score.weight'\]"):
+        load_reward_model(language_model)
+    new = AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    new.config.pad_token_id = tokenizer.pad_token_id
+    with pytest.raises(ValueError, match=r"`reward_model` was loaded from .*LlamaForCausalLM.* random"):
+        RewardModelScores(new, tokenizer)
+    trainer = BradleyTerryTrainer(
+        language_model, make_config(BradleyTerryConfig), train_dataset=paired_rows(24), processing_class=tokenizer
+    )
+    RewardModelScores(trainer.model, tokenizer)  # trained in this process, not saved
+
+
+def test_adapter_without_a_head_is_no_reward_model(language_model, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
+    get_peft_model(base, LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="newly initialized, so every score would be random"):
+        load_reward_model(str(tmp_path / "adapter"))

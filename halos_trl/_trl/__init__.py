@@ -36,7 +36,7 @@ from trl.trainer.utils import get_config_model_id
 from . import compat  # noqa: F401  (fills in for an older TRL)
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter, edits_base_weights, reading_adapter
 from .construct import overridden
-from .forward import TokenTable, score_tokens
+from .forward import STEP_SHARE, TokenTable, score_tokens
 from .host import Method, NamedTrainer, TrainerHost, card_identity, run_urls
 from .paired import PairedHost
 from .reward import RewardHost
@@ -47,6 +47,7 @@ from .value import ValueHost
 __all__ = [
     "POLICY_ADAPTER",
     "REFERENCE_ADAPTER",
+    "STEP_SHARE",
     "Method",
     "NamedTrainer",
     "PairedHost",

@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+STEP_SHARE = "halos_trl_step_share"
+"""Under this name a training batch holds what it has to know about its optimizer step."""
+
 NOT_MODEL_INPUTS = {
+    STEP_SHARE,
     "completion_mask",
     "label",
     "score",

@@ -59,15 +59,31 @@ else:
     _Mixin = object
 
 
+def _is_ours(config_class: type) -> bool:
+    return config_class.__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def _advice_on_config(given: type, wanted: type, name: str) -> str:
+    """What to pass in place of a config of another class."""
+    hosts = [c for c in wanted.__mro__ if c.__module__.split(".")[0] == "trl" and not c.__name__.startswith("_")]
+    if given in hosts:
+        return f"It lacks the settings of this package. Use `{name}`, which extends it."
+    host = next((c for c in given.__mro__ if c in hosts), None)
+    if host is not None and not _is_ours(given):
+        return (
+            f"It derives from `trl.{host.__name__}` and lacks the settings of this package and their checks. Derive "
+            f"it from `{name}`, which extends `trl.{host.__name__}`: `class {given.__name__}({name}): ...`. Where a "
+            "framework defines it, call `halos_trl.patch_trl()` before that framework is imported."
+        )
+    return f"Its fields are not those of this method. Use `{name}`, or a class derived from it."
+
+
 class NamedTrainer(_Mixin):
     """A trainer that is known by its `method` in tags, the model card and its citation."""
 
     trl_class: ClassVar[type]
     config_class: ClassVar[type]
     method: ClassVar[Method | None] = None
-
-    # `compute_loss` weighs each micro-batch by its share of the optimizer step, so nobody else may divide.
-    loss_is_scaled_for_ga = True
 
     drops_invalid_rows: bool = False
     """Whether `check_rows` drops and counts what it would refuse; set before TRL's constructor prepares data."""
@@ -86,16 +102,14 @@ class NamedTrainer(_Mixin):
 
     def _refuse_foreign_config(self, args: Any) -> None:
         # A sibling's config is no better: `IPOConfig` extends `DPOConfig`, but DPO would not read its `tau`.
-        own = next((c for c in type(args).__mro__ if c.__module__.split(".")[0] == __name__.split(".")[0]), object)
+        own = next((c for c in type(args).__mro__ if _is_ours(c)), object)
         if isinstance(args, self.config_class) and issubclass(self.config_class, own):
             return
-        ours = self.config_class.__name__
-        # `trl.GRPOConfig` shares the name of ours, and nothing else.
-        same = type(args) in self.config_class.__mro__
-        advice = "it takes the same arguments" if same else f"`trl.{ours}`, where there is one, has other fields"
+        given, wanted = type(args), self.config_class
+        source = wanted.__module__ if not _is_ours(wanted) else __name__.split(".")[0]
         raise ValueError(
-            f"{type(self).__name__} got `args` of type {type(args).__module__}.{type(args).__name__}, which has other "
-            f"fields than this method. Use `from halos_trl import {ours}`: {advice}."
+            f"{type(self).__name__} got `args` of type {given.__module__}.{given.__qualname__}. "
+            + _advice_on_config(given, wanted, f"{source}.{wanted.__name__}")
         )
 
     @property
@@ -272,6 +286,14 @@ class TrainerHost(NamedTrainer):
         )
 
     # -- one forward -------------------------------------------------------------------------------------------
+
+    def batch_loss(self, model: Any, batch: dict[str, Any], return_outputs: bool = False) -> Any:
+        """Hook: the loss of a collated batch, as `compute_loss` returns it."""
+        raise NotImplementedError
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        # Called by TRL's `compute_loss`, so a subclass may override either.
+        return self.batch_loss(model, inputs, return_outputs)
 
     def policy_tokens(self, model: torch.nn.Module, batch: dict[str, Any]) -> TokenTable:
         """The policy's token table, with the MoE auxiliary loss where the model has one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import trl
+from trl import DPOTrainer as HostTrainer
 
 from ..humanline import Humanline, clamp, log_ratios
 from ..metrics import logps_sums, unclamped_sums
@@ -13,10 +13,10 @@ from .construct import overridden
 from .host import TrainerHost
 
 
-class PairedHost(TrainerHost, trl.DPOTrainer):
+class PairedHost(TrainerHost, HostTrainer):
     """`trl.DPOTrainer` behind the door."""
 
-    trl_class = trl.DPOTrainer
+    trl_class = HostTrainer
 
     def trl_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> tuple[torch.Tensor, Any]:
         """TRL's own DPO loss of a micro-batch (it logs by itself), under the humanline clamp where that is on.
@@ -27,14 +27,14 @@ class PairedHost(TrainerHost, trl.DPOTrainer):
         """
         humanline = self.args.humanline_clamp
         if humanline is None:
-            result = trl.DPOTrainer.compute_loss(self, model, inputs, return_outputs)
+            result = HostTrainer._compute_loss(self, model, inputs, return_outputs)
             return result if return_outputs else (result, None)
         reference_BT = self.reference.log_probs(inputs)
-        sums = trl.DPOTrainer.compute_ref_log_probs(self, _Answering(reference_BT), inputs)
+        sums = HostTrainer.compute_ref_log_probs(self, _Answering(reference_BT), inputs)
         clamped = _Clamped(model, reference_BT, inputs["completion_mask"][:, 1:], humanline)
         inputs = {**inputs, "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         with overridden(self, precompute_ref_logps=True):
-            loss = trl.DPOTrainer.compute_loss(self, clamped, inputs)
+            loss = HostTrainer._compute_loss(self, clamped, inputs, False)
         is_chosen_B = torch.arange(len(reference_BT), device=reference_BT.device) < len(reference_BT) // 2
         # TRL would log the log-probs that it was given; those of the policy stand in for them.
         self.record_metrics(logps_sums(clamped.policy_BT, is_chosen_B))

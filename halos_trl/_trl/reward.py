@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import trl
 from accelerate.logging import get_logger
 from datasets import Dataset
+from trl import RewardTrainer as HostTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..data.checks import columns_of, plain_rows
@@ -15,10 +15,10 @@ from .host import NamedTrainer
 logger = get_logger(__name__)
 
 
-class RewardHost(NamedTrainer, trl.RewardTrainer):
+class RewardHost(NamedTrainer, HostTrainer):
     """`trl.RewardTrainer` behind the door."""
 
-    trl_class = trl.RewardTrainer
+    trl_class = HostTrainer
 
     def __init__(self, model: Any, args: Any = None, *trl_args: Any, **trl_kwargs: Any) -> None:
         if args is None:

@@ -7,16 +7,16 @@ import sys
 from typing import Any, ClassVar
 
 import torch
-import trl
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from trl import KTOTrainer as HostTrainer
 
 from .adapters import REFERENCE_ADAPTER, reading_adapter
 from .forward import score_tokens
 from .host import TrainerHost
 
 
-class ScoredHost(TrainerHost, trl.KTOTrainer):
+class ScoredHost(TrainerHost, HostTrainer):
     """`trl.KTOTrainer` behind the door, for scored completions: its tokenization, models and saving, none of its loss.
 
     TRL's columns of precomputed reference log-probs hold a sum for each completion. Here `ref_logps` holds one number
@@ -24,7 +24,7 @@ class ScoredHost(TrainerHost, trl.KTOTrainer):
     its fingerprint and its work over several processes stay in use.
     """
 
-    trl_class = trl.KTOTrainer
+    trl_class = HostTrainer
     columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "completion_ids", "label", "score", "advantage", "ref_logps")
     """What a prepared row brings into a batch."""
 

@@ -7,16 +7,16 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-import trl
 from datasets import Dataset
+from trl import KTOTrainer as HostTrainer
 
 from .host import TrainerHost
 
 
-class UnpairedHost(TrainerHost, trl.KTOTrainer):
+class UnpairedHost(TrainerHost, HostTrainer):
     """`trl.KTOTrainer` behind the door."""
 
-    trl_class = trl.KTOTrainer
+    trl_class = HostTrainer
 
     needs_kl: ClassVar[bool] = False
     estimates_kl: bool

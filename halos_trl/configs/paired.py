@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import trl
 
 from .checks import check_sync, defaults_of, is_share, require, require_not_negative, require_positive
 from .shared import REFERENCE_FIELDS, SYNC_HELP, HumanlineConfig, RowsConfig
+
+_TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
 
 
 @dataclass
@@ -33,7 +35,7 @@ class DPOConfig(HumanlineConfig, RowsConfig, trl.DPOConfig):
         require(len(self.loss_type) > 0, "loss_type", self.loss_type, "there is no loss.", "Name one or more.")
         for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
             # Newer releases of TRL may know more of them, and list those here.
-            listed = trl.DPOConfig.__dataclass_fields__[name].metadata["help"]
+            listed = _TRL_FIELDS[name].metadata["help"]
             for value in values:
                 require(
                     re.search(rf"[`']{re.escape(str(value))}[`']", listed) is not None, name, value,

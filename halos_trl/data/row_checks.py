@@ -24,6 +24,9 @@ RowCheck: TypeAlias = Callable[[Row], Problem]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns that reach the chat template beside the messages."""
 
+LARGEST_SCORE = 1e12
+"""Its square, summed over the tokens of a step, is far from what float32 holds (3e38)."""
+
 _MESSAGE = "{'role': 'user', 'content': '...'}"
 _EMPTY = "There is no token to learn from."
 
@@ -324,11 +327,14 @@ def _scores_problem(row: Row) -> Problem:
 
 def score_problem(score: Any) -> Problem:
     """Of a score: a finite number."""
-    try:
-        if isinstance(score, Real) and not isinstance(score, bool) and math.isfinite(score):
-            return None
-    except OverflowError:  # a whole number beyond all floats
-        pass
+    is_number = isinstance(score, Real) and not isinstance(score, bool) and score == score
+    if is_number and abs(score) <= LARGEST_SCORE:
+        return None
+    if is_number and abs(score) != math.inf:
+        return (
+            f"has score {shown(score)}; scores may reach {LARGEST_SCORE:.0e} in absolute value. Losses and gradients "
+            "are float32 and square them. Rescale the scores, e.g. to a few units."
+        )
     return (
         f"has score {shown(score)}; scores are finite numbers. Mend the score: it would spoil the advantages of its "
         "whole group."

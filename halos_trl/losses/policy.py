@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..humanline import Humanline, clamp, log_ratios, unclamped_fraction
-from ..logprobs import apply_mask, at_least_float32, kl_k3, masked_mean, masked_var, sequence_mean
+from ..logprobs import apply_mask, at_least_float32, finite_exp, kl_k3, masked_mean, masked_var, sequence_mean
 from ..records import GroupLogps, LossOutput, PolicyStep, check_number, check_record
 
 
@@ -53,7 +53,7 @@ def grpo(
     ratios_BT = clamp(raw_BT, humanline)
     if sequence_level:
         ratios_BT = sequence_mean(ratios_BT, logps.mask).unsqueeze(-1).expand_as(raw_BT)
-    ratios_BT = ratios_BT.exp()
+    ratios_BT = finite_exp(ratios_BT)
     surrogate_BT, clipped_BT = _clipped_surrogate(ratios_BT, advantages_B1, 1 - epsilon, 1 + epsilon_high)
     kl_BT = kl_k3(raw_BT)
     losses_BT = apply_mask(surrogate_BT + beta * kl_BT if beta else surrogate_BT, logps.mask)
@@ -111,7 +111,7 @@ def ppo(
     advantages_BT = step.advantages.detach()
     targets_BT = step.discounted_future_rewards.detach()
 
-    surrogate_BT, clipped_BT = _clipped_surrogate(clamped_BT.exp(), advantages_BT, 1 - cliprange, 1 + cliprange)
+    surrogate_BT, clipped_BT = _clipped_surrogate(finite_exp(clamped_BT), advantages_BT, 1 - cliprange, 1 + cliprange)
     critic_BT = (values_BT - targets_BT).square() / 2
     losses_BT = apply_mask(surrogate_BT + critic_coef * critic_BT + kl_coef * raw_BT, mask_BT)
     metrics = {
@@ -119,7 +119,7 @@ def ppo(
         "critic_loss": masked_mean(critic_BT, mask_BT),
         "policykl": masked_mean(-raw_BT, mask_BT),
         "clipfrac": masked_mean(clipped_BT, mask_BT),
-        "seqratio": clamped_BT.sum(-1).exp().mean(),
+        "seqratio": finite_exp(clamped_BT.sum(-1)).mean(),
         "values_mean": masked_mean(values_BT, mask_BT),
         "values_var": masked_var(values_BT, mask_BT),
         "unclamped": unclamped_fraction(raw_BT, humanline),

@@ -1,26 +1,19 @@
-"""What paired and unpaired trainers share: the optimizer step as one batch, the reference, checks, the model card."""
+"""What paired and unpaired trainers share: the reference, what a run may combine, metrics, checkpoints."""
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from accelerate.logging import get_logger
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import model_card
 from .._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, TokenTable, edits_base_weights
 from ..configs import REFERENCE_FIELDS, defaults_of
 from ..humanline import log_ratios
 from ..metrics import Sums, loss_sums, total, unclamped_sums
 from ..records import LossOutput
 from ..reference import (
-    REFERENCE_FILE,
     AdapterOff,
     FrozenAdapter,
     FrozenCopy,
@@ -28,91 +21,12 @@ from ..reference import (
     PrecomputedColumn,
     Reference,
     ReferenceSync,
-    gathered,
-    load_reference,
-    save_reference,
 )
 from ..sharded import parameters_by_name, shape_of
-
-if TYPE_CHECKING:
-    from .._trl import TrainerHost as _Host
-else:
-    _Host = object
-
-logger = get_logger(__name__)
+from .checkpoints import checkpoint_of, restore_reference, write_reference
+from .step import StepAsBatch
 
 _UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
-
-_MOVED = "halos_trl.moved_reference"
-"""Stands in the trainer state of a checkpoint that holds a moved reference."""
-
-
-@dataclass
-class Step:
-    """The optimizer step in progress."""
-
-    examples: torch.Tensor
-    """Examples of the whole step, over all micro-batches and processes."""
-    microbatches_left: int
-
-
-class StepAsBatch(_Host):
-    """One optimizer step is one batch, however it is split over micro-batches and processes. And the model card."""
-
-    _step: Step | None = None
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """All micro-batches of the next optimizer step, after `begin_step` has seen them together."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            self.model.train()
-            self.begin_step([self.on_device(batch) for batch in batches])
-        return batches, num_items
-
-    def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        """Hook: what has to be known about the whole step before its first micro-batch."""
-        examples = torch.tensor(sum(map(self.batch_size, batches)), device=self.accelerator.device)
-        self._step = Step(self.accelerator.reduce(examples, reduction="sum"), len(batches))
-
-    def batch_size(self, batch: dict[str, Any]) -> int:
-        """Number of examples (rows or pairs) in a collated batch."""
-        raise NotImplementedError
-
-    def share_of_step(self, mean_loss: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
-        """Scale a micro-batch's mean loss so that the step's gradient is that of the mean over all its examples.
-
-        Micro-batches are summed and processes averaged, so the weight is `own examples * processes / examples of the
-        step`. Evaluation averages over examples by itself.
-        """
-        if self.mode == "eval" or self._step is None:
-            return mean_loss
-        weight = self.batch_size(batch) * self.accelerator.num_processes / self._step.examples
-        self._step.microbatches_left -= 1
-        if self._step.microbatches_left == 0:
-            self._step = None
-            self.before_last_backward()
-        return mean_loss * weight
-
-    def before_last_backward(self) -> None:
-        """Hook: all losses of an optimizer step are there, and its last gradient is not."""
-
-    # -- model card --------------------------------------------------------------------------------------------
-
-    card_fields: tuple[str, ...] = ("beta",)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | Sequence[str] | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write `README.md` into the output directory: method, paper, base model, hyper-parameters, versions.
-
-        Differs from TRL's card: a local base model is named as such instead of being linked as `None`, and the
-        hyper-parameters are listed.
-        """
-        if self.is_world_process_zero():
-            model_card.write(self, model_name, dataset_name, tags)
 
 
 class AlignmentTrainer(StepAsBatch):
@@ -209,11 +123,21 @@ class AlignmentTrainer(StepAsBatch):
         if sync:
             self.sync_callback = ReferenceSync(reference, steps_in_backward=self.is_deepspeed_enabled, **sync)
             self.add_callback(self.sync_callback)
+            if self.is_deepspeed_enabled:
+                self._sync_before_last_backward(self.sync_callback)
         return reference
 
-    def before_last_backward(self) -> None:
-        if self.sync_callback is not None:
-            self.sync_callback.before_backward(self.state, self.model)
+    def _sync_before_last_backward(self, callback: ReferenceSync) -> None:
+        # Once per step, between its last loss and its update, which DeepSpeed makes inside `backward`.
+        backward = self.accelerator.backward
+
+        @functools.wraps(backward)
+        def synced_backward(loss: torch.Tensor, **kwargs: Any) -> None:
+            if self.accelerator.sync_gradients:
+                callback.before_backward(self.state, self.model)
+            backward(loss, **kwargs)
+
+        self.accelerator.backward = synced_backward
 
     def _refuse_unlike_reference(self) -> None:
         unwrapped = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model)]
@@ -277,12 +201,7 @@ class AlignmentTrainer(StepAsBatch):
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
-        if self.reference.moved:
-            tensors = gathered(self.reference.tensors(self.model), keep=self.args.should_save)
-            if self.args.should_save:
-                save_reference(tensors, checkpoint_dir)
-            # Into the trainer's state, so that a later run knows what has to be there.
-            self.state.stateful_callbacks[_MOVED] = {"args": {}, "attributes": {}}
+        write_reference(self.reference, self.model, self.state, checkpoint_dir, keep=self.args.should_save)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; a resumed run also gets back the reference that its checkpoint holds.
@@ -290,53 +209,14 @@ class AlignmentTrainer(StepAsBatch):
         `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one whose writing
         was interrupted is passed over with a warning.
         """
-        self._step = None
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no complete checkpoint. Start "
-                    "without it, or pass the path of a checkpoint."
-                )
-        if resume_from_checkpoint:
-            self._restore_reference(os.fspath(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint:
+            self.restore(os.fspath(checkpoint))
+        return super().train(checkpoint, *args, **kwargs)
 
-    def _restore_reference(self, folder: str) -> None:
-        state_file = os.path.join(folder, TRAINER_STATE_NAME)
-        if not os.path.isfile(state_file):
-            return  # transformers has its own message for what is no checkpoint
-        state = TrainerState.load_from_json(state_file)
-        stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE)) or _MOVED in state.stateful_callbacks
-        if stored and self.sync_callback is None:
-            raise ValueError(
-                f"{folder} holds a reference that has moved ({REFERENCE_FILE}), but this run's stands still: "
-                "it would silently be another one. Resume with the `humanline` or `sync_ref_model` setting of the run "
-                "that wrote it."
-            )
-        if stored or (self.sync_callback and self.sync_callback.syncs_until(state.global_step)):
-            load_reference(self.reference.tensors(self.model), folder)
-            self.reference.moved = True
-        elif self.reference.moved:
-            raise ValueError(
-                f"The reference of {folder} had not left its start, but this trainer has trained before and its "
-                "reference has. Make a new trainer and resume with that one."
-            )
+    def restore(self, folder: str) -> None:
+        """Hook: take from a checkpoint what `before_checkpoint` wrote."""
+        restore_reference(self.reference, self.sync_callback, self.model, folder)
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint with a trainer state, which is written last; None where there is none."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        try:
-            TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
-        except (OSError, ValueError) as error:
-            logger.warning(
-                f"{folder} is incomplete ({TRAINER_STATE_NAME}: {error}), so the checkpoint before it is used."
-            )
-        else:
-            return str(folder)
-    return None
-
-
-__all__ = ["AlignmentTrainer", "StepAsBatch", "last_complete_checkpoint"]
+__all__ = ["AlignmentTrainer"]

@@ -11,6 +11,7 @@ from .._trl import Method
 from ..configs import DPO_LOSS_FIELDS, DPOConfig
 from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
+from .step import weighted, without_share
 
 
 class DPOTrainer(PairedPreferenceTrainer):
@@ -52,18 +53,16 @@ class DPOTrainer(PairedPreferenceTrainer):
             or args.f_divergence_type != "reverse_kl"
         )
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         if not self.uses_trl_loss:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss, outputs = self.trl_loss(model, inputs, return_outputs)
+            return super().batch_loss(model, inputs, return_outputs)
+        loss, outputs = self.trl_loss(model, without_share(inputs), return_outputs)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The loss is {loss.item()} at {self.moment}. The weights were not updated with it. Look for NaN in "
                 "the model's weights (a broken checkpoint), lower `learning_rate`, or use `bf16` instead of `fp16`."
             )
-        loss = self.share_of_step(loss, inputs)
+        loss = weighted(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def loss(self, record: PairedLogps) -> LossOutput:

@@ -18,6 +18,7 @@ from ..data.groups import GROUP
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput
 from .scored import ScoredTrainer
+from .step import weighted
 
 logger = get_logger(__name__)
 
@@ -72,9 +73,7 @@ class GRPOTrainer(ScoredTrainer):
             sequence_level=self.args.sequence_level,
         )
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         inputs = self.without_repeats(inputs)
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
@@ -82,7 +81,7 @@ class GRPOTrainer(ScoredTrainer):
         output = self.loss(GroupLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, inputs["advantage"]))
         self.record_metrics(self._sums(output, inputs, tokens) | self.scored_sums(inputs, tokens, reference_BT))
         self.count_tokens(inputs)
-        loss = self.share_of_step(self.mean_over_tokens(output, tokens), inputs)
+        loss = weighted(self.mean_over_tokens(output, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, output: LossOutput, batch: dict[str, Any], tokens: TokenTable) -> Sums:

@@ -12,6 +12,7 @@ from ..data.checks import Rows, check_paired_rows
 from ..metrics import Sums, accuracy_sums, logps_sums, side_sums, total
 from ..records import LossOutput, PairedLogps, check_output
 from .base import AlignmentTrainer
+from .step import weighted
 
 
 class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
@@ -30,9 +31,7 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         """The losses `(B,)` of a micro-batch and its rewards."""
         raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
         self.refuse_non_finite(tokens, reference_BT)
@@ -48,7 +47,7 @@ class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
         self.record_metrics(self.clamp_sums(tokens, reference_BT, is_chosen_B))
         self.count_tokens(inputs)
         loss = output.losses.sum() / max(kept, 1)
-        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
+        loss = weighted(self.with_aux_loss(loss, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, tokens: TokenTable, is_chosen_B: torch.Tensor) -> Sums:

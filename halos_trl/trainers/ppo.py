@@ -16,6 +16,7 @@ from .. import losses
 from .._trl import Method, TokenTable, ValueHost, score_tokens
 from ..configs import PPOConfig
 from ..humanline import log_ratios
+from ..logprobs import finite_exp
 from ..metrics import Sums, total
 from ..records import LossOutput, PolicyStep
 from ..sharded import whole
@@ -23,6 +24,7 @@ from ..value_head import VALUE_HEAD_FILE, load_value_head
 from .reward_scores import RewardModelScores
 from .rollout import Rollout, load_rollouts, roll_out, rollout_file, save_rollouts
 from .scored import ScoredTrainer
+from .step import share_in, weighted
 
 logger = get_logger(__name__)
 
@@ -101,8 +103,8 @@ class PPOTrainer(ScoredTrainer, ValueHost):
 
     # -- the batch before its first update ---------------------------------------------------------------------
 
-    def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        super().begin_step(batches)
+    def prepare_step(self, batches: list[dict[str, Any]]) -> list[Rollout]:
+        """The rollout of each micro-batch: a new one before the first of `ppo_epochs` steps over a batch."""
         if self.state.global_step % self.args.ppo_epochs == 0:
             self._rollouts = self.roll_out(batches)
         shapes = [rollout.advantages.shape for rollout in self._rollouts or []]
@@ -111,6 +113,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
                 f"The rollout of step {self.state.global_step + 1} belongs to other rows than the batch does. The run "
                 "was resumed with other data, another seed, or another split of the step than its checkpoint."
             )
+        return self._rollouts or []
 
     def roll_out(self, batches: list[dict[str, Any]]) -> list[Rollout]:
         """Rollout statistics of all micro-batches that this process holds of a step (or of an evaluation batch).
@@ -157,11 +160,10 @@ class PPOTrainer(ScoredTrainer, ValueHost):
             humanline=self.args.humanline_clamp,
         )
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         inputs = self.without_repeats(inputs)
-        rollout = self._rollout_of(inputs)
+        share = share_in(inputs)
+        rollout: Rollout = self.roll_out([inputs])[0] if share is None else share.prepared
         tokens = self.policy_tokens(model, inputs)
         self.refuse_non_finite(tokens, None)
         record = PolicyStep(
@@ -175,13 +177,8 @@ class PPOTrainer(ScoredTrainer, ValueHost):
         output = self.loss(record)
         self.record_metrics(self._sums(output, record) | self.scored_sums(inputs, tokens, rollout.old_policy))
         self.count_tokens(inputs)
-        loss = self.share_of_step(self.mean_over_tokens(output, tokens), inputs)
+        loss = weighted(self.mean_over_tokens(output, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
-
-    def _rollout_of(self, batch: dict[str, Any]) -> Rollout:
-        if self.mode == "eval" or self._step is None or self._rollouts is None:
-            return self.roll_out([batch])[0]
-        return self._rollouts[-self._step.microbatches_left]
 
     def _sums(self, output: LossOutput, record: PolicyStep) -> Sums:
         names = {
@@ -192,7 +189,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
             "values": "values_mean",
         }
         ratios_BT, _ = log_ratios(record.policy, record.old_policy, record.mask, self.args.humanline_clamp)
-        seqratio = total(ratios_BT.sum(-1).exp(), record.mask.any(-1))
+        seqratio = total(finite_exp(ratios_BT.sum(-1)), record.mask.any(-1))
         return self.token_means(output, names, record.mask) | {"seqratio": seqratio}
 
     def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
@@ -213,8 +210,8 @@ class PPOTrainer(ScoredTrainer, ValueHost):
         if self._is_between_epochs(self.state.global_step):
             save_rollouts(self._rollouts or [], rollout_file(checkpoint_dir, self.accelerator.process_index))
 
-    def _restore_reference(self, folder: str) -> None:
-        super()._restore_reference(folder)
+    def restore(self, folder: str) -> None:
+        super().restore(folder)
         state_file = os.path.join(folder, TRAINER_STATE_NAME)
         if not os.path.isfile(state_file):
             return  # transformers has its own message for what is no checkpoint

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import find_adapter_config_file
 
 from .._trl import Method, RewardHost
 from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
-from .base import StepAsBatch
+from . import reward_head
+from .step import StepAsBatch, weighted, without_share
 
 
 class BradleyTerryTrainer(StepAsBatch, RewardHost):
@@ -44,6 +47,7 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
                 f"The reward model has {labels} labels; expected 1, the score. Load a checkpoint of HALOs', which has "
                 "two, with `halos_trl.load_reward_model`; or pass the name of a language model, which gets a new head."
             )
+        _refuse_task(kwargs.get("peft_config"))
         try:
             super().__init__(model, *args, **kwargs)
         except RuntimeError as error:
@@ -53,18 +57,20 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
                 f"{model!r} does not fit a reward model with one logit: {error} If it is one of HALOs', with two, "
                 "pass `halos_trl.load_reward_model(...)` of it instead of its name."
             ) from error
+        reward_head.refuse_untrainable_head(self.model)
+        reward_head.mark_as_own(self.model)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, without_share(inputs), return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"The reward model's loss is {loss.item()} at {self.moment}. The weights were not "
                 "updated with it. Look for NaN in the model's weights, or lower `learning_rate`."
             )
-        loss = self.share_of_step(loss, inputs)
+        loss = weighted(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def batch_size(self, batch: dict[str, Any]) -> int:
@@ -74,14 +80,33 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
         return check_paired_rows(dataset, name, drop_invalid=self.drops_invalid_rows, splits_implicit=False)
 
 
+def _refuse_task(peft_config: Any) -> None:
+    task = getattr(peft_config, "task_type", None)
+    if task not in (None, "SEQ_CLS"):
+        raise ValueError(
+            f"`peft_config` has `task_type={getattr(task, 'value', task)!r}`, but a reward model is a sequence "
+            'classifier. Create it with `task_type="SEQ_CLS"` (`--lora_task_type SEQ_CLS`).'
+        )
+
+
 def load_reward_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """A reward model with one logit, its score.
 
     `name_or_path` is a hub id or a folder; `kwargs` go to `AutoModelForSequenceClassification.from_pretrained`. HALOs
     trains reward models with two labels whose score is logit 1; of such a head that row is kept, which gives the same
-    scores. Raises ValueError for any other number of labels.
+    scores. A saved adapter is loaded onto its base model and merged into it. Raises ValueError for any other number of
+    labels, and for a checkpoint that lacks weights of a reward model, e.g. one of a language model.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(name_or_path, **kwargs)
+    if find_adapter_config_file(name_or_path, **_only(kwargs, *_PLACE, *_ACCESS)) is not None:
+        return _load_adapter(name_or_path, kwargs)
+    model, info = AutoModelForSequenceClassification.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{name_or_path!r} is no reward model: it was saved as {model.config.architectures} and does not hold "
+            f"{missing}, which would be random, so that every score would be. Pass a reward model, e.g. one trained "
+            "with `BradleyTerryTrainer`."
+        )
     labels = model.config.num_labels
     if labels == 2:
         _keep_second_logit(model)
@@ -91,6 +116,39 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
             "them (the score is logit 1). Pass a reward model, e.g. one trained with `BradleyTerryTrainer`."
         )
     return model
+
+
+_PLACE = ("revision", "subfolder")
+_ACCESS = ("token", "cache_dir")
+
+
+def _only(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names if name in settings}
+
+
+def _load_adapter(name: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """A reward model that was trained as an adapter."""
+    if settings.get("quantization_config") is not None:
+        raise ValueError(
+            f"{name!r} is an adapter, which is merged into its base model; merging into quantized weights would round "
+            "it away. Leave `quantization_config` out."
+        )
+    place = _only(settings, *_PLACE, *_ACCESS)
+    base_settings = {key: value for key, value in settings.items() if key not in _PLACE}
+    base_name = str(PeftConfig.from_pretrained(name, **place).base_model_name_or_path)
+    base_config = AutoConfig.from_pretrained(
+        base_name, **_only(base_settings, *_ACCESS, "trust_remote_code", "local_files_only")
+    )
+    base: Any
+    if reward_head.is_classifier(base_config.architectures):
+        base = load_reward_model(base_name, **base_settings)
+    else:  # a language model: the adapter has to bring the head
+        base = AutoModelForSequenceClassification.from_pretrained(base_name, **{"num_labels": 1} | base_settings)
+    adapted = PeftModel.from_pretrained(base, name, **place)
+    reward_head.refuse_random_head(adapted, f"The base model {base_name!r} of the adapter {name!r}")
+    merged: Any = adapted.merge_and_unload()
+    reward_head.mark_as_own(merged)
+    return merged
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import is_conversational
 
+from .reward_head import refuse_random_head
+
 logger = get_logger(__name__)
 
 
@@ -23,7 +25,7 @@ class RewardModelScores:
     change, so each is scored once, before training, and the model is not needed afterwards. The rows are shared out
     over the processes.
 
-    Raises ValueError for a model without padding token or with another number of labels.
+    Raises ValueError for a model without padding token, with another number of labels, or whose head is random.
     """
 
     def __init__(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, batch_size: int = 32):
@@ -36,6 +38,7 @@ class RewardModelScores:
                 f"The reward model has {model.config.num_labels} labels. It needs one logit (its score), or two as "
                 "HALOs trains them (the score is logit 1). Pass a reward model, e.g. of `BradleyTerryTrainer`."
             )
+        refuse_random_head(model, "`reward_model`")
         pads = (processing_class.pad_token_id, model.config.get_text_config().pad_token_id)
         if None in pads or pads[0] != pads[1]:
             problem = "has no padding token" if None in pads else "and its tokenizer have different padding tokens"

@@ -67,6 +67,11 @@ def roll_out(
     # A second pass around the mean: the difference of two large sums would lose the digits of a small variance.
     squares = [(x - mean).square().where(mask_BT, 0.0).sum() for x, mask_BT in zip(raw, masks, strict=True)]
     variance = reduce_sum(torch.stack(squares).sum()) / count.clamp(min=1)
+    if not variance.isfinite():
+        raise ValueError(
+            f"The variance of the advantages over the step is {variance.item()}: scores or values are too large for "
+            f"{variance.dtype}. The weights were not updated with it. Rescale the scores, e.g. to a few units."
+        )
     scale = (variance + 1e-8).rsqrt()
     return [
         Rollout(

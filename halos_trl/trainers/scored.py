@@ -18,7 +18,7 @@ from ..humanline import log_ratios, unclamped_counts
 from ..metrics import RunningMeans, Sums, total
 from ..records import LossOutput
 from ..reference import Reference
-from .base import AlignmentTrainer, Step
+from .base import AlignmentTrainer
 
 logger = get_logger(__name__)
 
@@ -101,10 +101,6 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
     def batch_size(self, batch: dict[str, Any]) -> Any:
         """The weight of a micro-batch in its step: the number of its completion tokens."""
         return batch["completion_mask"][:, 1:].sum()
-
-    def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        tokens = torch.stack([self.batch_size(batch) for batch in batches]).sum()
-        self._step = Step(self.accelerator.reduce(tokens, reduction="sum"), len(batches))
 
     def mean_over_tokens(self, output: LossOutput, tokens: TokenTable) -> torch.Tensor:
         """The loss of a batch by itself; 0, with a gradient of 0, where it has no completion token."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +16,7 @@ from ..losses import kto_kl
 from ..metrics import Sums, logps_sums, side_sums
 from ..records import LossOutput, UnpairedLogps, check_output
 from .base import AlignmentTrainer
+from .step import share_in, weighted
 
 logger = get_logger(__name__)
 
@@ -39,9 +38,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
         """The losses `(B,)` of a micro-batch, in row order, and its rewards."""
         raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         tokens = self.policy_tokens(model, inputs)
         reference_BT = self.reference.log_probs(inputs)
         self.refuse_non_finite(tokens, reference_BT)
@@ -51,13 +48,14 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
             index_B = torch.arange(kept, device=desirable_B.device)
             tokens, reference_BT, desirable_B = tokens.rows(index_B), reference_BT[index_B], desirable_B[index_B]
         record = UnpairedLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, desirable_B)
-        with self._kl_for(inputs):
-            output = check_output(self.loss(record), kept)
+        share = share_in(inputs)
+        self.kl = self.estimate_kl([inputs]) if share is None else share.prepared
+        output = check_output(self.loss(record), kept)
         self.record_metrics(self.loss_sums(output) | self._sums(tokens, desirable_B))
         self.record_metrics(self.clamp_sums(tokens, reference_BT, desirable_B))
         self.count_tokens(inputs)
         loss = output.losses.sum() / max(kept, 1)
-        loss = self.share_of_step(self.with_aux_loss(loss, tokens), inputs)
+        loss = weighted(self.with_aux_loss(loss, tokens), inputs)
         return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def _sums(self, tokens: TokenTable, desirable_B: torch.Tensor) -> Sums:
@@ -72,23 +70,12 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
     # -- the KL estimate ---------------------------------------------------------------------------------------
 
     kl: torch.Tensor = torch.zeros(())
-    """The estimate that `loss` reads: that of the optimizer step, or of an evaluation batch."""
+    """The estimate that `loss` reads: that of the batch's optimizer step, or of an evaluation batch by itself. Set
+    before each call of `loss`."""
 
-    def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        super().begin_step(batches)
-        self.kl = self.estimate_kl(batches)
-
-    @contextlib.contextmanager
-    def _kl_for(self, batch: dict[str, Any]) -> Iterator[None]:
-        """Inside, `kl` is the estimate for this batch. An evaluation may come between two micro-batches of a step."""
-        if self._step is not None and self.mode == "train":
-            yield
-            return
-        of_step, self.kl = self.kl, self.estimate_kl([batch])
-        try:
-            yield
-        finally:
-            self.kl = of_step
+    def prepare_step(self, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """The KL estimate of the step, for each micro-batch."""
+        return [self.estimate_kl(batches)] * len(batches)
 
     def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """KL of policy and reference in nats, over the prompts of `batches` with each other's completions.

@@ -1,0 +1,100 @@
+"""One optimizer step as one batch, however it is split over micro-batches and processes. And the model card.
+
+What a micro-batch has to know about its step travels inside it, so `compute_loss` is a function of its batch: it
+remembers nothing between calls, and whoever overrides it gets TRL's meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import model_card
+from .._trl import STEP_SHARE
+
+if TYPE_CHECKING:
+    from .._trl import TrainerHost as _Host
+else:
+    _Host = object
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """What a training micro-batch knows about its optimizer step. It stands in the batch under `STEP_SHARE`."""
+
+    weight: torch.Tensor
+    """Factor of the micro-batch's mean loss: own examples * processes * micro-batches / examples of the step. 1 where
+    all micro-batches are of one size, since the host averages over micro-batches and processes."""
+    prepared: Any = None
+    """What the method computed for this micro-batch when it saw the whole step: KTO's KL estimate, PPO's rollout."""
+
+
+def share_in(batch: Mapping[str, Any]) -> StepShare | None:
+    """The share of a training micro-batch; None for every other batch, which stands for itself."""
+    return batch.get(STEP_SHARE)
+
+
+def without_share(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch as its collator made it."""
+    return {name: value for name, value in batch.items() if name != STEP_SHARE}
+
+
+def weighted(mean_loss: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """A micro-batch's mean loss, so that the step's gradient is that of the mean over all its examples."""
+    share = share_in(batch)
+    return mean_loss if share is None else mean_loss * share.weight
+
+
+class StepAsBatch(_Host):
+    """One optimizer step is one batch, however it is split over micro-batches and processes. And the model card."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """All micro-batches of the next optimizer step, each with its `StepShare`."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self.model.train()
+            for batch, share in zip(batches, self.shares_of([self.on_device(b) for b in batches]), strict=True):
+                batch[STEP_SHARE] = share
+        return batches, num_items
+
+    def shares_of(self, batches: list[dict[str, Any]]) -> list[StepShare]:
+        """The share of each micro-batch that this process holds of a step; every process has to call this."""
+        sizes = [torch.as_tensor(self.batch_size(batch), device=self.accelerator.device) for batch in batches]
+        step_size = self.accelerator.reduce(torch.stack(sizes).sum(), reduction="sum").clamp(min=1)
+        slots = self.accelerator.num_processes * len(batches)
+        return [
+            StepShare(size * slots / step_size, prepared)
+            for size, prepared in zip(sizes, self.prepare_step(batches), strict=True)
+        ]
+
+    def prepare_step(self, batches: list[dict[str, Any]]) -> Sequence[Any]:
+        """Hook: what has to be computed from the whole step before its first loss, for each micro-batch."""
+        return [None] * len(batches)
+
+    def batch_size(self, batch: dict[str, Any]) -> Any:
+        """Number of examples (rows or pairs) in a collated batch."""
+        raise NotImplementedError
+
+    # -- model card --------------------------------------------------------------------------------------------
+
+    card_fields: tuple[str, ...] = ("beta",)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | Sequence[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` into the output directory: method, paper, base model, hyper-parameters, versions.
+
+        Differs from TRL's card: a local base model is named as such instead of being linked as `None`, and the
+        hyper-parameters are listed.
+        """
+        if self.is_world_process_zero():
+            model_card.write(self, model_name, dataset_name, tags)
+
+
+__all__ = ["StepAsBatch", "StepShare", "share_in", "weighted", "without_share"]
