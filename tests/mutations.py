@@ -26,7 +26,7 @@ MUTATIONS = [
     ("KTO: no KL estimate in the trainer", "trainers/unpaired.py", ".clamp(min=0)", ".clamp(min=0, max=0)", [KTO]),
     ("KTO: each example is its own partner", "data/kl_partners.py", "sequences[1:] + sequences[:1]", "sequences",
      [KTO]),
-    ("mask shifted by one token", "_trl/forward.py", '["completion_mask"][:, 1:].bool()',
+    ("mask shifted by one token", "forward/score.py", '["completion_mask"][:, 1:].bool()',
      '["completion_mask"][:, :-1].bool()', [KTO]),
     ("every micro-batch weighs the same", "trainers/step.py", "mean_loss * share.weight", "mean_loss", [KTO]),
     ("DPO: sign", "losses/paired.py", "logsigmoid(chosen_B - rejected_B)", "logsigmoid(rejected_B - chosen_B)",

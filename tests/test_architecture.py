@@ -23,8 +23,9 @@ MATHEMATICS = {
 MAY_IMPORT = MATHEMATICS | {
     "data": {"records"},
     "sharded": set(),
+    "forward": set(),
     "value_head": {"sharded"},
-    "_trl": {"records", "humanline", "metrics", "sharded", "value_head", "data"},
+    "_trl": {"forward", "records", "humanline", "metrics", "sharded", "value_head", "data"},
     "reference": {"records", "sharded", "_trl"},
     "configs": {"humanline", "_trl"},
     "model_card": {"_trl"},

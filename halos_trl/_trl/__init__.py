@@ -33,10 +33,10 @@ from __future__ import annotations
 from accelerate.utils import is_peft_model
 from trl.trainer.utils import get_config_model_id
 
+from ..forward.score import STEP_SHARE, TokenTable, score_tokens
 from . import compat  # noqa: F401  (fills in for an older TRL)
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter, edits_base_weights, reading_adapter
 from .construct import overridden
-from .forward import STEP_SHARE, TokenTable, score_tokens
 from .host import Method, NamedTrainer, TrainerHost, card_identity, run_urls
 from .paired import PairedHost
 from .reward import RewardHost

@@ -21,11 +21,11 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from ..data.checks import columns_of, plain_rows
+from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
 from ..metrics import RunningMeans, Sums
 from ..sharded import whole
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .construct import overridden, own_reference_adapter, reference_like_policy
-from .forward import NOT_MODEL_INPUTS, TokenTable, score_tokens
 from .rows import drop_and_count, groups_by_length
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from trl import KTOTrainer as HostTrainer
 
+from ..forward.score import score_tokens
 from .adapters import REFERENCE_ADAPTER, reading_adapter
-from .forward import score_tokens
 from .host import TrainerHost
 
 
