@@ -26,7 +26,7 @@ from ..metrics import RunningMeans, Sums
 from ..sharded import whole
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .construct import overridden, own_reference_adapter, reference_like_policy
-from .rows import drop_and_count, groups_by_length
+from .rows import drop_and_count, drop_foreign_columns, groups_by_length
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -252,7 +252,7 @@ class TrainerHost(NamedTrainer):
     # -- data --------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = self.check_rows(dataset, dataset_name)
+        dataset = drop_foreign_columns(self.check_rows(dataset, dataset_name), dataset_name)
         truncates = args.max_length is not None and getattr(args, "truncation_mode", "keep_start") == "keep_start"
         # TRL drops rows whose prompt fills `max_length` in silence. It sees no limit, and we drop the same rows.
         unlimited = copy.copy(args)

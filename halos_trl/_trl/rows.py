@@ -15,6 +15,22 @@ def groups_by_length(args: Any) -> bool:
     return bool(getattr(args, "group_by_length", False))
 
 
+_MADE_HERE = ("ref_logps", "ref_KL_logps", "ref_chosen_logps", "ref_rejected_logps")
+
+
+def drop_foreign_columns(dataset: Any, name: str) -> Any:
+    """Drop columns of a raw dataset that would be mistaken for what is made of its rows, with a warning."""
+    columns = set(next(iter(dataset), ()))
+    foreign = sorted(column for column in columns if column in _MADE_HERE or column.startswith("KL_"))
+    if not foreign or "prompt_ids" in columns:  # prepared before, and passed to `evaluate`
+        return dataset
+    logger.warning(
+        f"Columns {foreign} of the {name} dataset are not read: reference log-probs and KL partners are made by the "
+        "trainer (`precompute_ref_log_probs=True` stores them). Rename what you need for something else."
+    )
+    return dataset.remove_columns(foreign)
+
+
 def drop_and_count(dataset: Any, max_length: int, name: str) -> Any:
     """Drop rows whose prompt leaves no room for a completion token within `max_length`, and say how many."""
     advice = f"their prompt alone fills `max_length`={max_length}. Raise `max_length` or shorten the prompts."

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import islice
 from typing import Any, ClassVar
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from trl import KTOTrainer as HostTrainer
 
 from .host import TrainerHost
+
+logger = get_logger(__name__)
 
 
 class UnpairedHost(TrainerHost, HostTrainer):
@@ -28,11 +30,33 @@ class UnpairedHost(TrainerHost, HostTrainer):
         if self._is_vision_dataset and self.estimates_kl and hasattr(self.data_collator, "calculate_kl"):
             # Images travel with the prompts, so vision partners come from TRL's collator, inside a micro-batch.
             self.data_collator.calculate_kl = True
+            self.data_collator: Any = _OtherPrompts(self.data_collator)
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         # The one loss type for which TRL prepares no KL partners.
         self.estimates_kl = self.needs_kl and args.loss_type != "apo_zero_unpaired"
         return {**super()._hidden_from_trl(args), "loss_type": "apo_zero_unpaired"}
+
+    @property
+    def has_fixed_partners(self) -> bool:
+        """Whether KL partners come with a batch: precomputed, or paired by TRL's vision collator."""
+        return bool(self.args.precompute_ref_log_probs or self._is_vision_dataset)
+
+    def fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> list[list[int]]:
+        """Hook: a completion of another prompt for each row of a prepared dataset."""
+        raise NotImplementedError
+
+    def _with_fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> Dataset:
+        # So that a partner's reference log-prob can be computed once; any order of training is fine.
+        partners = self.fixed_partners(dataset, name, max_length)
+        if "KL_completion_ids" in dataset.column_names:
+            if list(dataset["KL_completion_ids"]) == partners:
+                return dataset
+            # Other partners, whose stored log-probs are not those of these.
+            stale = {"KL_completion_ids", "ref_logps", "ref_KL_logps"} & set(dataset.column_names)
+            logger.warning(f"Columns {sorted(stale)} of the {name} dataset belong to other rows and are made anew.")
+            dataset = dataset.remove_columns(sorted(stale))
+        return dataset.add_column("KL_completion_ids", partners, feature=dataset.features["completion_ids"])
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -40,13 +64,9 @@ class UnpairedHost(TrainerHost, HostTrainer):
             if len(dataset) < 2:
                 raise ValueError(
                     f"The {dataset_name} dataset has {len(dataset)} row, but `precompute_ref_log_probs=True` takes "
-                    "each row's KL partner from the row after it. Add rows, or set `precompute_ref_log_probs=False`."
+                    "each row's KL partner from another row. Add rows, or set `precompute_ref_log_probs=False`."
                 )
-            # A fixed partner, so that its reference log-prob can be computed once; any order of training is fine.
-            limit = sys.maxsize if args.max_length is None else args.max_length
-            rows = zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
-            trained = [completion[: limit - len(prompt)] for prompt, completion in rows]
-            dataset = dataset.add_column("KL_completion_ids", trained[1:] + trained[:1])
+            dataset = self._with_fixed_partners(dataset, dataset_name, args.max_length)
         elif self.estimates_kl and len(list(islice(dataset, 2))) < 2:
             raise ValueError(
                 f"The {dataset_name} dataset has one row. KTO's KL term pairs each prompt with another row's "
@@ -67,3 +87,22 @@ class UnpairedHost(TrainerHost, HostTrainer):
             data = self.train_dataset if train_dataset is None else train_dataset
             return torch.utils.data.SequentialSampler(data) if isinstance(data, Dataset) else None
         return super()._get_train_sampler(train_dataset)
+
+
+class _OtherPrompts:
+    """TRL's vision collator, whose KL partner of row i is row i - 1; rows of one prompt and image do not count."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        asked = [[row.get(column) for column in ("prompt", "image", "images")] for row in rows]
+        equal = [i for i in range(len(rows)) if asked[i] == asked[i - 1]]
+        batch = self.collate(rows)
+        if equal:
+            batch["KL_completion_mask"][equal] = 0
+            logger.warning_once(
+                "Two neighbours in a batch have the same prompt and image. With images, KTO's KL estimate gives each "
+                "prompt the completion of the row before it, so such rows do not count in it. Shuffle the rows."
+            )
+        return batch

@@ -1,12 +1,14 @@
 """The KL partners of an optimizer step.
 
 KTO's KL term compares policy and reference on prompts with completions that belong to other prompts (KTO, section 4.1
-of arXiv:2402.01306). All examples of a step are put in the order of the whole batch, and prompt i is paired with
-completion i+1, the last with the first: an example is never its own partner, however the step was split.
+of arXiv:2402.01306). All examples of a step are put in the order of the whole batch. Where all prompts differ, prompt
+i is paired with completion i+1, the last with the first; else each with a completion of another prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ class Sequence(NamedTuple):
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    scored: list[int]
+    """1 for each completion token that counts; a turn in between that the model did not write does not."""
 
 
 def split_sequences(batch: dict[str, torch.Tensor]) -> list[Sequence]:
@@ -27,7 +31,9 @@ def split_sequences(batch: dict[str, torch.Tensor]) -> list[Sequence]:
     sequences = []
     for ids, attended, is_completion in rows:
         real = [(token, c) for token, a, c in zip(ids, attended, is_completion, strict=True) if a]
-        sequences.append(Sequence([t for t, c in real if not c], [t for t, c in real if c]))
+        start = next((i for i, (_, c) in enumerate(real) if c), len(real))
+        tokens, scored = [t for t, _ in real], [c for _, c in real]
+        sequences.append(Sequence(tokens[:start], tokens[start:], scored[start:]))
     return sequences
 
 
@@ -42,12 +48,33 @@ def in_batch_order(per_process: list[list[list[Sequence]]]) -> list[Sequence]:
     ]
 
 
-def rotate(sequences: list[Sequence]) -> list[Sequence]:
-    """Prompt i with completion i+1 (wrapping); nothing where an example could only be its own partner."""
-    if len(sequences) < 2:
+def partners(prompts: Rows[Hashable]) -> list[int] | None:
+    """For each row, the row whose completion its prompt is paired with: never one of an equal prompt.
+
+    Every completion is used once, except where more than half of the rows share a prompt. `i + 1`, and 0 for the last,
+    where all prompts differ. None where all are equal.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    if len(groups) < 2:
+        return None
+    order = [row for rows in groups.values() for row in rows]
+    largest = max(groups.values(), key=len)
+    shift = len(largest)
+    if 2 * shift <= len(order):  # as far as the largest group, so every row leaves its own
+        return [partner for _, partner in sorted(zip(order, order[shift:] + order[:shift], strict=True))]
+    others = [row for row in order if prompts[row] != prompts[largest[0]]]
+    pairs = [(row, others[i % len(others)]) for i, row in enumerate(largest)]
+    return [partner for _, partner in sorted(pairs + list(zip(others, largest, strict=False)))]
+
+
+def mismatch(sequences: list[Sequence]) -> list[Sequence]:
+    """Each prompt with a completion of another prompt; nothing where there is only one prompt."""
+    of_row = partners([tuple(sequence.prompt_ids) for sequence in sequences])
+    if of_row is None:
         return []
-    shifted = sequences[1:] + sequences[:1]
-    return [Sequence(a.prompt_ids, b.completion_ids) for a, b in zip(sequences, shifted, strict=True)]
+    return [sequences[i]._replace(prompt_ids=row.prompt_ids) for row, i in zip(sequences, of_row, strict=True)]
 
 
 def share_of(sequences: list[Sequence], process: int, num_processes: int) -> list[Sequence]:
@@ -57,7 +84,7 @@ def share_of(sequences: list[Sequence], process: int, num_processes: int) -> lis
     """
     size = -(-len(sequences) // num_processes)
     share = sequences[process * size : (process + 1) * size]
-    filler = Sequence(sequences[0].prompt_ids + sequences[0].completion_ids, [])
+    filler = Sequence(sequences[0].prompt_ids + sequences[0].completion_ids, [], [])
     return share + [filler] * (size - len(share))
 
 
@@ -66,7 +93,7 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask`, `completion_mask`, all `(B, S)`, padded and truncated on the right."""
     ids = [(s.prompt_ids + s.completion_ids)[:max_length] for s in sequences]
-    masks = [([0] * len(s.prompt_ids) + [1] * len(s.completion_ids))[:max_length] for s in sequences]
+    masks = [([0] * len(s.prompt_ids) + s.scored)[:max_length] for s in sequences]
     width = max(map(len, ids))
 
     def padded(rows: list[list[int]], value: int) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
+from datasets import Dataset
 
 from .._trl import TokenTable, UnpairedHost, score_tokens
 from ..configs import KTO_LOSS_FIELDS, KTOConfig
@@ -115,17 +117,16 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
 
     def _kl_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What this process scores."""
-        if "KL_input_ids" in batches[0]:
-            # Fixed partners: precomputed with the reference log-probs, or paired by TRL's vision collator.
+        if self.has_fixed_partners:
             return [_fixed_partners(self.without_repeats(batch, "KL_completion_mask")) for batch in batches]
         own = [kl_partners.split_sequences(batch)[: self.real_rows(self.batch_size(batch))] for batch in batches]
         whole = kl_partners.in_batch_order(gather_object([own]))
-        paired = kl_partners.rotate(whole)
+        paired = kl_partners.mismatch(whole)
         if not paired:
             logger.warning_once(
-                "A step or evaluation batch holds a single example, which has no partner for the KL estimate; its KL "
-                "term is 0. This happens at the end of the data when one example is left over: drop one row, or "
-                "choose a number of examples per step that leaves more."
+                f"A step or evaluation batch of {len(whole)} rows holds one prompt only. The KL estimate gives each "
+                "prompt the completion of another prompt, so these rows do not count in it, and its KL term is 0. "
+                "Shuffle the rows, or choose a number of examples per step that leaves more at the end of the data."
             )
             return []
         share = kl_partners.share_of(paired, self.accelerator.process_index, self.accelerator.num_processes)
@@ -139,6 +140,19 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
             )
             for i in range(0, len(share), size)
         ]
+
+    def fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> list[list[int]]:
+        """A partner for each row of a prepared dataset, as its own row trains on it: cut by its own prompt."""
+        limit = sys.maxsize if max_length is None else max_length
+        prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
+        of_row = kl_partners.partners(list(map(tuple, prompts)))
+        if of_row is None:
+            logger.warning(
+                f"All {len(dataset)} rows of the {name} dataset have the same prompt. KTO's KL term gives each prompt "
+                "the completion of another prompt, so no row counts in it, and it is 0."
+            )
+            return [[]] * len(dataset)
+        return [completions[i][: limit - len(prompts[i])] for i in of_row]
 
     # -- refusals ----------------------------------------------------------------------------------------------
 
