@@ -79,7 +79,7 @@ def masked_var(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def finite_exp(x: Tensor) -> Tensor:
-    """exp(x) without overflow, at least float32: beyond three quarters of the exponent range it goes on as its tangent.
+    """exp(x) without overflow, at least float32: beyond three quarters of the exponent range it is its tangent.
 
     Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope stay finite and positive, so that a ratio
     that far out still multiplies with an advantage of 0, or is clipped, to what it should be, and is still pushed back

@@ -1,4 +1,4 @@
-"""No NaN and no infinity: every loss at inputs far outside what training gives, and every trainer where they appear."""
+"""No NaN and no infinity: every loss at inputs far outside what training gives, and every trainer that meets them."""
 
 from __future__ import annotations
 
