@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
 import os
@@ -21,12 +20,21 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from ..data.checks import columns_of, plain_rows
+from ..data.collators import TurnMaskCollator
+from ..data.tokens import RowTokenizer
 from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
 from ..metrics import RunningMeans, Sums
 from ..sharded import whole
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .construct import overridden, own_reference_adapter, reference_like_policy
-from .rows import drop_and_count, drop_foreign_columns, groups_by_length
+from .rows import (
+    drop_foreign_columns,
+    groups_by_length,
+    noting_policy,
+    refuse_without_special_tokens,
+    token_limits,
+    tokenized_rows,
+)
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -168,6 +176,9 @@ class TrainerHost(NamedTrainer):
 
     needs_reference: ClassVar[bool] = True
 
+    sides: ClassVar[tuple[str, ...]]
+    """The columns that hold completions, once the rows have the form that they are tokenized in."""
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -191,6 +202,8 @@ class TrainerHost(NamedTrainer):
         self.drops_invalid_rows = args.drop_invalid_rows
         self._new_adapter = peft_config
         self.check_arguments(args, model, ref_model)
+        refuse_without_special_tokens(processing_class, args)
+        self._assistant_only = bool(getattr(args, "assistant_only_loss", False))
         train_dataset = self._checked_before_trl(train_dataset, "train")
         eval_dataset = self._checked_before_trl(eval_dataset, "eval")
         self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}
@@ -200,6 +213,7 @@ class TrainerHost(NamedTrainer):
             overridden(args, **hidden),
             reference_like_policy(self, model),
             own_reference_adapter(model, self.needs_reference),
+            noting_policy(self, model),
         ):
             super().__init__(
                 model=model,
@@ -216,6 +230,7 @@ class TrainerHost(NamedTrainer):
                 peft_config=peft_config,
                 **trl_arguments,
             )
+        self._leave_out_other_turns()
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""
@@ -241,8 +256,15 @@ class TrainerHost(NamedTrainer):
         if dataset is None:
             return dataset
         dataset = plain_rows(dataset, name)
+        if not {"image", "images"} & columns_of(dataset, name):
+            return dataset
+        if self._assistant_only:
+            raise ValueError(
+                f"The {name} dataset has images, whose rows are tokenized only when a batch is made, so "
+                "`assistant_only_loss=True` cannot tell turns apart there. Set `assistant_only_loss=False`."
+            )
         # TRL leaves the preparation of images to its collator.
-        return self.check_rows(dataset, name) if {"image", "images"} & columns_of(dataset, name) else dataset
+        return self.check_rows(dataset, name)
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         """Config values that TRL must not see while it builds the trainer."""
@@ -253,14 +275,39 @@ class TrainerHost(NamedTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = drop_foreign_columns(self.check_rows(dataset, dataset_name), dataset_name)
-        truncates = args.max_length is not None and getattr(args, "truncation_mode", "keep_start") == "keep_start"
-        # TRL drops rows whose prompt fills `max_length` in silence. It sees no limit, and we drop the same rows.
-        unlimited = copy.copy(args)
-        unlimited.max_length = None
-        dataset = super()._prepare_dataset(dataset, processing_class, unlimited, dataset_name)  # type: ignore[misc]
-        return drop_and_count(dataset, args.max_length, dataset_name) if truncates else dataset
+
+        def row_tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
+            return RowTokenizer(
+                processing_class,
+                dataset_name,
+                self.sides,
+                assistant_only=self._assistant_only,
+                prompt_is_explicit=prompt_is_explicit,
+                max_length=args.max_length,
+                keep_end=self._keeps_end(args),
+                limits=token_limits(self, processing_class),
+                drop_invalid=self.drops_invalid_rows,
+            )
+
+        return tokenized_rows(dataset, row_tokenizer, args)
+
+    @staticmethod
+    def _keeps_end(args: Any) -> bool:
+        return getattr(args, "truncation_mode", "keep_start") == "keep_end"
+
+    def _leave_out_other_turns(self) -> None:
+        """From now on, batches count only tokens that the assistant wrote, where that is asked for."""
+        collate: Any = self.data_collator
+        if self._assistant_only and not isinstance(collate, TurnMaskCollator):
+            self.data_collator: Any = TurnMaskCollator(collate, self.sides, keep_end=self._keeps_end(self.args))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        masks = [f"{side}_mask" for side in self.sides] + ["KL_mask"] if self._assistant_only else []
+        self._signature_columns += [column for column in masks if column not in self._signature_columns]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._leave_out_other_turns()
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
             raise ValueError(
                 f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "

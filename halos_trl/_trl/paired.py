@@ -17,6 +17,7 @@ class PairedHost(TrainerHost, HostTrainer):
     """`trl.DPOTrainer` behind the door."""
 
     trl_class = HostTrainer
+    sides = ("chosen", "rejected")
 
     def trl_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> tuple[torch.Tensor, Any]:
         """TRL's own DPO loss of a micro-batch (it logs by itself), under the humanline clamp where that is on.

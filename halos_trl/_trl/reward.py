@@ -10,7 +10,9 @@ from trl import RewardTrainer as HostTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..data.checks import columns_of, plain_rows
+from ..data.tokens import RowTokenizer
 from .host import NamedTrainer
+from .rows import noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
 
 logger = get_logger(__name__)
 
@@ -26,12 +28,31 @@ class RewardHost(NamedTrainer, HostTrainer):
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         self._refuse_foreign_config(args)
         self.drops_invalid_rows = args.drop_invalid_rows
-        super().__init__(model, args, *trl_args, **trl_kwargs)
+        refuse_without_special_tokens(trl_kwargs.get("processing_class"), args)
+        with noting_policy(self, model):
+            super().__init__(model, args, *trl_args, **trl_kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = plain_rows(dataset, dataset_name)
-        if not {"chosen_ids", "chosen_input_ids"} & columns_of(dataset, dataset_name):
-            dataset = self.check_rows(dataset, dataset_name)
+        if {"chosen_ids", "chosen_input_ids"} & columns_of(dataset, dataset_name):
+            return self._tokenized_before(dataset, processing_class, args, dataset_name)
+        dataset = self.check_rows(dataset, dataset_name)
+
+        def row_tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
+            return RowTokenizer(
+                processing_class,
+                dataset_name,
+                ("chosen", "rejected"),
+                whole=True,
+                prompt_is_explicit=prompt_is_explicit,
+                max_length=args.max_length,
+                limits=token_limits(self, processing_class),
+                drop_invalid=self.drops_invalid_rows,
+            )
+
+        return tokenized_rows(dataset, row_tokenizer, args)
+
+    def _tokenized_before(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(prepared) < len(dataset):
             logger.warning(

@@ -1,11 +1,21 @@
-"""Prepared rows: what fits into `max_length`."""
+"""Rows of a dataset to rows of token ids: what was done to them is counted, what has no room is dropped."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import extract_prompt, unpair_preference_dataset
+from trl.trainer.utils import global_then_local_main_first
+
+from ..data import tokens, turns
+from ..data.tokens import INVALID, NO_ROOM, NOTES, ROW_NUMBER, RowTokenizer, TokenLimits
 
 logger = get_logger(__name__)
 
@@ -31,30 +41,182 @@ def drop_foreign_columns(dataset: Any, name: str) -> Any:
     return dataset.remove_columns(foreign)
 
 
-def drop_and_count(dataset: Any, max_length: int, name: str) -> Any:
-    """Drop rows whose prompt leaves no room for a completion token within `max_length`, and say how many."""
-    advice = f"their prompt alone fills `max_length`={max_length}. Raise `max_length` or shorten the prompts."
-    if isinstance(dataset, Dataset):
-        kept = dataset.filter(lambda prompt_ids: len(prompt_ids) < max_length, input_columns="prompt_ids")
-        if len(kept) < len(dataset):
-            first = next(i for i, ids in enumerate(dataset["prompt_ids"]) if len(ids) >= max_length)
-            logger.warning(
-                f"Dropped {len(dataset) - len(kept)} of {len(dataset)} rows of the {name} dataset (the first is row "
-                f"{first}): {advice}"
-            )
-        if len(kept) == 0:
-            raise ValueError(f"No row of the {name} dataset can be trained on: {advice}")
-        return kept
+def tokenized_rows(
+    dataset: Any,
+    tokenize: Callable[[bool], RowTokenizer],
+    args: Any,
+) -> Any:
+    """The rows with their token ids.
 
-    dropped = 0
+    `tokenize` makes the tokenizer of rows; it is told whether the rows bring their prompts. Pairs become rows of
+    single completions where those are asked for.
+    """
+    how = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+    # One process prepares and the others find its work in the cache.
+    with global_then_local_main_first():
+        first = next(iter(dataset))
+        row_tokenizer = tokenize("prompt" in first)
+        if "prompt" not in first and not row_tokenizer.whole:
+            dataset = dataset.map(extract_prompt, **how)
+        unpaired = row_tokenizer.sides == ("completion",) and {"chosen", "rejected"} <= set(first)
+        if unpaired:
+            dataset = dataset.map(_numbered, with_indices=True, **how)
+            dataset = unpair_preference_dataset(dataset, **how)
+        if isinstance(dataset, Dataset):
+            how["desc"] = f"Tokenizing {row_tokenizer.name} dataset"
+        dataset = dataset.map(row_tokenizer, with_indices=True, **how)
+    count = _counted if isinstance(dataset, Dataset) else _counted_as_read
+    return count(dataset, row_tokenizer.name, _texts(row_tokenizer), numbered=unpaired)
 
-    def has_room(row: dict[str, Any]) -> bool:
-        nonlocal dropped
-        if len(row["prompt_ids"]) < max_length:
-            return True
-        dropped += 1
-        if dropped & (dropped - 1) == 0:  # 1, 2, 4, 8, ...: a stream has no end at which to report the total
-            logger.warning(f"Dropped {dropped} rows of the streamed {name} dataset so far: {advice}")
-        return False
 
-    return dataset.filter(has_room)
+def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
+    return {ROW_NUMBER: index}
+
+
+def _texts(tokenizer: RowTokenizer) -> dict[str, str]:
+    """What a warning says about each note, behind the number of rows."""
+    limit = f"`max_length`={tokenizer.max_length}"
+    no_room = "a side is longer than" if tokenizer.whole else "their prompt alone fills"
+    return {
+        NO_ROOM: f"{no_room} {limit}. Raise `max_length` or shorten the prompts.",
+        tokens.CUT: f"have a completion that is cut at {limit}: its end, and with it the EOS token, is not "
+        "trained on. Raise `max_length` or shorten the rows.",
+        turns.REPEATED: "repeat their prompt at the start of the completion. It was taken out of the completion.",
+        tokens.REPEATED_TEXT: "have a completion that begins with the text of the prompt, which is there twice: "
+        "once as context, once as completion. If that is not meant, take it out of the completion.",
+        turns.OTHER_TURNS: "have turns of the other side (user, tool, system) in the completion, and their tokens are "
+        "trained on like the assistant's. Set `assistant_only_loss=True` to leave them out.",
+        turns.CONTINUED: "have a prompt that ends in a turn of the assistant. The completion continues this turn.",
+        tokens.DOUBLE_BOS: "begin with the BOS token, which the tokenizer also adds by itself. It stands there once.",
+        tokens.BOUNDARY: "have a prompt whose tokens are not the beginning of the tokens of prompt and completion, "
+        "because tokens merge across the boundary or the chat template renders the prompt alone in another way. The "
+        "completion begins where they part, so the end of the prompt counts as completion, and what the "
+        "model is prompted with at inference differs. End prompts on a token boundary, or use a template that "
+        "renders them equally.",
+    }
+
+
+def _drops(notes: list[str]) -> bool:
+    return any(note == NO_ROOM or note.startswith(INVALID) for note in notes)
+
+
+def _kind(note: str) -> str:
+    return INVALID if note.startswith(INVALID) else note
+
+
+def _sentence(note: str, which: str, texts: dict[str, str]) -> str:
+    """What to say about a note and the rows that have it."""
+    if note.startswith(INVALID):
+        return f"Dropped {which}: {note.removeprefix(INVALID)}"
+    return f"Dropped {which}: {texts[note]}" if note == NO_ROOM else f"{which} {texts[note]}"
+
+
+def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bool) -> Dataset:
+    all_notes = [notes.splitlines() for notes in dataset[NOTES]]
+    rows = dataset[ROW_NUMBER] if numbered else range(len(dataset))
+    counts = Counter(_kind(note) for notes in all_notes for note in notes)
+    first: dict[str, tuple[int, str]] = {}
+    for row, notes in zip(rows, all_notes, strict=True):
+        for note in notes:
+            first.setdefault(_kind(note), (row, note))
+    unit = "completions" if numbered else "rows"
+    for kind, (row, note) in first.items():
+        which = f"{counts[kind]} of {len(dataset)} {unit} of the {name} dataset (the first is row {row})"
+        logger.warning(_sentence(note, which, texts))
+    kept = [i for i, notes in enumerate(all_notes) if not _drops(notes)]
+    if not kept:
+        reason = next(note for kind, (_, note) in first.items() if kind in (NO_ROOM, INVALID))
+        text = texts.get(reason, reason.removeprefix(INVALID))
+        raise ValueError(f"No row of the {name} dataset can be trained on: {text}")
+    dataset = dataset.remove_columns([NOTES, ROW_NUMBER] if numbered else [NOTES])
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def _counted_as_read(dataset: Any, name: str, texts: dict[str, str], *, numbered: bool) -> Any:
+    counts: Counter[str] = Counter()
+
+    def is_kept(notes: str) -> bool:
+        for note in notes.splitlines():
+            kind = _kind(note)
+            counts[kind] += 1
+            if (
+                counts[kind] & (counts[kind] - 1) == 0
+            ):  # 1, 2, 4, ...: a stream has no end at which to report the total
+                which = f"{counts[kind]} rows of the streamed {name} dataset so far"
+                logger.warning(_sentence(note, which, texts))
+        return not _drops(notes.splitlines())
+
+    dataset = dataset.filter(is_kept, input_columns=NOTES)
+    return dataset.remove_columns([NOTES, ROW_NUMBER] if numbered else [NOTES])
+
+
+# -- what tokenizer and model take ---------------------------------------------------------------------------------
+
+
+def token_limits(trainer: Any, processing_class: Any) -> TokenLimits:
+    """The sizes of the policy's embeddings of tokens and, where it has learned ones, of positions.
+
+    Raises ValueError where the padding token has no embedding.
+    """
+    model = getattr(trainer, "policy_in_construction", None) or getattr(trainer, "model", None)
+    if model is None:
+        return TokenLimits()
+    limits = _limits_of(model)
+    pad = getattr(processing_class, "tokenizer", processing_class).pad_token_id
+    if pad is not None and limits.vocabulary is not None and pad >= limits.vocabulary:
+        raise ValueError(
+            f"The padding token has id {pad}, but the model knows {limits.vocabulary} tokens. Call "
+            "`model.resize_token_embeddings(len(tokenizer))` first, or pad with another token (`pad_token`)."
+        )
+    return limits
+
+
+def _limits_of(model: PreTrainedModel) -> TokenLimits:
+    embedding = model.get_input_embeddings()
+    trained_on = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = [
+        # Behind a padding row positions are counted from the row after it (RoBERTa).
+        module.num_embeddings - module.padding_idx - 1 if module.padding_idx is not None else trained_on
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in _POSITIONS and hasattr(module, "num_embeddings") and trained_on is not None
+    ]
+    return TokenLimits(getattr(embedding, "num_embeddings", None), min(positions, default=None))
+
+
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+"""What models call a table of learned positions. Rotary and other computed positions have no hard limit."""
+
+
+def refuse_without_special_tokens(processing_class: Any, args: Any) -> None:
+    """Refuse a tokenizer that could neither pad nor end a text."""
+    if processing_class is None or getattr(args, "pad_token", None) or getattr(args, "eos_token", None):
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise ValueError(
+            "The tokenizer has neither a padding token nor an EOS token, so it can neither fill batches nor end a "
+            "text. Set `tokenizer.eos_token` (and `pad_token`), or `eos_token` in the config."
+        )
+
+
+@contextlib.contextmanager
+def noting_policy(trainer: Any, model: Any) -> Iterator[None]:
+    """While TRL builds a trainer, `trainer.policy_in_construction` is the model that it was given or has loaded: data
+    are prepared before the trainer has its `model`.
+    """
+    trainer.policy_in_construction = None if isinstance(model, str) else model
+    module = sys.modules[trainer.trl_class.__module__]
+    load = module.create_model_from_path  # type: ignore[attr-defined]
+
+    def create_model_from_path(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        if trainer.policy_in_construction is None:
+            trainer.policy_in_construction = loaded
+        return loaded
+
+    module.create_model_from_path = create_model_from_path  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.create_model_from_path = load  # type: ignore[attr-defined]
+        del trainer.policy_in_construction

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from trl import KTOTrainer as HostTrainer
 
 from ..forward.score import score_tokens
@@ -25,7 +24,10 @@ class ScoredHost(TrainerHost, HostTrainer):
     """
 
     trl_class = HostTrainer
-    columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "completion_ids", "label", "score", "advantage", "ref_logps")
+    sides = ("completion",)
+    columns: ClassVar[tuple[str, ...]] = (
+        "prompt_ids", "completion_ids", "completion_mask", "label", "score", "advantage", "ref_logps"
+    )  # fmt: skip
     """What a prepared row brings into a batch."""
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
@@ -37,17 +39,9 @@ class ScoredHost(TrainerHost, HostTrainer):
         """Most examples of a micro-batch; `auto_find_batch_size` may have lowered it."""
         return self._train_batch_size
 
-    def check_tokenized(self, dataset: Dataset, name: str) -> Dataset:
-        """Hook: validate tokenized rows."""
-        return dataset
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        # For a dataset named "train" TRL recommends weights of desirable rows, which have no meaning here.
-        dataset = super()._prepare_dataset(dataset, processing_class, args, f"scored {dataset_name}")
-        return self.check_tokenized(dataset, dataset_name)
-
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = list(self.columns)
+        super()._set_signature_columns_if_needed()
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         limit = sys.maxsize if self.args.max_length is None else self.args.max_length

@@ -15,10 +15,35 @@ from .host import TrainerHost
 logger = get_logger(__name__)
 
 
+def _report_balance(desirable: int, rows: int, args: Any) -> None:
+    """Recommend weights for sides of different sizes, as TRL does: equation 8 of the KTO paper (arXiv:2402.01306)."""
+    undesirable = rows - desirable
+    weights: tuple[float, float] = args.desirable_weight, args.undesirable_weight
+    if desirable == undesirable or 0 in weights:
+        return
+    if 0 in (desirable, undesirable):
+        missing = "desirable" if desirable == 0 else "undesirable"
+        logger.warning(
+            f"All {rows} rows of the train dataset have the same label, so there is no {missing} example, and no "
+            "weight that would balance the two sides."
+        )
+        return
+    ratio = (weights[0] * desirable) / (weights[1] * undesirable)
+    if not 0.995 <= ratio <= 1.335:  # as TRL, which rounds the bounds
+        low = [weights[1] * undesirable / desirable, weights[0] * desirable / undesirable / (4 / 3)]
+        logger.warning(
+            f"The train dataset has {desirable} desirable and {undesirable} undesirable rows. Weighted by "
+            f"`desirable_weight={weights[0]}` and `undesirable_weight={weights[1]}` their ratio is {ratio:.2f}; the "
+            f"KTO paper recommends 1 to 1.33. Set either `desirable_weight` in [{low[0]:.2f}, {low[0] * 4 / 3:.2f}] "
+            f"or `undesirable_weight` in [{low[1]:.2f}, {low[1] * 4 / 3:.2f}]."
+        )
+
+
 class UnpairedHost(TrainerHost, HostTrainer):
     """`trl.KTOTrainer` behind the door."""
 
     trl_class = HostTrainer
+    sides = ("completion",)
 
     needs_kl: ClassVar[bool] = False
     estimates_kl: bool
@@ -42,13 +67,19 @@ class UnpairedHost(TrainerHost, HostTrainer):
         """Whether KL partners come with a batch: precomputed, or paired by TRL's vision collator."""
         return bool(self.args.precompute_ref_log_probs or self._is_vision_dataset)
 
-    def fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> list[list[int]]:
-        """Hook: a completion of another prompt for each row of a prepared dataset."""
+    def fixed_partners(
+        self, dataset: Dataset, name: str, max_length: int | None, column: str = "completion_ids"
+    ) -> list[list[int]]:
+        """Hook: for each row of a prepared dataset, what `column` holds of a completion of another prompt."""
         raise NotImplementedError
 
     def _with_fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> Dataset:
         # So that a partner's reference log-prob can be computed once; any order of training is fine.
         partners = self.fixed_partners(dataset, name, max_length)
+        if self._assistant_only:
+            masks = self.fixed_partners(dataset, name, max_length, "completion_mask")
+            dataset = dataset.remove_columns([column for column in ["KL_mask"] if column in dataset.column_names])
+            dataset = dataset.add_column("KL_mask", masks, feature=dataset.features["completion_mask"])
         if "KL_completion_ids" in dataset.column_names:
             if list(dataset["KL_completion_ids"]) == partners:
                 return dataset
@@ -60,6 +91,8 @@ class UnpairedHost(TrainerHost, HostTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if dataset_name == "train" and isinstance(dataset, Dataset):
+            _report_balance(sum(dataset["label"]), len(dataset), args)
         if self.estimates_kl and args.precompute_ref_log_probs and isinstance(dataset, Dataset):
             if len(dataset) < 2:
                 raise ValueError(

@@ -38,6 +38,11 @@ def is_share(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 1
 
 
+def check_max_length(config: Any) -> None:
+    if config.max_length is not None:
+        require_count(config, "max_length", "it counts the tokens of prompt and completion.")
+
+
 def check_sync(config: Any) -> None:
     if getattr(config, "sync_ref_model", False):
         if config.precompute_ref_log_probs:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import trl
 
 from .checks import check_sync, defaults_of, require, require_count, require_not_negative, require_positive
-from .shared import HumanlineConfig, RowsConfig
+from .shared import ASSISTANT_HELP, HumanlineConfig, RowsConfig
 from .unpaired import KTO_LOSS_FIELDS
 
 
@@ -18,6 +18,9 @@ class _ScoredConfig(HumanlineConfig, RowsConfig, trl.KTOConfig):
 
     _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS
 
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": f"{ASSISTANT_HELP} On, since the policy wrote no other token."}
+    )
     train_sampling_strategy: str = field(
         default="random",
         metadata={

@@ -5,12 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from ..humanline import Humanline
-from .checks import require, require_count
+from .checks import check_max_length, require, require_count
+
+ASSISTANT_HELP = (
+    "Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too. Found by "
+    "the chat template's `{% generation %}` markers, else by the boundaries of the turns."
+)
 
 
 @dataclass
-class HumanlineConfig:
-    """The fields that every method shares (arXiv:2509.24207).
+class CompletionConfig:
+    """Which tokens of a row are trained on.
+
+    Parameters:
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too; for
+            GRPO and PPO it defaults to `True`.
+    """
+
+    assistant_only_loss: bool = field(default=False, metadata={"help": ASSISTANT_HELP})
+
+    def __post_init__(self) -> None:
+        value = self.assistant_only_loss
+        require(isinstance(value, bool), "assistant_only_loss", value, "it is a switch.", "Use `True` or `False`.")
+        super().__post_init__()  # type: ignore[misc]
+
+
+@dataclass
+class HumanlineConfig(CompletionConfig):
+    """Humanline, which every method takes (arXiv:2509.24207).
 
     Parameters:
         humanline (`bool`, *optional*, defaults to `False`):
@@ -44,9 +67,9 @@ class HumanlineConfig:
         return Humanline(self.log_epsilon_p, self.log_epsilon_r) if self.humanline else None
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
+        super().__post_init__()
         if not self.humanline:
-            for f in fields(HumanlineConfig):
+            for f in (f for f in fields(HumanlineConfig) if f.name in HumanlineConfig.__annotations__):
                 value = getattr(self, f.name)
                 require(
                     value == f.default, f.name, value, "it has no effect while `humanline` is off.",
@@ -86,6 +109,10 @@ class RowsConfig:
             "is wrong with it."
         },
     )
+
+    def __post_init__(self) -> None:
+        check_max_length(self)
+        super().__post_init__()  # type: ignore[misc]
 
 
 SYNC_HELP = (

@@ -145,17 +145,6 @@ def _prompt_keys(dataset: Dataset) -> list[str]:
     return keys
 
 
-def check_completion_tokens(dataset: Dataset, name: str) -> Dataset:
-    """Refuse a completion of zero tokens: there is nothing to learn from and no token to put a reward on."""
-    for i, ids in enumerate(dataset["completion_ids"]):
-        if not len(ids):
-            raise ValueError(
-                f"Row {i} of the {name} dataset has a completion of zero tokens. There is no token to learn from. "
-                "Drop such rows, or look at what the chat template makes of them."
-            )
-    return dataset
-
-
 # -- forms of rows -------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ class GRPOTrainer(ScoredTrainer):
 
     def check_rows(self, dataset: Rows, name: str) -> Dataset:
         dataset = super().check_rows(dataset, name)
-        return with_advantages(dataset, name.removeprefix("scored "), scale_by_std=self._scale_rewards)
+        return with_advantages(dataset, name, scale_by_std=self._scale_rewards)
 
 
 def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Dataset:

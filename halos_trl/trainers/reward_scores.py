@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import is_conversational
 
+from ..data.tokens import RowTokenizer
 from .reward_head import refuse_random_head
 
 logger = get_logger(__name__)
@@ -56,28 +53,15 @@ class RewardModelScores:
         """One score for each row of `prompt` and `completion`, in order, on every process."""
         state = PartialState()
         own = range(state.process_index, len(dataset), state.num_processes)
-        ids = [self._token_ids(dataset[i]) for i in own]
+        # As the reward trainer sees rows, with this model's own tokenizer and template.
+        tokenize = RowTokenizer(self.processing_class, "scored", ("completion",), whole=True)
+        ids = [tokenize(dataset[i], i)["completion_ids"] for i in own]
         self._report_truncation(ids)
         shares = gather_object([self._scores(ids, state.device)])
         scores = [0.0] * len(dataset)
         for process, share in enumerate(shares):
             scores[process :: state.num_processes] = share
         return scores
-
-    def _token_ids(self, row: dict[str, Any]) -> list[int]:
-        if is_conversational(row):
-            tools = row.get("tools")
-            text = self.processing_class.apply_chat_template(
-                row["prompt"] + row["completion"],
-                tools=json.loads(tools) if isinstance(tools, str) else tools,  # as TRL reads them
-                tokenize=False,
-                **(row.get("chat_template_kwargs") or {}),
-            )
-            return self.processing_class(text, add_special_tokens=False)["input_ids"]
-        text = row["prompt"] + row["completion"]
-        eos = self.processing_class.eos_token
-        # As TRL's reward trainer sees plain text.
-        return self.processing_class(text if eos is None or text.endswith(eos) else text + eos)["input_ids"]
 
     @property
     def _limit(self) -> int:

@@ -13,7 +13,7 @@ from datasets import Dataset
 from .._trl import ScoredHost, TokenTable
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
-from ..data.groups import GROUP, ScoreRows, check_completion_tokens, scored_rows
+from ..data.groups import GROUP, ScoreRows, scored_rows
 from ..humanline import log_ratios, unclamped_counts
 from ..metrics import RunningMeans, Sums, total
 from ..records import LossOutput
@@ -56,12 +56,7 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
     # -- data --------------------------------------------------------------------------------------------------
 
     def check_rows(self, dataset: Rows, name: str) -> Dataset:
-        return scored_rows(
-            dataset, name.removeprefix("scored "), self.score_rows, drop_invalid=self.drops_invalid_rows
-        )
-
-    def check_tokenized(self, dataset: Dataset, name: str) -> Dataset:
-        return check_completion_tokens(dataset, name)
+        return scored_rows(dataset, name, self.score_rows, drop_invalid=self.drops_invalid_rows)
 
     @property
     def passes_per_batch(self) -> int:

@@ -141,10 +141,12 @@ class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
             for i in range(0, len(share), size)
         ]
 
-    def fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> list[list[int]]:
+    def fixed_partners(
+        self, dataset: Dataset, name: str, max_length: int | None, column: str = "completion_ids"
+    ) -> list[list[int]]:
         """A partner for each row of a prepared dataset, as its own row trains on it: cut by its own prompt."""
         limit = sys.maxsize if max_length is None else max_length
-        prompts, completions = list(dataset["prompt_ids"]), list(dataset["completion_ids"])
+        prompts, completions = list(dataset["prompt_ids"]), list(dataset[column])
         of_row = kl_partners.partners(list(map(tuple, prompts)))
         if of_row is None:
             logger.warning(

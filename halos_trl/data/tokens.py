@@ -1,0 +1,259 @@
+"""From a row to token ids, for every trainer: rendered, tokenized and checked in one place, before training.
+
+Token ids are those of TRL's trainers, except where the prompt is repeated in the completion, the prompt ends in a turn
+of the assistant, or the tokenizer adds a special token that is there already.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import ProcessorMixin
+
+from .turns import (
+    OTHER_TURNS,
+    Processing,
+    Row,
+    Turns,
+    chat_tokens,
+    common_prefix,
+    has_generation_markers,
+    mask_by_boundaries,
+    template_options,
+    turns_of,
+)
+
+ROW_NUMBER = "row_number"
+"""Column with the number of the user's row, where one row becomes several."""
+
+NOTES = "row_notes"
+"""Column with what was noted about a row, a line for each note, until it is counted."""
+
+# What is noted about a row, besides its turns.
+REPEATED_TEXT = "repeated text"
+DOUBLE_BOS = "two BOS"
+BOUNDARY = "boundary"
+CUT = "cut"
+NO_ROOM = "no room"
+INVALID = "invalid: "
+"""Before what is wrong with a row."""
+
+_CODE = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("tokens.py", "turns.py")))
+
+
+class TokenLimits(NamedTuple):
+    """How many different token ids and how many positions a model takes; None: not known, or no limit."""
+
+    vocabulary: int | None = None
+    positions: int | None = None
+
+
+NO_LIMITS = TokenLimits()
+
+
+class TextTokens:
+    """Token ids of texts that say themselves where they end: special tokens that the tokenizer adds stand once.
+
+    A BOS that it puts in front is left out where the text begins with one. An EOS that it puts behind is always left
+    out, since a completion is given its own.
+    """
+
+    def __init__(self, processing_class: Processing):
+        self.processing_class = processing_class
+        self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        probe = self._ids("a")
+        self.adds_bos = len(probe) > 1 and probe[0] == self.tokenizer.bos_token_id
+        self.adds_eos = len(probe) > 1 and probe[-1] == self.tokenizer.eos_token_id
+
+    def repeats_bos(self, text: str) -> bool:
+        """Whether the tokenizer would put a second BOS in front."""
+        return self.adds_bos and text.startswith(self.tokenizer.bos_token)
+
+    def __call__(self, text: str) -> list[int]:
+        ids = self._ids(text)
+        return ids[self.repeats_bos(text) : len(ids) - self.adds_eos]
+
+    def _ids(self, text: str) -> list[int]:
+        ids = self.processing_class(text=text)["input_ids"]
+        return list(ids[0] if isinstance(self.processing_class, ProcessorMixin) else ids)
+
+
+class Tokens(NamedTuple):
+    """A side of a row with its prompt."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    """Prompt and completion."""
+    is_trained: list[bool]
+    """Which of `ids` may be trained on, as far as turns decide it; the prompt does not count."""
+
+
+@dataclass(frozen=True)
+class RowTokenizer:
+    """Gives a row `prompt_ids`, and `<side>_ids` for each of its sides. For `dataset.map(..., with_indices=True)`.
+
+    With `assistant_only`, `<side>_mask` says which tokens of a completion the assistant wrote. With `whole`, as reward
+    models need it, `<side>_ids` holds prompt and completion, and there is no `prompt_ids`. What is worth counting goes
+    into the column `NOTES`.
+
+    Raises ValueError, naming the row, where it cannot be tokenized or leaves nothing to train on; with `drop_invalid`
+    that is noted instead.
+    """
+
+    processing_class: Processing
+    name: str
+    """Of the dataset."""
+    sides: tuple[str, ...]
+    assistant_only: bool = False
+    whole: bool = False
+    prompt_is_explicit: bool = True
+    max_length: int | None = None
+    keep_end: bool = False
+    limits: TokenLimits = NO_LIMITS
+    drop_invalid: bool = False
+    code: int = _CODE
+    """`datasets` finds its cache by the fields, so this one changes with the code."""
+
+    def __call__(self, row: Row, index: int) -> Row:
+        try:
+            made, notes = self._made(row, f"Row {row.get(ROW_NUMBER, index)} of the {self.name} dataset")
+        except ValueError as error:
+            if not self.drop_invalid:
+                raise
+            made = {} if self.whole else {"prompt_ids": [0]}
+            made |= {f"{side}_ids": [0] for side in self.sides}
+            made |= {f"{side}_mask": [False] for side in self.sides if self.assistant_only}
+            notes = {INVALID + " ".join(str(error).split())}
+        return made | {NOTES: "\n".join(sorted(notes))}
+
+    def _made(self, row: Row, where: str) -> tuple[Row, set[str]]:
+        notes: set[str] = set()
+        places = {side: f"{where} (`{side}`)" if len(self.sides) > 1 else where for side in self.sides}
+        sides = {side: self._tokens(row, side, places[side], notes) for side in self.sides}
+        first, *others = sides.values()
+        start = len(first.prompt_ids)
+        for tokens in (first, *others):
+            start = min(start, common_prefix(first.prompt_ids, tokens.ids))
+        if start < max(len(tokens.prompt_ids) for tokens in sides.values()) and not self._opens_elsewhere(row):
+            notes.add(BOUNDARY)
+        for side, tokens in sides.items():
+            self._check(tokens, start, places[side], notes)
+        if NO_ROOM in notes:
+            notes = {NO_ROOM}
+        else:
+            self._check_limits(sides, places)
+        made: Row = {} if self.whole else {"prompt_ids": first.ids[:start]}
+        for side, tokens in sides.items():
+            made[f"{side}_ids"] = tokens.ids if self.whole else tokens.ids[start:]
+            if self.assistant_only:
+                made[f"{side}_mask"] = tokens.is_trained[start:]
+        return made, notes
+
+    # -- one side ----------------------------------------------------------------------------------------------
+
+    def _tokens(self, row: Row, side: str, where: str, notes: set[str]) -> Tokens:
+        if isinstance(row[side], str):
+            return self._of_text(row.get("prompt", ""), row[side], where, notes)
+        turns = turns_of(row.get("prompt", []), row[side], prompt_is_explicit=self.prompt_is_explicit)
+        if not turns.completion:
+            raise ValueError(f"{where} only repeats the prompt. Mend the row, or drop it with `dataset.filter`.")
+        if not turns.prompt and "prompt" in row:
+            raise ValueError(f"{where} has a prompt without a turn. Mend the row, or drop it with `dataset.filter`.")
+        notes |= turns.notes - ({OTHER_TURNS} if self.assistant_only or self.whole else set())
+        return self._of_turns(turns, template_options(row), where)
+
+    def _opens_elsewhere(self, row: Row) -> bool:
+        """Whether a completion opens with a turn of the other side, which no generation prompt precedes."""
+        return any(not isinstance(row[side], str) and row[side][0]["role"] != "assistant" for side in self.sides)
+
+    def _of_text(self, prompt: str, completion: str, where: str, notes: set[str]) -> Tokens:
+        eos = self.text_tokens.tokenizer.eos_token
+        if eos is None:
+            raise ValueError(
+                f"{where} is text, which has to end with an EOS token, and the tokenizer has none. Set "
+                "`tokenizer.eos_token`, or `eos_token` in the config."
+            )
+        if prompt.strip() and completion.startswith(prompt):
+            notes.add(REPEATED_TEXT)
+        text = prompt + completion if completion.endswith(eos) else prompt + completion + eos
+        if self.text_tokens.repeats_bos(text):
+            notes.add(DOUBLE_BOS)
+        ids = self.text_tokens(text)
+        return Tokens(self.text_tokens(prompt), ids, [True] * len(ids))
+
+    def _of_turns(self, turns: Turns, options: Row, where: str) -> Tokens:
+        def encode(messages: list, **how: Any) -> Row:
+            return chat_tokens(self.processing_class, messages, {**options, **how}, where)
+
+        how = "continue_final_message" if turns.continues else "add_generation_prompt"
+        # A reward model may have whole conversations without a prompt.
+        prompt_ids = encode(turns.prompt, **{how: True})["input_ids"] if turns.prompt else []
+        marked = self.assistant_only and has_generation_markers(self.processing_class, options)
+        whole = encode(turns.whole, **({"return_assistant_tokens_mask": True} if marked else {}))
+        ids = list(whole["input_ids"])
+        if marked:
+            is_trained = [bool(x) for x in whole["assistant_masks"]]
+        elif self.assistant_only:
+            is_trained = mask_by_boundaries(lambda *a, **k: encode(*a, **k)["input_ids"], turns, ids, where)
+        else:
+            is_trained = [True] * len(ids)
+        return Tokens(list(prompt_ids), ids, is_trained)
+
+    @cached_property
+    def text_tokens(self) -> TextTokens:
+        """For rows that are text."""
+        return TextTokens(self.processing_class)
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def _check(self, tokens: Tokens, start: int, where: str, notes: set[str]) -> None:
+        ids, length = tokens.ids, len(tokens.ids)
+        if length <= start:
+            raise ValueError(
+                f"{where} has a completion of zero tokens. There is no token to learn from. Drop such rows, or look "
+                "at what the chat template makes of them."
+            )
+        if self.whole:
+            notes |= {NO_ROOM} if self.max_length is not None and length > self.max_length else set()
+            return
+        if not any(tokens.is_trained[start:]):
+            raise ValueError(
+                f"{where} has a completion without a token of the assistant, and `assistant_only_loss=True` trains on "
+                "no other. Drop such rows, or set `assistant_only_loss=False`."
+            )
+        if not any(tokens.is_trained[max(start, 1) :]):
+            raise ValueError(
+                f"{where} has no token that follows another: the prompt is empty, and the completion is the single "
+                f"token {ids[0]}, which nothing predicts. Give the row a prompt, or drop it."
+            )
+        limit = length if self.max_length is None else min(self.max_length, length)
+        begin = length - limit if self.keep_end else 0
+        if not any(tokens.is_trained[max(start, begin + 1) : begin + limit]):
+            notes.add(NO_ROOM)
+        elif limit < (length - start if self.keep_end else length):
+            notes.add(CUT)
+
+    def _check_limits(self, sides: dict[str, Tokens], places: dict[str, str]) -> None:
+        vocabulary, positions = self.limits
+        for side, (_, ids, _) in sides.items():
+            if vocabulary is not None and max(ids) >= vocabulary:
+                token = max(ids)
+                raise ValueError(
+                    f"{places[side]} has token id {token} "
+                    f"({self.text_tokens.tokenizer.convert_ids_to_tokens(token)!r}), but the model knows {vocabulary} "
+                    "tokens. The tokenizer is not the model's, or tokens were added to it: pass the model's own, or "
+                    "call `model.resize_token_embeddings(len(tokenizer))` first."
+                )
+            length = len(ids) if self.max_length is None else min(len(ids), self.max_length)
+            if positions is not None and length > positions:
+                raise ValueError(
+                    f"{places[side]} has {len(ids)} tokens, but the model has {positions} positions. Set "
+                    f"`max_length={positions}` or less, or shorten the row."
+                )
+
+
+__all__ = ["NOTES", "ROW_NUMBER", "RowTokenizer", "TextTokens", "TokenLimits"]

@@ -1,0 +1,182 @@
+"""Conversations: what a row's prompt and completion are as turns, how they are rendered, and who wrote which token."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from trl import prepare_multimodal_messages
+
+Row: TypeAlias = dict[str, Any]
+Messages: TypeAlias = list[dict[str, Any]]
+Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
+
+# What is noted about a row.
+REPEATED = "repeated"
+CONTINUED = "continued"
+OTHER_TURNS = "other turns"
+
+
+class Turns(NamedTuple):
+    """A prompt and its completion."""
+
+    prompt: Messages
+    completion: Messages
+    continues: bool
+    """Whether the completion's first turn goes on with the prompt's last, which the assistant began."""
+    notes: frozenset[str] = frozenset()
+
+    @property
+    def whole(self) -> Messages:
+        """All turns, the one that was begun in the prompt as one."""
+        if not self.continues:
+            return self.prompt + self.completion
+        begun, rest = self.prompt[-1], self.completion[0]
+        turn = {**begun, **_held(rest), "content": _joined(begun["content"], rest.get("content"))}
+        return [*self.prompt[:-1], turn, *self.completion[1:]]
+
+    @property
+    def first_completed(self) -> int:
+        """Index in `whole` of the first turn that the completion writes to."""
+        return len(self.prompt) - self.continues
+
+
+def turns_of(prompt: Messages, completion: Messages, *, prompt_is_explicit: bool = True) -> Turns:
+    """The turns of a row, without the prompt where the completion repeats it exactly.
+
+    A prompt that ends in a turn of the assistant is continued by a completion that begins with one, as
+    `continue_final_message` means it; not so where the prompt was only found as the common start of two conversations,
+    whose turns are whole.
+    """
+    notes = set()
+    if [_held(turn) for turn in completion[: len(prompt)]] == [_held(turn) for turn in prompt] and prompt:
+        completion = completion[len(prompt) :]
+        notes.add(REPEATED)
+    if any(turn["role"] != "assistant" for turn in completion):
+        notes.add(OTHER_TURNS)
+    continues = prompt_is_explicit and bool(completion) and _may_continue(prompt, completion[0])
+    if continues and not _begun(prompt):
+        return Turns(prompt[:-1], completion, False, frozenset(notes))
+    if continues:
+        notes.add(CONTINUED)
+    return Turns(prompt, completion, continues, frozenset(notes))
+
+
+def _may_continue(prompt: Messages, first: dict[str, Any]) -> bool:
+    return (
+        len(prompt) > 1
+        and prompt[-1]["role"] == first["role"] == "assistant"
+        and not prompt[-1].get("tool_calls")  # called for, and so complete
+    )
+
+
+def _begun(prompt: Messages) -> bool:
+    """Whether the last turn says anything yet."""
+    return bool(prompt[-1].get("content"))
+
+
+def _held(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn without the keys that `datasets` fills with None where other rows have them."""
+    return {key: value for key, value in turn.items() if value is not None}
+
+
+def _joined(begun: Any, rest: Any) -> Any:
+    if isinstance(begun, str) and isinstance(rest, str | None):
+        return begun + (rest or "")
+    return _parts(begun) + _parts(rest or "")
+
+
+def _parts(content: Any) -> list[Any]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+# -- rendering -----------------------------------------------------------------------------------------------------
+
+
+def template_options(row: Row) -> dict[str, Any]:
+    """What a row hands to its chat template besides the turns: `tools` (a list, or its JSON text), `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {"tools": tools, **_held(row.get("chat_template_kwargs") or {})}
+
+
+def chat_tokens(processing_class: Processing, messages: Messages, options: dict[str, Any], where: str) -> Row:
+    """What `apply_chat_template` makes of a conversation: `input_ids`, and what else was asked for. Names the row in
+    the error where the template fails.
+    """
+    is_processor = isinstance(processing_class, ProcessorMixin)
+    try:
+        made = processing_class.apply_chat_template(
+            prepare_multimodal_messages(messages) if is_processor else messages,
+            tokenize=True,
+            return_dict=True,
+            **options,
+        )
+    except Exception as error:  # a template is a program of its own
+        if not getattr(processing_class, "chat_template", None):
+            raise ValueError(
+                f"{where} is a conversation, and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
+                "or `chat_template_path` in the config, or write the rows as text."
+            ) from error
+        roles = [turn.get("role") for turn in messages]
+        raise ValueError(
+            f"{where} cannot be rendered: the chat template fails with {type(error).__name__}: {error} (roles: "
+            f"{roles}). Mend the row or drop it with `dataset.filter`, or use another template."
+        ) from error
+    return {key: value[0] for key, value in made.items()} if is_processor else dict(made)
+
+
+# -- who wrote which token -----------------------------------------------------------------------------------------
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Encode: TypeAlias = Callable[..., list[int]]
+
+
+def has_generation_markers(processing_class: Processing, options: dict[str, Any]) -> bool:
+    """Whether the chat template says with `{% generation %}` what the assistant writes."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    template = processing_class.chat_template
+    if isinstance(template, dict):
+        template = template.get("tool_use" if options.get("tools") else "default") or template.get("default")
+    # The mask is found through character offsets, which only fast tokenizers know.
+    return bool(tokenizer.is_fast and _MARKER.search(template or ""))
+
+
+def mask_by_boundaries(encode: Encode, turns: Turns, ids: list[int], where: str) -> list[bool]:
+    """Which of `ids`, the tokens of `turns.whole`, belong to turns of the assistant, the end of a turn included.
+
+    For templates without generation markers. A turn of the assistant reaches from the end of what is rendered before
+    it, with the generation prompt, to the end of what is rendered up to it. `encode` gives the ids of a conversation.
+    Tokens of the prompt are marked too, up to the first turn of the completion.
+    """
+    messages, first = turns.whole, turns.first_completed
+    mask = [False] * len(ids)
+    for i in range(first, len(messages)):
+        if messages[i]["role"] != "assistant":
+            continue
+        is_last = i + 1 == len(messages)
+        start = 0 if i == first else common_prefix(encode(messages[:i], add_generation_prompt=True), ids)
+        end = len(ids) if is_last else _end_of(encode(messages[: i + 1]), ids, where)
+        mask[start:end] = [True] * max(end - start, 0)
+    return mask
+
+
+def _end_of(rendered: list[int], ids: list[int], where: str) -> int:
+    end = common_prefix(rendered, ids)
+    if end < len(rendered) - 1:  # the very last token may merge with what follows
+        raise ValueError(
+            f"{where} has turns of the other side in its completion, and the chat template renders the turns before "
+            "them in another way when they follow, so the tokens of the assistant cannot be told apart. Use a "
+            "template with `{% generation %}` markers (`trl.get_training_chat_template` has one for many models), or "
+            "set `assistant_only_loss=False`."
+        )
+    return end
+
+
+def common_prefix(ids: list[int], other: list[int]) -> int:
+    """How many tokens two sequences have in common at their start."""
+    return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))
