@@ -156,9 +156,14 @@ def test_bad_rows_are_refused(fit):
         fit(paired_rows(4).rename_column("rejected", "rejects"))
 
 
-def test_rows_that_trl_drops_for_their_length_are_counted(fit, said):
-    fit(paired_rows(8), max_length=9, train=False)
-    assert re.search(r"TRL dropped \d of 8 rows of the train dataset", said())
+def test_rows_dropped_for_their_length_are_counted(fit, said):
+    rows = paired_rows(8).to_list()
+    rows[5]["rejected"] = assistant("a" * 40)
+    trainer = fit(datasets.Dataset.from_list(rows), max_length=40, train=False)
+    assert "Dropped 1 of 8 rows of the train dataset (the first is row 5): a side is longer than" in said()
+    # Rows that were tokenized before are dropped by TRL.
+    fit(trainer.train_dataset, max_length=len(trainer.train_dataset[0]["chosen_ids"]), train=False)
+    assert re.search(r"TRL dropped \d of 7 rows of the train dataset", said())
 
 
 def test_trl_config_is_refused_with_the_import_to_use(scorer, tokenizer, make_config):
