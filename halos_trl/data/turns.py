@@ -97,9 +97,9 @@ def _parts(content: Any) -> list[Any]:
 
 
 def template_options(row: Row) -> dict[str, Any]:
-    """What a row hands to its chat template besides the turns: `tools` (a list, or its JSON text), `chat_template_kwargs`."""
+    """What a row hands to its chat template besides the turns: `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    tools = json.loads(tools) if isinstance(tools, str) else tools  # as TRL reads them
     return {"tools": tools, **_held(row.get("chat_template_kwargs") or {})}
 
 
