@@ -307,6 +307,25 @@ def test_precomputed_reference_counts_the_same_tokens(build, trainer_class, conf
     assert runs[0] == pytest.approx(runs[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("precompute", [False, True])
+def test_kl_partners_are_scored_on_the_tokens_that_their_own_rows_train_on(build, precompute):
+    settings = {"assistant_only_loss": True, "precompute_ref_log_probs": precompute}
+    trainer = build(KTOTrainer, KTOConfig, dialogues(), **settings)
+    data = list(trainer.train_dataset)
+    trained = [[t for t, m in zip(r["completion_ids"], r["completion_mask"], strict=True) if m] for r in data]
+    columns = ("prompt_ids", "completion_ids", "completion_mask", "label", "KL_completion_ids", "KL_mask")
+    columns += ("ref_logps", "ref_KL_logps")
+    rows = [{column: row[column] for column in columns if column in row} for row in data]
+    (batch,) = trainer._kl_batches([trainer.on_device(trainer.data_collator(rows))])
+    partners = [
+        ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert partners == trained[1:] + trained[:1]
+    for i, row in enumerate(data):  # and what stands before and between them is there
+        partner = data[(i + 1) % 4]["completion_ids"]
+        assert batch["input_ids"][i].tolist()[: len(row["prompt_ids"]) + len(partner)] == row["prompt_ids"] + partner
+
+
 def test_ppos_score_stands_on_the_last_token_that_the_assistant_wrote(build):
     rows = dialogues(4, scored=True)
     for row in rows:
