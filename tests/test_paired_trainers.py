@@ -34,6 +34,7 @@ LOSS_TYPES = [
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
+SMOOTHED = {name: {"label_smoothing": 0.1} for name in ("robust", "exo_pair", "aot", "aot_unpaired")}
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_loss_and_gradient_on_one_batch_equal_trl(fit, ours, theirs):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
 
 
-OPTIONS = [{"loss_type": name, "label_smoothing": 0.1} for name in LOSS_TYPES] + [
+OPTIONS = [{"loss_type": name} | SMOOTHED.get(name, {}) for name in LOSS_TYPES] + [
     {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     {"loss_weights": [2.0]},
     {"use_weighting": True},

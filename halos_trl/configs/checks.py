@@ -31,16 +31,11 @@ def require_count(config: Any, name: str, why: str) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_share(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 1
-
-
-def check_max_length(config: Any) -> None:
-    if config.max_length is not None:
-        require_count(config, "max_length", "it counts the tokens of prompt and completion.")
 
 
 def check_sync(config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import trl
 
-from .checks import check_sync, defaults_of, is_share, require, require_not_negative, require_positive
+from .checks import check_sync, defaults_of, is_number, is_share, require, require_not_negative, require_positive
 from .shared import REFERENCE_FIELDS, SYNC_HELP, HumanlineConfig, RowsConfig
 
 _TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
@@ -32,6 +32,11 @@ class DPOConfig(HumanlineConfig, RowsConfig, trl.DPOConfig):
             )
 
     def _check_trl_losses(self) -> None:
+        weights = [] if self.loss_weights is None else self.loss_weights
+        require(
+            all(map(is_number, weights)), "loss_weights", weights, "each loss type is multiplied by its weight.",
+            "Use one finite number for each loss type.",
+        )  # fmt: skip
         require(len(self.loss_type) > 0, "loss_type", self.loss_type, "there is no loss.", "Name one or more.")
         for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
             # Newer releases of TRL may know more of them, and list those here.
@@ -101,8 +106,8 @@ class CDPOConfig(_PairedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            0 <= self.epsilon < 0.5, "epsilon", self.epsilon, "it is the share of flipped labels.",
-            "Use a number in [0, 0.5); at 0.5 the labels would say nothing.",
+            is_share(self.epsilon) and self.epsilon < 0.5, "epsilon", self.epsilon,
+            "it is the share of flipped labels.", "Use a number in [0, 0.5); at 0.5 the labels would say nothing.",
         )  # fmt: skip
 
 

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 
 import trl
 
+from .checks import require_not_negative
 from .shared import RowsConfig
 
 
 @dataclass
 class BradleyTerryConfig(RowsConfig, trl.RewardConfig):
     """`trl.RewardConfig`; HALOs' Bradley-Terry loss has no parameters of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center_rewards_coefficient is not None:
+            require_not_negative(self, "center_rewards_coefficient", "it drives the scores apart from 0.")

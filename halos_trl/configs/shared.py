@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from ..humanline import Humanline
-from .checks import check_max_length, require, require_count
+from .checks import require, require_count
+from .field_types import check_types
 
 ASSISTANT_HELP = (
     "Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too. Found by "
@@ -24,11 +25,6 @@ class CompletionConfig:
     """
 
     assistant_only_loss: bool = field(default=False, metadata={"help": ASSISTANT_HELP})
-
-    def __post_init__(self) -> None:
-        value = self.assistant_only_loss
-        require(isinstance(value, bool), "assistant_only_loss", value, "it is a switch.", "Use `True` or `False`.")
-        super().__post_init__()  # type: ignore[misc]
 
 
 @dataclass
@@ -67,7 +63,7 @@ class HumanlineConfig(CompletionConfig):
         return Humanline(self.log_epsilon_p, self.log_epsilon_r) if self.humanline else None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         if not self.humanline:
             for f in (f for f in fields(HumanlineConfig) if f.name in HumanlineConfig.__annotations__):
                 value = getattr(self, f.name)
@@ -111,7 +107,7 @@ class RowsConfig:
     )
 
     def __post_init__(self) -> None:
-        check_max_length(self)
+        check_types(self)
         super().__post_init__()  # type: ignore[misc]
 
 

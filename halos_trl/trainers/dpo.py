@@ -8,10 +8,29 @@ import torch
 
 from .. import losses
 from .._trl import Method
-from ..configs import DPO_LOSS_FIELDS, DPOConfig
+from ..configs import DPO_LOSS_FIELDS, DPOConfig, defaults_of
 from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
 from .step import weighted, without_share
+
+_DEFAULTS = defaults_of(DPOConfig)
+
+_READ_BY = {
+    "label_smoothing": (
+        ("robust", "exo_pair", "aot", "aot_unpaired"),
+        "; for a share of labels that are the wrong way round, use `CDPOTrainer` and its `epsilon`",
+    ),
+    "discopop_tau": (("discopop",), ""),
+}
+"""Options of single losses of TRL's: the loss types that read them, and what to use instead."""
+
+_TRL_LOSSES = {
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+}  # fmt: skip
+"""Those of which `_READ_BY` holds; a newer TRL may have more."""
+
+_WITHOUT_ALPHA = ("reverse_kl", "forward_kl", "js_divergence")
 
 
 class DPOTrainer(PairedPreferenceTrainer):
@@ -53,6 +72,11 @@ class DPOTrainer(PairedPreferenceTrainer):
             or args.f_divergence_type != "reverse_kl"
         )
 
+    def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
+        super().check_arguments(args, model, ref_model)
+        if type(self).loss is DPOTrainer.loss:  # a loss of one's own may read any option
+            _refuse_without_effect(args)
+
     def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         if not self.uses_trl_loss:
             return super().batch_loss(model, inputs, return_outputs)
@@ -67,3 +91,21 @@ class DPOTrainer(PairedPreferenceTrainer):
 
     def loss(self, record: PairedLogps) -> LossOutput:
         return losses.dpo(record, beta=self.args.beta, humanline=self.args.humanline_clamp)
+
+
+def _refuse_without_effect(args: DPOConfig) -> None:
+    """Options of single losses of TRL's, set while none of the losses in use reads them."""
+    named = set(args.loss_type)
+    for name, (readers, more) in _READ_BY.items():
+        unread = named.isdisjoint(readers) and named <= _TRL_LOSSES
+        if getattr(args, name) != _DEFAULTS[name] and unread:
+            raise ValueError(
+                f"`{name}={getattr(args, name)!r}` has no effect with `loss_type={list(args.loss_type)!r}`. Leave it "
+                f"out, or use a loss type that reads it ({', '.join(readers)}){more}."
+            )
+    name = "f_alpha_divergence_coef"
+    if getattr(args, name) != _DEFAULTS[name] and args.f_divergence_type in _WITHOUT_ALPHA:
+        raise ValueError(
+            f"`{name}={getattr(args, name)!r}` has no effect with `f_divergence_type={args.f_divergence_type!r}`. "
+            "Leave it out, or use `f_divergence_type='alpha_divergence'`."
+        )

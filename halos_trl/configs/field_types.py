@@ -1,0 +1,127 @@
+"""What kind of value each field of a config takes: read from its annotation, checked before anything uses it.
+
+`dataclass` checks nothing: `humanline="false"` would switch humanline on, and `max_length="long"` would fail somewhere
+in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from numbers import Integral, Real
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .checks import require
+
+_PLAIN = (bool, int, float, str, list, dict, type(None))
+
+_MAY_BE_NONE = {"max_grad_norm"}
+"""Fields without `None` in their annotation that the Trainer takes `None` for, as "no limit"."""
+
+_MAY_BE_INFINITE = {"max_grad_norm"}
+
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "dataset_num_proc",
+    "precompute_ref_batch_size",
+)
+"""Whole numbers of which there has to be at least one."""
+
+
+def check_types(config: Any) -> None:
+    """Check each field's value against its annotation and its choices. Raises ValueError that names field and value.
+
+    A switch takes `True` or `False` and nothing else. A number is no `bool`, and not NaN. Numbers that are written as
+    strings ("1e-6") become numbers, as `TrlParser` makes them of flags and of YAML; whole floats become integers where
+    integers are due. Of the fields of `transformers.TrainingArguments` only switches, numbers and choices are checked:
+    what else they take is for transformers to say.
+    """
+    config_class: type = type(config)
+    for field, kinds in _checkable(config_class):
+        if kinds is not None:
+            setattr(config, field.name, _checked(field, kinds, getattr(config, field.name)))
+        _check_choice(field, getattr(config, field.name))
+    for name in _COUNTS:
+        value = getattr(config, name, None)
+        require(
+            value is None or value >= 1, name, value, "there has to be at least one.", "Use a whole number, 1 or more."
+        )
+
+
+@functools.cache
+def _checkable(config_class: type) -> list[tuple[dataclasses.Field, set[type] | None]]:
+    """The fields of a config class, each with the kinds of value that it takes, or None for any."""
+    hints = _hints(config_class)
+    hosts = {f.name for f in dataclasses.fields(TrainingArguments)}
+    pairs = [(f, _kinds(hints.get(f.name))) for f in dataclasses.fields(config_class)]
+    return [(f, None if kinds and f.name in hosts and kinds & {str, dict} else kinds) for f, kinds in pairs]
+
+
+def _hints(config_class: type) -> dict[str, Any]:
+    for base in config_class.__mro__:
+        try:
+            return typing.get_type_hints(base)
+        except NameError:  # a user's class may annotate with what exists for the type checker only
+            continue
+    return {}
+
+
+def _kinds(hint: Any) -> set[type] | None:
+    """The plain types that an annotation is made of; None where it names others, which know what they take."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = [typing.get_origin(part) or part for part in (typing.get_args(hint) if union else [hint])]
+    return set(parts) if all(part in _PLAIN for part in parts) else None
+
+
+def _checked(field: dataclasses.Field, kinds: set[type], value: Any) -> Any:
+    if value is None:
+        optional = type(None) in kinds or field.default is None or field.name in _MAY_BE_NONE
+        require(optional, field.name, value, "it has no meaning here.", f"Pass {_names(kinds)}, or leave it out.")
+        return value
+    if any(kind in kinds and _is_a(kind, value) for kind in (bool, str, list, dict)):
+        return value
+    number = _number(value, kinds) if kinds & {int, float} else None
+    require(number is not None, field.name, value, f"it is a `{type(value).__name__}`.", f"Pass {_names(kinds)}.")
+    finite = math.isfinite(number) or (field.name in _MAY_BE_INFINITE and not math.isnan(number))  # type: ignore[arg-type]
+    require(finite, field.name, value, "it is not finite.", "Use a finite number.")
+    return number
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, (list, tuple, str) if kind is list else kind)  # TRL takes a string for a list of one
+
+
+def _number(value: Any, kinds: set[type]) -> int | float | None:
+    """The value as a number of the wanted kind; None where it is none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            value = int(value) if float not in kinds else float(value)
+        except ValueError:
+            return None
+    if isinstance(value, Real) and float in kinds:
+        return value  # type: ignore[return-value]
+    if isinstance(value, Integral) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return None
+
+
+def _names(kinds: set[type]) -> str:
+    words = {bool: "True or False", float: "a number", int: "a whole number", str: "a string", list: "a list"}
+    words |= {dict: "a dict", type(None): "None"}
+    return " or ".join(text for kind, text in words.items() if kind in kinds and not (kind is int and float in kinds))
+
+
+def _check_choice(field: dataclasses.Field, value: Any) -> None:
+    choices = field.metadata.get("choices")
+    if choices and value != field.default and not (isinstance(value, str) and value in choices):
+        require(False, field.name, value, "there is no such choice.", f"Use one of {', '.join(map(repr, choices))}.")
