@@ -79,11 +79,11 @@ def masked_var(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def finite_exp(x: Tensor) -> Tensor:
-    """exp(x) without overflow, at least float32: beyond three quarters of the exponent range it is its tangent.
+    """exp(x) without overflow: beyond three quarters of the exponent range it goes on as its tangent.
 
-    Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope stay finite and positive, so that a ratio
-    that far out still multiplies with an advantage of 0, or is clipped, to what it should be, and is still pushed back
-    where nothing clips it. The last quarter of the range is left to factors and sums.
+    At least float32. Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope are finite and positive:
+    such a ratio times an advantage of 0 is 0, clipped it has no slope, and where nothing clips it it is pushed back.
+    The last quarter of the range is left to factors and sums.
     """
     x = at_least_float32(x)
     inside = x.clamp(max=_exp_limit(x.dtype))

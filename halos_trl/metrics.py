@@ -6,6 +6,7 @@ travels as `(sum, count)`, stays on its device, and is reduced over processes on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -57,6 +58,12 @@ def unclamped_sums(log_ratios_BT: torch.Tensor, is_chosen_B: torch.Tensor, human
     """The unclamped fraction of all tokens, and of each side's. Log-ratios as before the clamp, 0 where masked."""
     sides = {"": log_ratios_BT, "/chosen": log_ratios_BT[is_chosen_B], "/rejected": log_ratios_BT[~is_chosen_B]}
     return {f"unclamped{side}": unclamped_counts(table_BT, humanline) for side, table_BT in sides.items()}
+
+
+def finite(means: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+    """The means that are finite, and the names of the others."""
+    kept = {name: mean for name, mean in means.items() if math.isfinite(mean)}
+    return kept, [name for name in means if name not in kept]
 
 
 class RunningMeans:

@@ -22,7 +22,8 @@ gives a PeftModel a reference  it is added without editing the base weights a se
 adapter, needed or not         kin), and not at all where `needs_reference` is false
 finds cached reference sums    also by the settings that decide which tokens they are over
 by dataset and model alone
-lets NaN gradients through     an error between the gradient and the update
+lets NaN losses, gradients     an error before the update, and before the weights are saved
+and learning rates through
 loads the adapter of a         its dtype stays
 quantized model as float32
 =============================  =========================================================================

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -23,10 +22,10 @@ from ..data.checks import columns_of, plain_rows
 from ..data.collators import TurnMaskCollator
 from ..data.tokens import RowTokenizer
 from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
-from ..metrics import RunningMeans, Sums
-from ..sharded import whole
+from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .construct import overridden, own_reference_adapter, reference_like_policy
+from .finite import FiniteUpdates
 from .rows import (
     drop_foreign_columns,
     groups_by_length,
@@ -86,7 +85,7 @@ def _advice_on_config(given: type, wanted: type, name: str) -> str:
     return f"Its fields are not those of this method. Use `{name}`, or a class derived from it."
 
 
-class NamedTrainer(_Mixin):
+class NamedTrainer(FiniteUpdates):
     """A trainer that is known by its `method` in tags, the model card and its citation."""
 
     trl_class: ClassVar[type]
@@ -125,11 +124,6 @@ class NamedTrainer(_Mixin):
         """`"train"` or `"eval"`: which log the metrics of a batch belong to."""
         return "train" if self.model.training else "eval"
 
-    @property
-    def moment(self) -> str:
-        """Where an error appeared, for its message."""
-        return f"step {self.state.global_step + 1}" if self.mode == "train" else "evaluation"
-
     def check_rows(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         """Hook: validate raw rows, before tokenization."""
         return dataset
@@ -150,18 +144,6 @@ class NamedTrainer(_Mixin):
         if own == rows:
             return batch
         return batch | {mask: torch.cat([batch[mask][:own], torch.zeros_like(batch[mask][own:])])}
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Between the last gradient of a step and its update. Under fp16 the loss scaler skips such a step.
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        value = float(whole(norm)) if isinstance(norm, torch.Tensor) else norm
-        if value is not None and self.accelerator.mixed_precision != "fp16" and not math.isfinite(value):
-            raise ValueError(
-                f"The gradient's norm is {value} at step {self.state.global_step + 1}. The weights were not updated "
-                "with it (DeepSpeed, which updates earlier, may have done so). Lower `learning_rate`, or look for "
-                "extreme values in the model's weights."
-            )
-        return norm
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A collated batch, where the model is."""
@@ -340,7 +322,9 @@ class TrainerHost(NamedTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         # Called by TRL's `compute_loss`, so a subclass may override either.
-        return self.batch_loss(model, inputs, return_outputs)
+        result = self.batch_loss(model, inputs, return_outputs)
+        self.refuse_non_finite_loss(result[0] if return_outputs else result)
+        return result
 
     def policy_tokens(self, model: torch.nn.Module, batch: dict[str, Any]) -> TokenTable:
         """The policy's token table, with the MoE auxiliary loss where the model has one."""
@@ -376,7 +360,13 @@ class TrainerHost(NamedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = self.mode
-        self._metrics[mode].update({k: [v] for k, v in self._means[mode].drain(self._reduce_sum).items()})
+        means, dropped = finite(self._means[mode].drain(self._reduce_sum))
+        if dropped:
+            logger.warning_once(
+                f"The metrics {dropped} are NaN or infinite, so they are left out of the log. The loss is finite: a "
+                "model that gives some tokens the probability 0 has such logits."
+            )
+        self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         if self._new_tokens is not None:
             tokens = self._reduce_sum(self._new_tokens.to(torch.int64))
             self._total_train_tokens += int(tokens.item()) // self._tp_size

@@ -68,6 +68,7 @@ class ValueHost(ScoredHost):
         return model.get_base_model() if is_peft_model(model) else model
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        self.refuse_non_finite_weights(state_dict)
         folder = self.args.output_dir if output_dir is None else output_dir
         if state_dict is None:
             head = self.value_head.state_dict()

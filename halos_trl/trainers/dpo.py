@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .. import losses
 from .._trl import Method
 from ..configs import DPO_LOSS_FIELDS, DPOConfig, defaults_of
@@ -81,11 +79,6 @@ class DPOTrainer(PairedPreferenceTrainer):
         if not self.uses_trl_loss:
             return super().batch_loss(model, inputs, return_outputs)
         loss, outputs = self.trl_loss(model, without_share(inputs), return_outputs)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss.item()} at {self.moment}. The weights were not updated with it. Look for NaN in "
-                "the model's weights (a broken checkpoint), lower `learning_rate`, or use `bf16` instead of `fp16`."
-            )
         loss = weighted(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 

@@ -236,6 +236,13 @@ class _ClipValueHead(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         parameters = self.trainer.value_head.parameters()
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, args.v_head_max_grad_norm))
+        if not torch.isfinite(norm):
+            if self.trainer.skips_overflow:
+                return
+            raise ValueError(
+                f"The gradient's norm of the value head is {norm.item()} at step {state.global_step + 1}. The weights "
+                "were not updated with it. Rescale the scores, e.g. to a few units, or lower `learning_rate`."
+            )
         self.trainer.record_metrics({"v_head_grad_norm": (norm.detach(), torch.ones_like(norm))})
 
 

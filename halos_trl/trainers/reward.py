@@ -65,11 +65,7 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
     ) -> Any:
         result = super().compute_loss(model, without_share(inputs), return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The reward model's loss is {loss.item()} at {self.moment}. The weights were not "
-                "updated with it. Look for NaN in the model's weights, or lower `learning_rate`."
-            )
+        self.refuse_non_finite_loss(loss)
         loss = weighted(loss, inputs)
         return (loss, outputs) if return_outputs else loss
 
