@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from ..data.checks import columns_of, plain_rows
+from ..data.checks import columns_of, plain_splits
 from ..data.collators import TurnMaskCollator
 from ..data.tokens import RowTokenizer
 from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
@@ -233,11 +233,11 @@ class TrainerHost(NamedTrainer):
 
     def _checked_before_trl(self, dataset: Any, name: str) -> Any:
         """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
-        if isinstance(dataset, dict) and name != "train":
+        dataset = plain_splits(dataset, name)
+        if isinstance(dataset, dict):
             return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
         if dataset is None:
             return dataset
-        dataset = plain_rows(dataset, name)
         if not {"image", "images"} & columns_of(dataset, name):
             return dataset
         if self._assistant_only:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import RewardTrainer as HostTrainer
 from trl.trainer.utils import get_config_model_id
 
-from ..data.checks import columns_of, plain_rows
+from ..data.checks import columns_of, plain_rows, plain_splits
 from ..data.tokens import RowTokenizer
 from .host import NamedTrainer
 from .rows import noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
@@ -22,15 +22,25 @@ class RewardHost(NamedTrainer, HostTrainer):
 
     trl_class = HostTrainer
 
-    def __init__(self, model: Any, args: Any = None, *trl_args: Any, **trl_kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *trl_args: Any,
+        **trl_kwargs: Any,
+    ) -> None:
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         self._refuse_foreign_config(args)
         self.drops_invalid_rows = args.drop_invalid_rows
         refuse_without_special_tokens(trl_kwargs.get("processing_class"), args)
+        datasets = plain_splits(train_dataset, "train"), plain_splits(eval_dataset, "eval")
         with noting_policy(self, model):
-            super().__init__(model, args, *trl_args, **trl_kwargs)
+            super().__init__(model, args, data_collator, *datasets, *trl_args, **trl_kwargs)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = plain_rows(dataset, dataset_name)

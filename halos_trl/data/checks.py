@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from accelerate.logging import get_logger
 from datasets import Dataset, Features, IterableDataset, Json, Value
 
-from .row_checks import TEMPLATE_COLUMNS, OneForm, Problem, Row, RowCheck, paired_check, unpaired_check
+from .row_checks import TEMPLATE_COLUMNS, OneForm, Row, RowCheck, paired_check, unpaired_check
 
 logger = get_logger(__name__)
 
@@ -51,39 +51,35 @@ def check_paired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False, s
     columns = columns_of(dataset, name)
     require_columns(columns, name, ("chosen", "rejected"), "with `prompt`, or with the prompt as their common start")
     wanted = tuple(column for column in ("prompt", "chosen", "rejected") if column in columns)
-    check = _CountsEqual(OneForm(paired_check(columns, splits_implicit=splits_implicit)), dataset, name)
-    dataset = check_each(dataset, name, wanted, check, drop_invalid)
-    check.report()
+    equal = _EqualPairs(dataset, name)
+    check = OneForm(paired_check(columns, splits_implicit=splits_implicit))
+    dataset = check_each(dataset, name, wanted, check, drop_invalid, equal.look_at)
+    equal.report()
     return without_missing_kwargs(dataset, columns)
 
 
-class _CountsEqual:
-    """A check that also counts pairs of equal sides, and warns."""
+class _EqualPairs:
+    """Counts pairs whose sides are equal, and warns."""
 
     text = "equal `chosen` and `rejected`. They are kept, but say nothing about a preference."
 
-    def __init__(self, check: RowCheck, dataset: Rows, name: str):
-        self.check = check
+    def __init__(self, dataset: Rows, name: str):
         self.rows = len(dataset) if isinstance(dataset, Dataset) else None
         self.name = name
-        self.checked = self.equal = 0
-        self.first: int | None = None
+        self.found: list[int] = []
 
-    def __call__(self, row: Row) -> Problem:
-        problem = self.check(row)
-        if problem is None and row["chosen"] == row["rejected"]:
-            self.first = self.checked if self.first is None else self.first
-            self.equal += 1
-            if self.rows is None and _is_power_of_two(self.equal):
-                logger.warning(f"{self.equal} rows of the streamed {self.name} dataset so far have {self.text}")
-        self.checked += 1
-        return problem
+    def look_at(self, row: Row, i: int) -> None:
+        if row["chosen"] != row["rejected"]:
+            return
+        self.found.append(i)
+        if self.rows is None and _is_power_of_two(len(self.found)):
+            logger.warning(f"{len(self.found)} rows of the streamed {self.name} dataset so far have {self.text}")
 
     def report(self) -> None:
-        if self.rows is not None and self.equal:
+        if self.rows is not None and self.found:
             logger.warning(
-                f"{self.equal} of {self.rows} rows of the {self.name} dataset (the first is row {self.first}) have "
-                f"{self.text}"
+                f"{len(self.found)} of {self.rows} rows of the {self.name} dataset (the first is row {self.found[0]}) "
+                f"have {self.text}"
             )
 
 
@@ -114,6 +110,15 @@ def plain_rows(dataset: Any, name: str) -> Rows:
             "lost when they are tokenized. Apply it before, with `dataset.map(function)`."
         )
     return dataset.with_format(None)
+
+
+def plain_splits(dataset: Any, name: str) -> Any:
+    """`plain_rows` of what a trainer takes as a dataset: also None, and for evaluation a dict of datasets."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict) and name != "train":
+        return type(dataset)({key: plain_rows(part, str(key)) for key, part in dataset.items()})
+    return plain_rows(dataset, name)
 
 
 def _conversion(dataset: Any, name: str) -> str:
@@ -197,19 +202,40 @@ def _fitting_trainer(columns: set[str]) -> str:
 # -- each row ------------------------------------------------------------------------------------------------------
 
 
-def check_each(dataset: Rows, name: str, columns: Iterable[str], check: RowCheck, drop_invalid: bool) -> Rows:
+def check_each(
+    dataset: Rows,
+    name: str,
+    columns: Iterable[str],
+    check: RowCheck,
+    drop_invalid: bool,
+    look_at: Callable[[Row, int], None] = lambda row, i: None,
+) -> Rows:
     """The dataset without the rows that `check` has something against, or a ValueError that names the first of them.
 
-    Reads `columns` and what reaches the chat template.
+    Reads `columns` and what reaches the chat template. `look_at` is shown every good row once, with its index.
     """
     if not isinstance(dataset, Dataset):
-        return _check_stream(dataset, name, check, drop_invalid)
-    problems = list(_problems(dataset, columns, check, stop_at_first=not drop_invalid))
-    if not problems:
-        return dataset
+        return _check_stream(dataset, name, check, drop_invalid, look_at)
+    problems: list[tuple[int, str]] = []
+    for i, row in enumerate(_rows(dataset, (*columns, *TEMPLATE_COLUMNS))):
+        problem = check(row)
+        if problem is None:
+            look_at(row, i)
+        elif drop_invalid:
+            problems.append((i, problem))
+        else:
+            raise ValueError(f"{_of_row(i, name, problem)} {_DROP}")
+    return _without(dataset, name, problems) if problems else dataset
+
+
+def _rows(dataset: Dataset, columns: Iterable[str]) -> Iterator[Row]:
+    present = [column for column in columns if column in dataset.column_names]  # images would be decoded
+    for batch in dataset.select_columns(present).with_format(None).iter(batch_size=1000):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def _without(dataset: Dataset, name: str, problems: list[tuple[int, str]]) -> Dataset:
     first, problem = problems[0]
-    if not drop_invalid:
-        raise ValueError(f"{_of_row(first, name, problem)} {_DROP}")
     if len(problems) == len(dataset):
         raise ValueError(f"Each row of the {name} dataset would be dropped. {_of_row(first, name, problem)}")
     logger.warning(
@@ -219,33 +245,24 @@ def check_each(dataset: Rows, name: str, columns: Iterable[str], check: RowCheck
     return dataset.select([i for i in range(len(dataset)) if i not in dropped])
 
 
-def _problems(
-    dataset: Dataset, columns: Iterable[str], check: RowCheck, stop_at_first: bool
-) -> Iterator[tuple[int, str]]:
-    read = [column for column in (*columns, *TEMPLATE_COLUMNS) if column in dataset.column_names]  # not the images
-    i = 0
-    for batch in dataset.select_columns(read).with_format(None).iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            problem = check(dict(zip(batch, values, strict=True)))
-            if problem is not None:
-                yield i, problem
-                if stop_at_first:
-                    return
-            i += 1
-
-
-def _check_stream(dataset: IterableDataset, name: str, check: RowCheck, drop_invalid: bool) -> IterableDataset:
+def _check_stream(
+    dataset: IterableDataset, name: str, check: RowCheck, drop_invalid: bool, look_at: Callable[[Row, int], None]
+) -> IterableDataset:
+    seen = -1  # a stream is begun several times: each trainer looks at its first row, each epoch at all
     dropped = 0
 
     def is_good(row: Row, i: int) -> bool:
-        nonlocal dropped
+        nonlocal seen, dropped
+        is_new, seen = i > seen, max(i, seen)
         problem = check(row)
         if problem is None:
+            if is_new:
+                look_at(row, i)
             return True
         if not drop_invalid:
             raise ValueError(f"{_of_row(i, name, problem)} {_DROP}")
-        dropped += 1
-        if _is_power_of_two(dropped):
+        dropped += is_new
+        if is_new and _is_power_of_two(dropped):
             logger.warning(
                 f"Dropped {dropped} rows of the streamed {name} dataset so far. The last, row {i}, {problem}"
             )
@@ -254,7 +271,7 @@ def _check_stream(dataset: IterableDataset, name: str, check: RowCheck, drop_inv
     checked = dataset.filter(is_good, with_indices=True)
     if drop_invalid and next(iter(checked), None) is None:
         raise ValueError(
-            f"Each row of the streamed {name} dataset would be dropped. See the warnings for the reasons."
+            f"Each row of the streamed {name} dataset would be dropped. The warnings say what is wrong with them."
         )
     return checked
 
@@ -306,6 +323,7 @@ __all__ = [
     "drop_columns",
     "own_kwargs",
     "plain_rows",
+    "plain_splits",
     "require_columns",
     "with_boolean_labels",
     "without_missing_kwargs",

@@ -1,0 +1,164 @@
+"""What is wrong with the prompt or a completion of a row, in words.
+
+Each check returns the end of a sentence that begins with "Row 3 of the train dataset", and what to do; or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .row_values import Problem, Row, shown
+
+_MESSAGE = "{'role': 'user', 'content': '...'}"
+_EMPTY = "There is no token to learn from."
+
+
+def prompt_problem(prompt: Any) -> Problem:
+    """Of a prompt: a text, or a list of messages with at least one."""
+    if not isinstance(prompt, str | list):
+        return (
+            f"has prompt {shown(prompt)} of type {type(prompt).__name__}; a prompt is a text or a list of messages. "
+            "Fill in the prompt."
+        )
+    if prompt == []:
+        return "has an empty prompt: []. The prompt of a conversation has at least one message. Fill it in."
+    return messages_problem(prompt, "prompt")
+
+
+def completion_problem(row: Row, column: str, *, takes_empty_turns: bool = False) -> Problem:
+    """Of a completion: of the form of the prompt, and not empty.
+
+    `takes_empty_turns`: a message without content counts, as the completion of a model that ended its turn at once.
+    """
+    return side_problem(row.get(column), row["prompt"], column, takes_empty_turns)
+
+
+def side_problem(value: Any, prompt: Any, column: str, takes_empty_turns: bool) -> Problem:
+    """Of the value of a completion."""
+    if value is None or (isinstance(value, str | list) and not value):
+        return f"has an empty `{column}`: {value!r}. {_EMPTY} Fill it in."
+    if not isinstance(value, str | list):
+        wrap = " Put the message into a list." if isinstance(value, dict) else ""
+        return (
+            f"has `{column}` {shown(value)} of type {type(value).__name__}; a completion is a text, or a list of "
+            f"messages.{wrap}"
+        )
+    if isinstance(value, str) != isinstance(prompt, str):
+        return (
+            f"mixes a prompt of type {type(prompt).__name__} with a completion of type {type(value).__name__} in "
+            f"`{column}`: {shown(value)}. Make both texts, or both lists of messages."
+        )
+    problem = messages_problem(value, column)
+    if problem is None and not takes_empty_turns and is_empty(value):
+        problem = f"has an empty `{column}`: {shown(value)}. {_EMPTY} Fill it in."
+    return problem
+
+
+def messages_problem(messages: Any, column: str) -> Problem:
+    """Of a conversation; None for a text."""
+    if isinstance(messages, str):
+        return None
+    return next(filter(None, (_message_problem(message, column) for message in messages)), None)
+
+
+def _message_problem(message: Any, column: str) -> Problem:
+    if not isinstance(message, dict):
+        return (
+            f"has {shown(message)} of type {type(message).__name__} in the list `{column}`, where a message belongs. "
+            f"Write messages as {_MESSAGE}, or let `{column}` be a text."
+        )
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        chatml = " (`trl.maybe_convert_to_chatml` renames `from` and `value`)" if "from" in message else ""
+        return f"has a message without a `role` in `{column}`: {shown(message)}. Write messages as {_MESSAGE}{chatml}."
+    if isinstance(content, str):
+        return None
+    if content is None and any(_held(message)):
+        return None
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        return None
+    return (
+        f"has a message in `{column}` whose `content` is {shown(content)} of type {type(content).__name__}: "
+        f"{shown(message)}. A message's content is a text, or a list of parts such as "
+        "{'type': 'text', 'text': '...'}; it may be missing only beside `tool_calls` and the like."
+    )
+
+
+def is_empty(completion: str | list[Row]) -> bool:
+    """Whether a completion holds no text, tool call or anything else besides roles."""
+    if isinstance(completion, str):
+        return not completion
+    return not any(any(_held(message)) for message in completion)
+
+
+def _held(message: Row) -> Iterable[Any]:
+    """What a message holds besides its role."""
+    for key, value in message.items():
+        if key not in ("role", "name"):
+            yield any(map(_part, value)) if isinstance(value, list) else value
+
+
+def _part(part: Any) -> Any:
+    """What a part of a message's content holds; parts of a type other than text count as they are."""
+    return part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+
+
+def pair_with_text_prompt_problem(row: Row) -> Problem:
+    """Of a pair whose prompt is a text while its sides are conversations that begin with it."""
+    chosen = row.get("chosen")
+    if not isinstance(row["prompt"], str) or not isinstance(chosen, list) or len(chosen) < 2:
+        return None
+    if messages_problem(chosen, "chosen") or chosen[0]["role"] not in ("system", "user"):
+        return None
+    return (
+        f"has a text as prompt, {shown(row['prompt'])}, and a `chosen` that is a whole conversation. Remove the "
+        "column (`dataset.remove_columns('prompt')`): the prompt is then taken from the common start of `chosen` and "
+        "`rejected`."
+    )
+
+
+def implicit_pair_problem(row: Row, splits: bool) -> Problem:
+    """Of a pair without `prompt`; `splits` says that the method takes the common start of both sides for it."""
+    chosen: Any = row.get("chosen")
+    rejected: Any = row.get("rejected")
+    problem = side_problem(chosen, chosen, "chosen", False) or side_problem(rejected, chosen, "rejected", False)
+    if problem is not None:
+        return problem.replace("a prompt of type", "a `chosen` of type")
+    if isinstance(chosen, str):
+        return _no_common_text(chosen, rejected) if splits else None
+    return _no_common_turns(chosen, rejected)
+
+
+def _no_common_text(chosen: str, rejected: str) -> Problem:
+    same = chosen[0] == rejected[0] and min(len(chosen), len(rejected)) > 1
+    # A single space in front is not left to the prompt.
+    if same and not (chosen[0] == " " and chosen[1] != rejected[1]):
+        return None
+    return _no_prompt(chosen, rejected)
+
+
+def _no_common_turns(chosen: list[Row], rejected: list[Row]) -> Problem:
+    shorter = min(len(chosen), len(rejected))
+    common = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    if common is None and len(chosen) != len(rejected):
+        column = "chosen" if len(chosen) < len(rejected) else "rejected"
+        if min(chosen, rejected, key=len)[-1]["role"] != "assistant":
+            return (
+                f"has a `{column}` that is only the start of the other side and has no answer of its own: "
+                f"{shown(min(chosen, rejected, key=len))}. {_EMPTY} Fill it in."
+            )
+    start = shorter - 1 if common is None else common
+    if start == 0:
+        return _no_prompt(chosen, rejected)
+    for column, side in (("chosen", chosen), ("rejected", rejected)):
+        if is_empty(side[start:]):
+            return f"has an empty `{column}` behind the common start: {shown(side[start:])}. {_EMPTY} Fill it in."
+    return None
+
+
+def _no_prompt(chosen: Any, rejected: Any) -> Problem:
+    return (
+        "has no `prompt`, and `chosen` and `rejected` have no common start that could be one: "
+        f"{shown(chosen)} and {shown(rejected)}. Add a column `prompt`."
+    )

@@ -1,0 +1,137 @@
+"""What is wrong with a score, a label, an id, or with what a row hands to the chat template, in words.
+
+Each check returns the end of a sentence that begins with "Row 3 of the train dataset", and what to do; or None.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import reprlib
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+Row: TypeAlias = dict[str, Any]
+Problem: TypeAlias = str | None
+
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns that reach the chat template beside the messages."""
+
+LARGEST_SCORE = 1e12
+"""Its square, summed over the tokens of a step, is far from what float32 holds (3e38)."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlist = _short.maxdict = 3
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: its `repr`, shortened."""
+    return _short.repr(value)
+
+
+def score_problem(score: Any) -> Problem:
+    """Of a score: a finite number."""
+    is_number = isinstance(score, Real) and not isinstance(score, bool) and score == score
+    if is_number and abs(score) <= LARGEST_SCORE:
+        return None
+    if is_number and abs(score) != math.inf:
+        return (
+            f"has score {shown(score)}; scores may reach {LARGEST_SCORE:.0e} in absolute value. Losses and gradients "
+            "are float32 and square them. Rescale the scores, e.g. to a few units."
+        )
+    return (
+        f"has score {shown(score)}; scores are finite numbers. Mend the score: it would spoil the advantages of its "
+        "whole group."
+    )
+
+
+def label_problem(label: Any) -> Problem:
+    """Of a label: a boolean, or the number 0 or 1."""
+    if isinstance(label, bool | np.bool_) or (isinstance(label, Integral) and label in (0, 1)):
+        return None
+    return (
+        f"has label {shown(label)} of type {type(label).__name__}; labels are booleans, or the whole numbers 0 and 1 "
+        "(True and 1: desirable). Write true or false in a JSON file; or convert the column, e.g. "
+        "`dataset.map(lambda row: {'label': row['score'] > 0})`. Rename a column of other numbers to `score`: "
+        "`GRPOTrainer` and `PPOTrainer` take scores."
+    )
+
+
+def prompt_id_problem(row: Row) -> Problem:
+    """Of a `prompt_id`, where the row has one: a text or a number that equals itself."""
+    if "prompt_id" not in row:
+        return None
+    value = row["prompt_id"]
+    if isinstance(value, str | Integral) or (isinstance(value, Real) and math.isfinite(value)):
+        return None
+    missing = value is None or isinstance(value, Real)
+    fault = (
+        f"has no `prompt_id` ({value!r}), although the dataset has that column"
+        if missing
+        else f"has `prompt_id` {shown(value)} of type {type(value).__name__}; ids are texts or numbers"
+    )
+    return f"{fault}. Fill it in in every row, or remove the column: then rows with equal prompts form a group."
+
+
+# -- what else reaches the chat template -----------------------------------------------------------------------------
+
+
+def _arguments_of_template() -> frozenset[str]:
+    """Names that a row's `chat_template_kwargs` may not hold: arguments of the call, not variables of the template."""
+    methods = (PreTrainedTokenizerBase.apply_chat_template, ProcessorMixin.apply_chat_template)
+    names = {name for method in methods for name in inspect.signature(method).parameters}
+    variables = {"documents", "kwargs"}
+    return frozenset(names - variables | {"messages", "conversations", "processing_class", "input"})
+
+
+_RESERVED = _arguments_of_template()
+
+
+def template_problem(row: Row) -> Problem:
+    """Of `tools` and `chat_template_kwargs`, where the row has them."""
+    problem = tools_problem(row["tools"]) if row.get("tools") is not None else None
+    if problem is None and row.get("chat_template_kwargs") is not None:
+        problem = template_kwargs_problem(row["chat_template_kwargs"])
+    return problem
+
+
+def tools_problem(tools: Any) -> Problem:
+    """Of a row's tools: a list of JSON schemas, or its JSON text."""
+    try:
+        schemas = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError) as error:
+        return (
+            f"has `tools` that cannot be read as JSON ({error}): {shown(tools)}. Write a list of JSON schemas, or "
+            "leave it null."
+        )
+    if schemas is None:
+        return None
+    if isinstance(schemas, list) and all(isinstance(tool, dict) or callable(tool) for tool in schemas):
+        return None
+    return (
+        f"has `tools` {shown(tools)}; tools are a list of JSON schemas, each a dict, or such a list as JSON text. "
+        "Leave it null where there are none."
+    )
+
+
+def template_kwargs_problem(kwargs: Any) -> Problem:
+    """Of a row's variables of the chat template: a dict that replaces no argument of the call."""
+    if not isinstance(kwargs, dict):
+        return (
+            f"has `chat_template_kwargs` {shown(kwargs)} of type {type(kwargs).__name__}; it is a dict of variables "
+            "of the chat template, e.g. {'enable_thinking': False}. Leave it null where there are none."
+        )
+    # A missing key of a column of dicts is filled with None.
+    reserved = sorted(str(key) for key, value in kwargs.items() if key in _RESERVED and value is not None)
+    if not reserved:
+        return None
+    return (
+        f"has {', '.join(f'`{key}`' for key in reserved)} in `chat_template_kwargs`: {shown(kwargs)}. Data may set "
+        "variables of the chat template, but neither replace the template nor the arguments it is applied with. "
+        "Remove the key; a template is set on the tokenizer (`processing_class.chat_template`)."
+    )
