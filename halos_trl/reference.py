@@ -92,7 +92,7 @@ class FrozenCopy(Reference):
         self._forward = forward
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
-        with self._forward():
+        with self._forward(), _without_dropout(self._unwrap(self.model)):
             return score_tokens(self.model, batch).logps_BT
 
     @torch.no_grad()

@@ -20,8 +20,13 @@ writes the reference adapter   the other adapters are saved
 into the saved model
 gives a PeftModel a reference  it is added without editing the base weights a second time (PiSSA and its
 adapter, needed or not         kin), and not at all where `needs_reference` is false
-finds cached reference sums    also by the settings that decide which tokens they are over
-by dataset and model alone
+precomputes reference sums in  the live reference computes them; what was stored is found by all that decides
+a forward pass of its own, and the numbers
+finds them by dataset and
+weights alone
+prepares the policy for an     also where a reference was prepared before it
+evaluation before training
+only if nothing else is
 lets NaN losses, gradients     an error before the update, and before the weights are saved
 and learning rates through
 loads the adapter of a         its dtype stays

@@ -12,7 +12,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from transformers.integrations import is_wandb_available
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.models.utils import disable_gradient_checkpointing
@@ -26,6 +25,7 @@ from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .construct import overridden, own_reference_adapter, reference_like_policy
 from .finite import FiniteUpdates
+from .precompute import StoresReference
 from .rows import (
     drop_foreign_columns,
     groups_by_length,
@@ -150,7 +150,7 @@ class NamedTrainer(FiniteUpdates):
         return self._prepare_inputs(batch)
 
 
-class TrainerHost(NamedTrainer):
+class TrainerHost(StoresReference, NamedTrainer):
     """What the package's trainers need from their TRL parent, under public names.
 
     Mixed in front of a TRL trainer class, which is named by `trl_class`.
@@ -290,17 +290,7 @@ class TrainerHost(NamedTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._leave_out_other_turns()
-        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
-            raise ValueError(
-                f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "
-                f"over through the cache folder of the {name} dataset, but that dataset exists in memory only. Save "
-                "it with `save_to_disk` and load it with `load_from_disk`, or set `precompute_ref_log_probs=False`."
-            )
-        # TRL's cache is found by dataset and model alone, but these decide which tokens count.
-        deciding = [getattr(self.args, field, None) for field in ("max_length", "truncation_mode", "ld_alpha")]
-        key = Hasher.hash((self._precompute_model_hash, deciding))
-        with overridden(self, _precompute_model_hash=key):
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+        return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # The host's sampler looks for `input_ids`, which rows get only when they are collated.
@@ -337,6 +327,8 @@ class TrainerHost(NamedTrainer):
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.compute_loss_context_manager(),
+            # A model that nobody has prepared for training yet has no mixed precision of its own.
+            self.accelerator.autocast(),
         ):
             yield
 

@@ -19,6 +19,12 @@ class PairedHost(TrainerHost, HostTrainer):
     trl_class = HostTrainer
     sides = ("chosen", "rejected")
 
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probs of the chosen and of the rejected completions, summed as TRL's losses want them."""
+        known = _Answering(self.reference_table(model, inputs))
+        with overridden(self, ref_model=known):  # so that no adapter is switched for it
+            return HostTrainer.compute_ref_log_probs(self, known, inputs)
+
     def trl_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> tuple[torch.Tensor, Any]:
         """TRL's own DPO loss of a micro-batch (it logs by itself), under the humanline clamp where that is on.
 

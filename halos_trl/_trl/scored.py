@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import is_peft_model
 from trl import KTOTrainer as HostTrainer
 
-from ..forward.score import score_tokens
-from .adapters import REFERENCE_ADAPTER, reading_adapter
 from .host import TrainerHost
 
 
@@ -51,16 +47,10 @@ class ScoredHost(TrainerHost, HostTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, None]:
         """Reference log-probs of the completion tokens, moved to the left: `(B, longest completion)`, then zeros."""
-        shared = getattr(self.ref_model, "module", self.ref_model) is None and is_peft_model(self.model)
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {})
-        with self.no_grad_forward(), contextlib.ExitStack() as stack:
-            if shared:
-                adapter = REFERENCE_ADAPTER if REFERENCE_ADAPTER in adapters else None
-                stack.enter_context(reading_adapter(self.accelerator.unwrap_model(self.model), adapter))
-            tokens = score_tokens(model, inputs)
-        mask_BT = tokens.mask_BT
-        packed_BW = tokens.logps_BT.new_zeros(len(mask_BT), self._precomputed_width)
-        for row, (logps_T, mask_T) in enumerate(zip(tokens.logps_BT, mask_BT, strict=True)):
+        table_BT = self.reference_table(model, inputs)
+        mask_BT = inputs["completion_mask"][:, 1:].bool()
+        packed_BW = table_BT.new_zeros(len(mask_BT), self._precomputed_width)
+        for row, (logps_T, mask_T) in enumerate(zip(table_BT, mask_BT, strict=True)):
             own = logps_T[mask_T]
             packed_BW[row, : len(own)] = own
-        return packed_BW.float(), None
+        return packed_BW, None

@@ -114,6 +114,14 @@ class UnpairedHost(TrainerHost, HostTrainer):
         finally:
             self.calculate_KL = False
 
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Summed reference log-probs of the completions, and of their KL partners."""
+        sums_B = self.reference_table(model, inputs).sum(-1)
+        if not self.calculate_KL:
+            return sums_B, None
+        partners = {name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")}
+        return sums_B, self.reference_table(model, partners).sum(-1)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # transformers before 5.2 does not know `train_sampling_strategy`.
         if self.args.train_sampling_strategy == "sequential":

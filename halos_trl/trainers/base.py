@@ -101,25 +101,32 @@ class AlignmentTrainer(StepAsBatch):
                 "`takes_humanline = True` in the class, or leave `humanline` out."
             )
 
+    _adapter_reference: AdapterOff | None = None
+
+    def live_reference(self, policy: Any, moves: bool = False) -> Reference:
+        """The reference that is computed and not stored. Before training, the policy itself may stand for it."""
+        shared = (self.accelerator.unwrap_model, self.no_grad_forward)
+        adapters = getattr(self.accelerator.unwrap_model(policy), "peft_config", {})
+        if self.ref_model is not None or not adapters:
+            model = policy if self.ref_model is None else self.ref_model
+            if self.ref_model is not None:
+                self.ref_model.eval()  # not every engine's returns the model
+            return FrozenCopy(model, *shared)
+        if self._adapter_reference is None:
+            # Where a new adapter took a part of the base weights, the base alone is not what the policy was.
+            second = moves or REFERENCE_ADAPTER in adapters or edits_base_weights(adapters[POLICY_ADAPTER])
+            self._adapter_reference = (FrozenAdapter if second else AdapterOff)(policy, *shared)
+        return self._adapter_reference
+
     def _make_reference(self) -> Reference:
         if not self.needs_reference:
             return NoReference()
         if getattr(self.args, "precompute_ref_log_probs", False):
             return PrecomputedColumn()
         sync = self._sync_settings()
-        shared = (self.accelerator.unwrap_model, self.no_grad_forward)
-        reference: Reference
-        adapters = getattr(self.model, "peft_config", {})
-        if self.ref_model is not None:
-            if sync:
-                self._refuse_unlike_reference()
-            self.ref_model.eval()  # not every engine's returns the model
-            reference = FrozenCopy(self.ref_model, *shared)
-        elif sync or REFERENCE_ADAPTER in adapters or edits_base_weights(adapters[POLICY_ADAPTER]):
-            # Where a new adapter took a part of the base weights, the base alone is not what the policy was.
-            reference = FrozenAdapter(self.model, *shared)
-        else:
-            reference = AdapterOff(self.model, *shared)
+        if sync and self.ref_model is not None:
+            self._refuse_unlike_reference()
+        reference = self.live_reference(self.model, moves=bool(sync))
         if sync:
             self.sync_callback = ReferenceSync(reference, steps_in_backward=self.is_deepspeed_enabled, **sync)
             self.add_callback(self.sync_callback)

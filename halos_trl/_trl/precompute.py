@@ -1,0 +1,131 @@
+"""Reference log-probs that are computed once and stored with the dataset, by the code that computes them live."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+
+from .construct import overridden
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer as _Mixin
+else:
+    _Mixin = object
+
+logger = get_logger(__name__)
+
+STORED_COLUMNS = ("ref_logps", "ref_KL_logps", "ref_chosen_logps", "ref_rejected_logps")
+
+_FORMAT = 2
+"""Raise it when other numbers are stored for the same key."""
+
+_ARGUMENTS = (
+    "max_length", "truncation_mode", "ld_alpha", "pad_to_multiple_of", "loss_type", "tf32", "bf16", "fp16",
+    "bf16_full_eval", "fp16_full_eval", "use_liger_kernel", "torch_compile",
+)  # fmt: skip
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+
+
+class StoresReference(_Mixin):
+    """`precompute_ref_log_probs` and what reads its columns."""
+
+    trl_class: ClassVar[Any]
+    live_reference: Callable[[Any], Any]
+    """Hook: `live_reference(policy)` answers `log_probs(batch)` as the reference of training does."""
+
+    _stored: frozenset[str] = frozenset()
+    """Fingerprints of the datasets that hold log-probs of this trainer's reference."""
+
+    def reference_table(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """Reference log-probs `(B, T)` of a collated batch, in at least float32; `model` is what TRL would read."""
+        table_BT = self.live_reference(model).log_probs(batch)
+        return table_BT.to(torch.promote_types(table_BT.dtype, torch.float32))
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "
+                f"over through the cache folder of the {name} dataset, but that dataset exists in memory only. Save "
+                "it with `save_to_disk` and load it with `load_from_disk`, or set `precompute_ref_log_probs=False`."
+            )
+        if self._has_stored(dataset):
+            return dataset
+        there = [column for column in STORED_COLUMNS if column in (dataset.column_names or ())]
+        if there:
+            logger.warning(
+                f"Columns {there} of the {name} dataset are not known to be those of this trainer's reference. They "
+                "are computed anew."
+            )
+            dataset = dataset.remove_columns(there)
+        with overridden(self, _precompute_model_hash=self._key()):
+            dataset = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
+        self._stored |= {dataset._fingerprint}
+        return dataset
+
+    def _key(self) -> str:
+        """Everything besides the dataset that decides the stored numbers, since TRL's key holds the weights alone."""
+        model = self.accelerator.unwrap_model(self.ref_model or self.model)
+        adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+        config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+        deciding = {
+            "format": _FORMAT,
+            "weights": self._precompute_model_hash,
+            "config": config,
+            "attention": getattr(model.config, "_attn_implementation", None),
+            "adapters": adapters,
+            "method": (self.trl_class.__name__, getattr(self, "stores_token_logps", False)),
+            "precision": (self.accelerator.mixed_precision, torch.get_float32_matmul_precision()),
+            "device": self.accelerator.device.type,
+            "arguments": {name: str(getattr(self.args, name, None)) for name in _ARGUMENTS},
+            "collator": _hash_of(self.data_collator),
+            "versions": {name: version(name) for name in _PACKAGES},
+        }
+        return Hasher.hash({name: str(value) for name, value in deciding.items()})
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def _has_stored(self, dataset: Any) -> bool:
+        return isinstance(dataset, Dataset) and dataset._fingerprint in self._stored
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """`Trainer.evaluate`; what was prepared by this trainer, e.g. its own `train_dataset`, is taken as it is."""
+        # TRL would prepare it once more; or refuse to, after training, since it would need the reference again.
+        evaluate = super(self.trl_class, self).evaluate if self._has_stored(eval_dataset) else super().evaluate
+        return evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._policy_prepared():
+            return super().evaluation_loop(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _policy_prepared(self) -> Iterator[None]:
+        """Before training, the host prepares the policy for mixed precision only if nothing was prepared yet. The
+        reference was.
+        """
+        prepared = self.accelerator._models
+        own = [self.accelerator.unwrap_model(model) for model in prepared]
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or self.accelerator.unwrap_model(self.model) in own:
+            yield
+            return
+        self.accelerator._models = []
+        try:
+            yield
+        finally:
+            self.accelerator._models = prepared + self.accelerator._models
+
+
+def _hash_of(collator: Any) -> str:
+    try:
+        return str(Hasher.hash(collator))
+    except Exception:  # whatever a user's own collator raises: no other run finds these numbers
+        return uuid.uuid4().hex
