@@ -25,6 +25,7 @@ from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .construct import overridden, own_reference_adapter, reference_like_policy
 from .finite import FiniteUpdates
+from .loops import CleanLoops
 from .precompute import StoresReference
 from .rows import (
     drop_foreign_columns,
@@ -59,13 +60,6 @@ class Method(NamedTuple):
     citation: str
 
 
-if TYPE_CHECKING:
-    # The mixins below stand in front of a trainer whose attributes they use; the checker takes any for it.
-    from trl import DPOTrainer as _Mixin
-else:
-    _Mixin = object
-
-
 def _is_ours(config_class: type) -> bool:
     return config_class.__module__.split(".")[0] == __name__.split(".")[0]
 
@@ -85,7 +79,7 @@ def _advice_on_config(given: type, wanted: type, name: str) -> str:
     return f"Its fields are not those of this method. Use `{name}`, or a class derived from it."
 
 
-class NamedTrainer(FiniteUpdates):
+class NamedTrainer(FiniteUpdates, CleanLoops):
     """A trainer that is known by its `method` in tags, the model card and its citation."""
 
     trl_class: ClassVar[type]
@@ -183,6 +177,7 @@ class TrainerHost(StoresReference, NamedTrainer):
         self._refuse_foreign_config(args)
         self.drops_invalid_rows = args.drop_invalid_rows
         self._new_adapter = peft_config
+        self.check_loops(args)
         self.check_arguments(args, model, ref_model)
         refuse_without_special_tokens(processing_class, args)
         self._assistant_only = bool(getattr(args, "assistant_only_loss", False))
@@ -339,6 +334,12 @@ class TrainerHost(StoresReference, NamedTrainer):
             return model(**inputs, use_cache=False)
 
     # -- metrics -----------------------------------------------------------------------------------------------
+
+    def forget_metrics(self, mode: str) -> None:
+        super().forget_metrics(mode)
+        self._means[mode] = RunningMeans()
+        if mode == "train":
+            self._new_tokens = None
 
     def record_metrics(self, sums: Sums) -> None:
         """Add named (sum, count) pairs to what the next log line averages. No communication, no device sync."""

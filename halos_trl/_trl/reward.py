@@ -36,6 +36,7 @@ class RewardHost(NamedTrainer, HostTrainer):
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
         self._refuse_foreign_config(args)
+        self.check_loops(args)
         self.drops_invalid_rows = args.drop_invalid_rows
         refuse_without_special_tokens(trl_kwargs.get("processing_class"), args)
         datasets = plain_splits(train_dataset, "train"), plain_splits(eval_dataset, "eval")

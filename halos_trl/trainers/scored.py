@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -9,13 +10,14 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers.trainer_utils import seed_worker
 
 from .._trl import ScoredHost, TokenTable
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
 from ..data.groups import GROUP, ScoreRows, scored_rows
 from ..humanline import log_ratios, unclamped_counts
-from ..metrics import RunningMeans, Sums, total
+from ..metrics import Sums, total
 from ..records import LossOutput
 from ..reference import Reference
 from .base import AlignmentTrainer
@@ -47,11 +49,19 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._evaluation_loss = RunningMeans()
         self.data_collator: Any = ScoredCollator(self.data_collator)
 
     def _make_reference(self) -> Reference:
         return PrecomputedTokens() if self.args.precompute_ref_log_probs else super()._make_reference()
+
+    def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
+        super().check_arguments(args, model, ref_model)
+        if getattr(args.accelerator_config, "split_batches", False):
+            raise ValueError(
+                "`accelerator_config={'split_batches': True}` makes `per_device_train_batch_size` the size for all "
+                f"processes together, but {type(self).__name__} builds the micro-batches of each process itself, from "
+                "whole groups. Leave it out, and divide the batch size by the number of processes."
+            )
 
     # -- data --------------------------------------------------------------------------------------------------
 
@@ -77,18 +87,25 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
             repeats=self.passes_per_batch,
         )
         _report_packing(sampler, len(data))
+        if args.remove_unused_columns:
+            data = data.select_columns([column for column in self.columns if column in data.column_names])
         loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-            StepRows(data.select_columns([column for column in self.columns if column in data.column_names])),
+            StepRows(data),
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+            **_loader_settings(args),
         )
         # As for one process: sharding the batches once more would lose examples.
         return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
         )
 
     # -- one optimizer step is one batch of tokens -------------------------------------------------------------
@@ -100,17 +117,10 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
     def mean_over_tokens(self, output: LossOutput, tokens: TokenTable) -> torch.Tensor:
         """The loss of a batch by itself; 0, with a gradient of 0, where it has no completion token."""
         count = tokens.mask_BT.sum()
-        loss = self.with_aux_loss(output.losses.sum() / count.clamp(min=1), tokens)
-        if self.mode == "eval":
-            self._evaluation_loss.add({"loss": (loss.detach() * count, count)})
-        return loss
+        return self.with_aux_loss(output.losses.sum() / count.clamp(min=1), tokens)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The host's loop, whose loss is a mean over examples, with a mean over all tokens in its place."""
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        for mean in self._evaluation_loss.drain(lambda x: self.accelerator.reduce(x, reduction="sum")).values():
-            output.metrics[f"{metric_key_prefix}_loss"] = mean
-        return output
+    def own_size(self, batch: dict[str, Any]) -> Any:
+        return self.batch_size(self.without_repeats(batch))
 
     # -- metrics -----------------------------------------------------------------------------------------------
 
@@ -132,6 +142,14 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
         # A micro-batch that got no example holds a few tokens without a completion.
         real_B1 = batch["completion_mask"].any(-1, keepdim=True)
         super().count_tokens({"attention_mask": batch["attention_mask"] * real_B1})
+
+
+def _loader_settings(args: Any) -> dict[str, Any]:
+    """What `dataloader_...` settings say to `torch.utils.data.DataLoader`, as far as this transformers has them."""
+    names = (
+        "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order"
+    )  # fmt: skip
+    return {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
 
 
 def _report_packing(sampler: GroupBatchSampler, rows: int) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import model_card
-from .._trl import STEP_SHARE
+from .._trl import STEP_SHARE, overridden
+from ..metrics import RunningMeans
 
 if TYPE_CHECKING:
     from .._trl import TrainerHost as _Host
@@ -77,6 +78,44 @@ class StepAsBatch(_Host):
     def batch_size(self, batch: dict[str, Any]) -> Any:
         """Number of examples (rows or pairs) in a collated batch."""
         raise NotImplementedError
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def own_size(self, batch: dict[str, Any]) -> Any:
+        """Number of examples of an evaluation batch, without the rows that accelerate repeats to fill the last one."""
+        return self.real_rows(self.batch_size(batch))
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The host's loop. Its loss is the mean over all examples, also where the last batch of a stream is short."""
+        predict, zero = self.prediction_step, torch.zeros((), device=self.accelerator.device)
+        losses, batches = RunningMeans(), 0
+        losses.add({"loss": (zero, zero)})  # every process has to reduce
+
+        def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal batches
+            batches += 1
+            result = predict(model, inputs, *args, **kwargs)
+            if result[0] is not None:
+                size = torch.as_tensor(self.own_size(inputs), device=zero.device)
+                losses.add({"loss": (result[0].detach().mean().where(size > 0, 0.0) * size, size)})
+            return result
+
+        with overridden(self, prediction_step=counted):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        if not batches:
+            raise ValueError(f"{description}: the dataset gives no batch. {self.why_no_batch('eval')}")
+        for mean in losses.drain(lambda x: self.accelerator.reduce(x, reduction="sum")).values():
+            output.metrics[f"{metric_key_prefix}_loss"] = mean
+        return output
 
     # -- model card --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,93 @@
+"""Around transformers' loops: nothing left over from the run before, no run of zero steps, streams by process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from datasets import IterableDataset
+
+from .construct import overridden
+
+if TYPE_CHECKING:
+    # The mixins stand in front of a trainer whose attributes they use; the checker takes any for it.
+    from trl import DPOTrainer as Mixin
+else:
+    Mixin = object
+
+
+class CleanLoops(Mixin):
+    """A trainer whose training and evaluation loops begin with empty sums, and never end without a step."""
+
+    _total_train_tokens: int
+
+    def forget_metrics(self, mode: str) -> None:
+        """Drop what was recorded for the next log line of a mode."""
+        self._metrics[mode].clear()
+
+    def check_loops(self, args: Any) -> None:
+        """Refuse settings with which no optimizer step can be made."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            value = getattr(args, name)
+            if value is None or value < 1:
+                raise ValueError(f"`{name}={value!r}` makes no batch. It is a number of 1 or more.")
+        if args.max_steps == 0 or args.max_steps < -1:
+            raise ValueError(
+                f"`max_steps={args.max_steps}`: there is nothing to train, and transformers would train for "
+                "`num_train_epochs` instead. Pass a positive number, or leave it at -1 to count epochs."
+            )
+        # After pairs are collated, accelerate would cut a batch between its chosen and its rejected half.
+        dispatch = getattr(args.accelerator_config, "dispatch_batches", None)
+        if dispatch and args.world_size > 1:
+            raise ValueError(
+                "`accelerator_config={'dispatch_batches': True}` hands parts of one process's collated batches to the "
+                "others, which takes pairs apart and fails where widths differ. Leave it out: each process reads its "
+                "own rows."
+            )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`. Raises ValueError where there would be no optimizer step."""
+        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
+            raise ValueError(
+                f"`num_train_epochs={self.args.num_train_epochs}` without `max_steps`: there is nothing to train. "
+                "Pass a positive number of one of them."
+            )
+        self._tokens_before = self._total_train_tokens
+        return super().train(*args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Also called again with a smaller batch, after the run before it has gone out of memory.
+        self.forget_metrics("train")
+        self._total_train_tokens = self._tokens_before
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """All micro-batches of the next optimizer step. Raises ValueError where the first step has none."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches and self.state.global_step == 0:
+            raise ValueError(
+                "The train dataset gives no batch, so nothing would be trained. " + self.why_no_batch("train")
+            )
+        return batches, num_items
+
+    def why_no_batch(self, mode: str) -> str:
+        """The rest of an error message: why a loop has no batch, and what to do about it."""
+        size = self._train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        if self.args.dataloader_drop_last:
+            return (
+                f"`dataloader_drop_last=True` drops a batch of fewer than {size} rows on each of "
+                f"{self.accelerator.num_processes} processes. Switch it off, lower `per_device_{mode}_batch_size`, or "
+                "add rows."
+            )
+        return "Look at what is left of its rows: a streamed set may have been filtered to nothing."
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's loop, without what `predict` or an interrupted evaluation left behind."""
+        self.forget_metrics("eval")
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(dataset, IterableDataset):
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        # Else one process reads the stream and hands out parts of its collated batches.
+        with overridden(self.accelerator.dataloader_config, dispatch_batches=False):
+            return super()._get_dataloader(dataset, *args, **kwargs)
