@@ -24,6 +24,33 @@ from .trainers.checkpoints import last_complete_checkpoint
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
+# Settings of HALOs (and of older transformers) whose name here does not resemble theirs; docs/from_halos.md has all.
+_HALOS_NAMES = {
+    "lr": "learning_rate",
+    "n_epochs": "num_train_epochs",
+    "n_examples": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "name_or_path": "model_name_or_path",
+    "load_from": "model_name_or_path",
+    "from_checkpoint": "resume_from_checkpoint",
+    "train_datasets": "dataset_name",
+    "exp_name": "output_dir",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "eps": "adam_epsilon",
+    "optimizer": "optim",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "eval_every": "eval_steps",
+    "save_every": "save_steps",
+    "do_first_eval": "eval_on_start",
+    "policy_dtype": "dtype",
+    "cache_reference_logprobs": "precompute_ref_log_probs",
+    "sync_reference": "sync_ref_model",
+    "target_modules": "lora_target_modules",
+}
+
 _USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
 _DESCRIPTION = """\
 The flags of TRL's own script for this method, and a few more. `--config FILE.yaml` sets flags by name from a file;
@@ -150,7 +177,10 @@ def _split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     except OSError as error:
         raise ValueError(f"`--config {known.config}` cannot be opened: {error.strerror}. Check the path.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`--config {known.config}` cannot be read as YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = "it is no text in UTF-8" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
+        # Neither the parser's message nor its context: both quote the file, which may be one of keys given by mistake.
+        raise ValueError(f"`--config {known.config}` cannot be read as YAML: {where}.") from None
     if not isinstance(settings, dict):
         raise ValueError(
             f"`--config {known.config}` holds {type(settings).__name__}, not settings by name. Write one "
@@ -166,9 +196,8 @@ def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dic
     namespace, unknown = parser.parse_known_args(flags)
     known = vars(namespace)
     if unknown:
-        name = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(f"Unknown argument `{unknown[0]}`.{_similar(name, known, '--')}")
-    foreign = sorted(config.keys() - known.keys() - {"env"})
+        raise ValueError(f"Unknown argument `{unknown[0]}`.{_similar(unknown[0], known, '--')}")
+    foreign = sorted(map(str, config.keys() - known.keys() - {"env"}))
     if foreign:
         names = ", ".join(f"`{name}`" for name in foreign)
         raise ValueError(f"The config file sets {names}, unknown to this script.{_similar(foreign[0], known)}")
@@ -185,7 +214,11 @@ def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dic
 
 
 def _similar(name: str, known: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    """The name that may have been meant: HALOs' spelling of one, or one that is written almost the same."""
+    bare = name.lstrip("-+").split("=")[0].replace("-", "_").split(".")[-1]
+    meant = _HALOS_NAMES.get(bare, bare)
+    close = [other for other in known if other.lower() == meant.lower()]
+    close = close or difflib.get_close_matches(meant.lower(), known, n=1)
     return (f" Did you mean `{prefix}{close[0]}`?" if close else "") + " `--help` lists all names."
 
 

@@ -255,6 +255,13 @@ def test_help_lists_every_flag_of_trl_and_ours(capsys):
         (["--load_in_8bit"], r"need `--use_peft`"),
         (["--lora_r", "4", "--use_dora"], r"`--lora_r`, `--use_dora` would have no effect without `--use_peft`"),
         (["--bata", "1"], r"Unknown argument `--bata`. Did you mean `--beta`\?"),
+        (["--log_epsilon_P", "-2"], r"`--log_epsilon_P`. Did you mean `--log_epsilon_p`\?"),
+        (["--log_epsilon_R=2"], r"Did you mean `--log_epsilon_r`\?"),
+        (["++log_epsilon_P=-2"], r"Did you mean `--log_epsilon_p`\?"),
+        (["++lr=5e-6"], r"Did you mean `--learning_rate`\?"),
+        (["++loss.desirable_weight=2"], r"Did you mean `--desirable_weight`\?"),
+        (["++model.max_grad_norm=5"], r"Did you mean `--max_grad_norm`\?"),
+        (["++warmup=0.1"], r"Did you mean `--warmup_steps`\?"),
         (["stray"], r"Unknown argument `stray`"),
         (["--beta", "-1"], r"beta=-1.0"),
         (["--dataset_train_split", "trian"], r"splits \['train'\], not 'trian'. .*--dataset_train_split"),
@@ -330,6 +337,13 @@ def test_refused_config_files(here, tmp_path):
         ValueError, match=r"sets `leraning_rate`, unknown to this script. Did you mean `learning_rate`"
     ):
         parse("--config", config_file(tmp_path, leraning_rate=1))
+    with pytest.raises(ValueError, match=r"sets `log_epsilon_P`, .* Did you mean `log_epsilon_p`\?"):
+        parse("--config", config_file(tmp_path, log_epsilon_P=-2.0))
+    secret = tmp_path / "keys"
+    secret.write_text("first: line\nhf_SECRET: [unclosed\n")
+    with pytest.raises(ValueError, match=r"cannot be read as YAML: line 3, column 1") as refused:
+        parse("--config", str(secret))
+    assert "SECRET" not in str(refused.value)
     mixture = config_file(tmp_path, datasets=[{"path": "json", "data_files": "rows.jsonl"}])
     with pytest.raises(ValueError, match="Both `dataset_name` and a `datasets` mixture"):
         parse("--config", mixture)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import paired_rows, unpaired_rows, weights
 from policy_runs import scored
@@ -42,7 +43,7 @@ def of_method(path):
 
 def with_lora(text):
     """The file with its commented-out LoRA lines switched on."""
-    return re.sub(r"^# ((?:use_peft|use_rslora|lora_\w+): )", r"\1", text, flags=re.M)
+    return re.sub(r"^# ((?:use_peft|lora_\w+): )", r"\1", text, flags=re.M)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +99,11 @@ def test_humanline_file_adds_four_keys_and_changes_none(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_halos_hyperparameters_and_the_methods_own_defaults(path):
     settings = yaml.safe_load(path.read_text())
-    assert (settings["learning_rate"], settings["warmup_steps"], settings["num_train_epochs"]) == (5e-6, 150, 1)
+    assert (settings["learning_rate"], settings["warmup_steps"], settings["num_train_epochs"]) == (5e-6, 0.1, 1)
+    assert (settings["lr_scheduler_type"], settings["weight_decay"]) == ("constant_with_warmup", 0.01)
+    assert settings.get("adam_epsilon", 1e-8) == 1e-8 and settings.get("sequence_level", False) is False
     assert settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] == 32
-    assert (settings["max_grad_norm"], settings["max_length"], settings["seed"]) == (5.0, 1024, 1)
+    assert (settings["max_grad_norm"], settings["max_length"], settings["seed"]) == (1.0, 1250, 1)
     config_class = getattr(halos_trl, f"{of_method(path)[0]}Config")
     loss = {"beta", "epsilon", "tau", "gamma_beta_ratio", "lambda_coef", "desirable_weight", "undesirable_weight"}
     loss |= {"cliprange", "critic_coef", "kl_coef", "gamma", "lam", "ppo_epochs", "v_head_max_grad_norm"}
@@ -122,7 +125,8 @@ def test_two_steps_with_the_file(path, named, tmp_path):
             assert (
                 set_value == [value] if key == "loss_type" and isinstance(set_value, list) else set_value == value
             ), key
-    training_args.learning_rate = 1e-3  # 150 steps of warm-up leave nothing to see after two
+    training_args.learning_rate = 1e-3
+    training_args.weight_decay = 0.0  # moves weights without a gradient
     trainer = trainer_class(model_args.model_name_or_path, args=training_args, train_dataset=data["train"])
     before = weights(trainer.model)
     trainer.train()
@@ -141,7 +145,7 @@ def test_lora_lines_are_true(path, named, tmp_path):
     argv = [*named(kind, tmp_path / "out"), "--config", str(changed), *SMALL]
     _, _, model_args, _ = cli.parse(getattr(halos_trl, f"{name}Config"), kind, argv=argv)
     peft = get_peft_config(model_args)
-    assert (peft.r, peft.lora_alpha, peft.lora_dropout, peft.use_rslora) == (64, 256, 0.05, True)
+    assert (peft.r, peft.lora_alpha, peft.lora_dropout, peft.use_rslora) == (64, 256, 0.05, False)
     assert peft.target_modules == "all-linear"
     assert peft.task_type == ("SEQ_CLS" if path.stem == "reward" else "CAUSAL_LM")
 
@@ -154,3 +158,45 @@ def test_examples_are_short_and_start_with_a_command(script):
     assert f"python examples/{script.name} " in module.__doc__
     assert callable(module.main)
     assert len(script.read_text().splitlines()) < 60
+
+
+# -- warm-up -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [
+        ({"warmup_steps": 0.1, "max_steps": 40}, None),
+        ({"warmup_steps": 4, "max_steps": 5}, None),
+        ({"warmup_steps": 5, "max_steps": 5}, 5),
+        ({"warmup_steps": 150, "max_steps": 5}, 150),
+        ({"warmup_steps": 0.95, "max_steps": 10}, 10),  # rounded up
+        ({"warmup_steps": 150, "max_steps": 5, "lr_scheduler_type": "constant"}, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["DPO", "BradleyTerry"])
+def test_run_that_ends_inside_its_warm_up_is_warned_of(name, settings, warmup, make_config, tokenizer, named, said):
+    config = make_config(
+        getattr(halos_trl, f"{name}Config"), **{"lr_scheduler_type": "constant_with_warmup"} | settings
+    )
+    model = next(flag.split("=")[1] for flag in named("paired", "out") if flag.startswith("--model"))
+    trainer = getattr(halos_trl, f"{name}Trainer")(
+        model=model, args=config, train_dataset=paired_rows(8), processing_class=tokenizer
+    )
+    trainer.create_optimizer_and_scheduler(settings["max_steps"])
+    message = f"The run has {settings['max_steps']} optimizer steps and the learning rate warms up for {warmup} of"
+    assert (message in said()) == (warmup is not None)
+
+
+def test_warm_up_as_a_share_of_the_run(make_config):
+    config = make_config(halos_trl.DPOConfig, warmup_steps=0.1, lr_scheduler_type="constant_with_warmup")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.get_warmup_steps(40), num_training_steps=40
+    )
+    rates = []
+    for _ in range(6):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]

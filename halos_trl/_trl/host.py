@@ -139,6 +139,17 @@ class NamedTrainer(FiniteUpdates, CleanLoops):
             return batch
         return batch | {mask: torch.cat([batch[mask][:own], torch.zeros_like(batch[mask][own:])])}
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The host's, with a warning where the run would end before its learning rate has come to its peak."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup >= num_training_steps and self.args.lr_scheduler_type != "constant":
+            logger.warning(
+                f"The run has {num_training_steps} optimizer steps and the learning rate warms up for {warmup} of "
+                f"them (`warmup_steps={self.args.warmup_steps}`), so it ends before the rate has reached its peak. "
+                "Lower `warmup_steps`; a number below 1 is a share of the run, e.g. 0.1."
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A collated batch, where the model is."""
         return self._prepare_inputs(batch)

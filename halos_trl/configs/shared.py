@@ -10,7 +10,7 @@ from .field_types import check_types
 
 ASSISTANT_HELP = (
     "Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too. Found by "
-    "the chat template's `{% generation %}` markers, else by the boundaries of the turns."
+    "the chat template's generation markers, else by the boundaries of the turns."
 )
 
 
