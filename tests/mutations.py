@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN, KTO, PAIRED, HUMANLINE, PPO = (
+GOLDEN, KTO, PAIRED, HUMANLINE, PPO, TOKENS = (
     f"tests/test_{name}.py"
-    for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training", "ppo_trainer")
+    for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training", "ppo_trainer", "tokens")
 )
 # what is broken, file, text, its replacement, tests that have to notice
 MUTATIONS = [
@@ -52,7 +52,16 @@ MUTATIONS = [
     ("PPO: gamma and lambda swapped", "trainers/ppo.py", "gamma=self.args.gamma,\n            lam=self.args.lam,",
      "gamma=self.args.lam,\n            lam=self.args.gamma,", [PPO]),
     ("PPO: values one position late", "_trl/value.py", "head(hidden_BSH[:, :-1])", "head(hidden_BSH[:, 1:])", [PPO]),
-    ("dropped rows are not counted", "_trl/rows.py", "if len(kept) < len(dataset):", "if False:", [KTO]),
+    ("what was done to rows is not said", "_trl/rows.py", "logger.warning(_sentence(note, which, texts))\n    kept",
+     "pass\n    kept", [TOKENS]),
+    ("a repeated prompt is left in", "data/turns.py", "completion = completion[len(prompt) :]", "pass", [TOKENS]),
+    ("other turns are trained on", "data/collators.py", "mask_S[at] = torch", "_ = torch", [TOKENS]),
+    ("a turn ends one token early", "data/turns.py", "mask[start:end] =", "mask[start : end - 1] =", [TOKENS]),
+    ("a prefill is closed", "data/turns.py", "return Turns(prompt, completion, continues,",
+     "return Turns(prompt, completion, False,", [TOKENS]),
+    ("BOS stands twice", "data/tokens.py", "ids[self.repeats_bos(text) :", "ids[0:", [TOKENS]),
+    ("EOS stands twice", "data/tokens.py", "len(ids) - self.adds_eos", "len(ids)", [TOKENS]),
+    ("partners are scored on other turns", "_trl/unpaired.py", "if self._assistant_only:", "if False:", [TOKENS]),
 ]  # fmt: skip
 
 

@@ -10,7 +10,14 @@ import torch
 import trl
 from conftest import assistant, paired_rows, unpaired_rows, user
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from halos_trl import (
     BradleyTerryConfig,
@@ -25,6 +32,7 @@ from halos_trl import (
     PPOTrainer,
     toy,
 )
+from halos_trl._trl.rows import token_limits
 from halos_trl.data.tokens import NOTES, RowTokenizer, TokenLimits
 
 SIDES = {"paired": ("chosen", "rejected"), "unpaired": ("completion",)}
@@ -495,17 +503,24 @@ def test_only_learned_positions_are_a_limit(build, tokenizer, tmp_path):
             build(DPOTrainer, DPOConfig, rows, policy=policy)
     build(DPOTrainer, DPOConfig, rows, policy=learned, max_length=24)
     build(DPOTrainer, DPOConfig, rows)  # rotary
-    assert RowTokenizer(tokenizer, "train", ("completion",)).limits == TokenLimits(None, None)
+    roberta = RobertaConfig(
+        vocab_size=50, max_position_embeddings=26, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, pad_token_id=1,
+    )  # fmt: skip
+    scorer = SimpleNamespace(model=RobertaForSequenceClassification(roberta))
+    assert token_limits(scorer, word_tokenizer()) == TokenLimits(50, 24)  # counted from behind the padding row
+
+
+def test_rows_of_a_reward_trainer_that_were_tokenized_before(build, scorer):
+    size = scorer.get_input_embeddings().num_embeddings
+    good = {"chosen_ids": [5, 6], "rejected_ids": [7]}
+    assert len(build(BradleyTerryTrainer, BradleyTerryConfig, [good] * 2, policy=scorer).train_dataset) == 2
+    for bad in ([], [size], [-1]):
+        with pytest.raises(ValueError, match=r"Row 1 of the train dataset has `rejected_ids`"):
+            build(BradleyTerryTrainer, BradleyTerryConfig, [good, {**good, "rejected_ids": bad}], policy=scorer)
 
 
 # -- what is cut ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config_class", [DPOConfig, KTOConfig, GRPOConfig, PPOConfig, BradleyTerryConfig])
-@pytest.mark.parametrize("value", ["64", 0, -3, 6.5, True, [5]])
-def test_max_length_that_is_no_number_of_tokens_is_refused(make_config, config_class, value):
-    with pytest.raises(ValueError, match="max_length"):
-        make_config(config_class, max_length=value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

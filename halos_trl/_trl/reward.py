@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 from ..data.checks import columns_of, plain_rows, plain_splits
 from ..data.tokens import RowTokenizer
 from .host import NamedTrainer
-from .rows import noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
+from .rows import check_token_ids, noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
 
 logger = get_logger(__name__)
 
@@ -70,4 +70,5 @@ class RewardHost(NamedTrainer, HostTrainer):
                 f"TRL dropped {len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset, in "
                 f"which a side is longer than `max_length`={args.max_length}. Raise it to keep them."
             )
-        return prepared
+        limits = token_limits(self, processing_class)
+        return check_token_ids(prepared, ("chosen_ids", "rejected_ids"), limits, dataset_name)

@@ -178,13 +178,37 @@ def _limits_of(model: PreTrainedModel) -> TokenLimits:
         # Behind a padding row positions are counted from the row after it (RoBERTa).
         module.num_embeddings - module.padding_idx - 1 if module.padding_idx is not None else trained_on
         for name, module in model.named_modules()
-        if name.split(".")[-1] in _POSITIONS and hasattr(module, "num_embeddings") and trained_on is not None
-    ]
+        if name.split(".")[-1] in _POSITIONS
+        # Not the tables of other parts, such as a vision tower's; OPT's has two rows more than positions.
+        and trained_on is not None and trained_on <= getattr(module, "num_embeddings", 0) <= trained_on + 2
+    ]  # fmt: skip
     return TokenLimits(getattr(embedding, "num_embeddings", None), min(positions, default=None))
 
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 """What models call a table of learned positions. Rotary and other computed positions have no hard limit."""
+
+
+def check_token_ids(dataset: Any, columns: tuple[str, ...], limits: TokenLimits, name: str) -> Any:
+    """Refuse rows of a dataset that was tokenized before whose ids are none, or none of the model's."""
+    top = limits.vocabulary or sys.maxsize
+
+    def check(row: dict[str, Any], index: int) -> bool:
+        for column in columns:
+            ids = row[column]
+            if not ids or not all(isinstance(token, int) and 0 <= token < top for token in ids):
+                raise ValueError(
+                    f"Row {index} of the {name} dataset has `{column}` {str(ids)[:200]}; expected a list of token "
+                    f"ids, whole numbers from 0 to {top - 1}. Tokenize the rows with the model's own tokenizer, or "
+                    "pass them as text or messages."
+                )
+        return True
+
+    if isinstance(dataset, Dataset):
+        for index, row in enumerate(dataset.select_columns(list(columns))):
+            check(row, index)
+        return dataset
+    return dataset.filter(check, with_indices=True)
 
 
 def refuse_without_special_tokens(processing_class: Any, args: Any) -> None:

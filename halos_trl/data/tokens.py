@@ -133,7 +133,8 @@ class RowTokenizer:
     def _made(self, row: Row, where: str) -> tuple[Row, set[str]]:
         notes: set[str] = set()
         places = {side: f"{where} (`{side}`)" if len(self.sides) > 1 else where for side in self.sides}
-        sides = {side: self._tokens(row, side, places[side], notes) for side in self.sides}
+        prompts: dict[tuple[bool, int], list[int]] = {}
+        sides = {side: self._tokens(row, side, places[side], notes, prompts) for side in self.sides}
         first, *others = sides.values()
         start = len(first.prompt_ids)
         for tokens in (first, *others):
@@ -155,7 +156,8 @@ class RowTokenizer:
 
     # -- one side ----------------------------------------------------------------------------------------------
 
-    def _tokens(self, row: Row, side: str, where: str, notes: set[str]) -> Tokens:
+    def _tokens(self, row: Row, side: str, where: str, notes: set[str], prompts: dict) -> Tokens:
+        """`prompts` keeps rendered prompts, since the sides of a row have the same one."""
         if isinstance(row[side], str):
             return self._of_text(row.get("prompt", ""), row[side], where, notes)
         turns = turns_of(row.get("prompt", []), row[side], prompt_is_explicit=self.prompt_is_explicit)
@@ -164,7 +166,7 @@ class RowTokenizer:
         if not turns.prompt and "prompt" in row:
             raise ValueError(f"{where} has a prompt without a turn. Mend the row, or drop it with `dataset.filter`.")
         notes |= turns.notes - ({OTHER_TURNS} if self.assistant_only or self.whole else set())
-        return self._of_turns(turns, template_options(row), where)
+        return self._of_turns(turns, template_options(row), where, prompts)
 
     def _opens_elsewhere(self, row: Row) -> bool:
         """Whether a completion opens with a turn of the other side, which no generation prompt precedes."""
@@ -185,13 +187,15 @@ class RowTokenizer:
         ids = self.text_tokens(text)
         return Tokens(self.text_tokens(prompt), ids, [True] * len(ids))
 
-    def _of_turns(self, turns: Turns, options: Row, where: str) -> Tokens:
+    def _of_turns(self, turns: Turns, options: Row, where: str, prompts: dict) -> Tokens:
         def encode(messages: list, **how: Any) -> Row:
             return chat_tokens(self.processing_class, messages, {**options, **how}, where)
 
         how = "continue_final_message" if turns.continues else "add_generation_prompt"
         # A reward model may have whole conversations without a prompt.
-        prompt_ids = encode(turns.prompt, **{how: True})["input_ids"] if turns.prompt else []
+        prompt = turns.continues, len(turns.prompt)
+        if prompt not in prompts:
+            prompts[prompt] = encode(turns.prompt, **{how: True})["input_ids"] if turns.prompt else []
         marked = self.assistant_only and has_generation_markers(self.processing_class, options)
         whole = encode(turns.whole, **({"return_assistant_tokens_mask": True} if marked else {}))
         ids = list(whole["input_ids"])
@@ -201,7 +205,7 @@ class RowTokenizer:
             is_trained = mask_by_boundaries(lambda *a, **k: encode(*a, **k)["input_ids"], turns, ids, where)
         else:
             is_trained = [True] * len(ids)
-        return Tokens(list(prompt_ids), ids, is_trained)
+        return Tokens(list(prompts[prompt]), ids, is_trained)
 
     @cached_property
     def text_tokens(self) -> TextTokens:
