@@ -7,6 +7,7 @@ mean log-ratio of the other side of the micro-batch.
 """
 
 import torch
+from trl import get_peft_config, get_quantization_config
 
 from halos_trl import KTOConfig, UnpairedPreferenceTrainer, cli
 from halos_trl.humanline import log_ratios
@@ -46,6 +47,9 @@ def main() -> None:
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=data[script_args.dataset_train_split],
+        eval_dataset=cli.eval_split(script_args, training_args, data),
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
     )
     cli.run(trainer, script_args)
 

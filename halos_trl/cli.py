@@ -231,6 +231,7 @@ def _refuse_what_cannot_work(
         for name, default in defaults.items()
         if name.startswith(("lora_", "use_rslora", "use_dora")) and getattr(model_args, name) != default
     ]
+    four_bit = [name for name, default in defaults.items() if "bnb" in name and getattr(model_args, name) != default]
     quantized = model_args.load_in_4bit or model_args.load_in_8bit
     no_peft = not model_args.use_peft
     refusals = (
@@ -248,6 +249,11 @@ def _refuse_what_cannot_work(
             lora and no_peft,
             f"{', '.join(f'`--{name}`' for name in lora)} would have no effect without `--use_peft`: the whole model "
             "is trained. Add `--use_peft`, or leave the LoRA settings out.",
+        ),
+        (
+            four_bit and not model_args.load_in_4bit,
+            f"{', '.join(f'`--{name}`' for name in four_bit)} would have no effect without `--load_in_4bit`. Add it, "
+            "or leave the settings out.",
         ),
         (
             mixture.datasets and script_args.dataset_name,

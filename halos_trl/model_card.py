@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -83,7 +84,7 @@ def write(
         paper=identity["paper"],
         humanline=humanline,
         hyperparameters={name: _cell(value) for name, value in hyperparameters(trainer).items()},
-        run_urls=run_urls(),
+        run_urls={tracker: _without_key(tracker, url) for tracker, url in run_urls().items()},
         versions=_versions(),
     )
     os.makedirs(directory, exist_ok=True)
@@ -139,7 +140,21 @@ def is_repo_id(name: str) -> bool:
 def _link(name: str, kind: str = "") -> str:
     if is_hub_id(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
-    return f"`{os.path.basename(os.path.abspath(name))}`"
+    return f"`{_last_part(name)}`"
+
+
+def _last_part(name: str) -> str:
+    """What a path or the URL of a file ends in. A URL may hold a password or, in its query, a signature."""
+    inner = name.split("::")[0]  # fsspec's "file::archive"
+    if "://" not in inner:
+        return os.path.basename(os.path.abspath(inner))
+    parts = urlsplit(inner)
+    return os.path.basename(parts.path.rstrip("/")) or parts.hostname or parts.scheme
+
+
+def _without_key(tracker: str, url: str) -> str:
+    # An anonymous W&B run is opened by a key in the query; Trackio's query names the run.
+    return url if tracker == "trackio" else urlsplit(url)._replace(query="", fragment="").geturl()
 
 
 def _unwrapped(model: Any) -> Any:

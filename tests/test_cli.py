@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import json
+import runpy
 import shutil
 import sys
+import traceback
 from pathlib import Path
 
 import datasets
@@ -250,6 +253,7 @@ def test_help_lists_every_flag_of_trl_and_ours(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--use_bnb_nested_quant"], r"`--use_bnb_nested_quant` would have no effect without `--load_in_4bit`"),
         (["--merge_adapter"], r"`--merge_adapter` .* without `--use_peft`.*Add `--use_peft`"),
         (["--load_in_4bit"], r"need `--use_peft`: quantized weights cannot be trained"),
         (["--load_in_8bit"], r"need `--use_peft`"),
@@ -349,6 +353,61 @@ def test_refused_config_files(here, tmp_path):
         parse("--config", mixture)
     with pytest.raises(ValueError, match="Use `streaming`, and `name` inside the mixture"):
         parse("--config", mixture, "--dataset_streaming", data=None)
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        (b"hf_secret", "holds str, not settings by name"),
+        (b"user: hf_secret\npassword: hf_secret: 5\n", "line 2, column 20"),
+        (b"a: *hf_secret", "line 1, column 4"),
+        (b"- hf_secret", "holds list"),
+        (b"\xffhf_secret", "no text in UTF-8"),
+    ],
+)
+def test_config_file_of_another_kind_is_not_quoted(tmp_path, content, where):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(ValueError, match=where) as raised:
+        parse("--config", str(tmp_path / "other"))
+    report = "".join(traceback.format_exception(raised.value))
+    assert "hf_secret" not in report.replace(str(tmp_path), "").split("ValueError", 1)[1]
+    assert raised.value.__cause__ is None
+
+
+EXAMPLES = [path for path in sorted(EXAMPLE.parent.glob("*.py")) if "cli.parse(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_hand_over_what_their_flags_choose(path):
+    """`--use_peft`, `--load_in_4bit` and `--eval_strategy` are flags of every example."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    (trainer,) = [c for c in calls if getattr(c.func, "id", "").endswith("Trainer")]
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in trainer.keywords}
+    assert given["peft_config"] == "get_peft_config(model_args)"
+    assert given["quantization_config"] == "get_quantization_config(model_args)"
+    assert given["eval_dataset"] in ("cli.eval_split(script_args, training_args, data)", "held_out")
+    assert given["args"] == "training_args" and given["model"] == "model_args.model_name_or_path"
+
+
+def test_own_method_trains_the_adapter_that_its_flags_ask_for(here, tmp_path, monkeypatch):
+    module = runpy.run_path(str(EXAMPLE.parent / "custom_method.py"))
+    flags = [
+        "--dataset_name",
+        "folder",
+        "--use_peft",
+        "--lora_r",
+        "2",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+    ]
+    named = ["--model_name_or_path", "tiny", "--output_dir", str(tmp_path / "own")]
+    monkeypatch.setattr(sys, "argv", ["custom_method.py", *named, *ON_CPU, *flags])
+    module["main"]()
+    assert (tmp_path / "own" / "adapter_model.safetensors").is_file()
+    history = json.loads((tmp_path / "own" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_loss" in line for line in history)
 
 
 def test_wrong_type_ends_with_a_short_usage(here, capsys):
@@ -514,6 +573,25 @@ def test_card_of_a_users_own_method_claims_no_paper(make_config, tokenizer, mode
     data, text = trained_card(make_config, tokenizer, model, trainer_class=MineTrainer)
     assert "with **Mine**" in text and "mine" in data["tags"]
     assert "2402.01306" not in text and "bibtex" not in text
+
+
+def test_card_shows_no_signature_and_no_password(make_config, tokenizer, model, monkeypatch):
+    monkeypatch.setattr(
+        model_card,
+        "run_urls",
+        lambda: {"wandb": "https://w.ai/run/1?apiKey=hf_secret", "trackio": "https://t.x/?runs=a"},
+    )
+    names = [
+        "https://data.x.com/rows.jsonl?X-Amz-Signature=hf_secret",
+        "https://me:hf_secret@x.com/part/",
+        "zip://inner.jsonl::https://data.x.com/a.zip?sig=hf_secret",
+        "s3://hf_secret:x@bucket",
+        "https://x.com/?sig=hf_secret#hf_secret",
+    ]
+    _, text = trained_card(make_config, tokenizer, model, dataset_name=names)
+    assert "hf_secret" not in text
+    assert "`rows.jsonl` and `part` and `inner.jsonl` and `bucket` and `x.com`" in text
+    assert "(https://w.ai/run/1)" in text and "(https://t.x/?runs=a)" in text
 
 
 def test_card_survives_names_that_are_no_plain_yaml(make_config, tokenizer, model, tmp_path):

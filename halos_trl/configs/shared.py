@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from ..humanline import Humanline
 from .checks import require, require_count
 from .field_types import check_types
+from .secrets import PickledWithoutTokens
 
 ASSISTANT_HELP = (
     "Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too. Found by "
@@ -89,7 +90,7 @@ class HumanlineConfig(CompletionConfig):
 
 
 @dataclass
-class RowsConfig:
+class RowsConfig(PickledWithoutTokens):
     """The fields that every trainer shares.
 
     Parameters:
