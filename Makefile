@@ -1,4 +1,4 @@
-.PHONY: check format lint types test quick
+.PHONY: check format lint types test quick fuzz
 
 check: lint types test   ## everything that has to pass before a commit
 
@@ -18,3 +18,6 @@ test:
 
 quick:                   ## the tests that start no processes and train for moments only
 	python -m pytest -q -n auto --dist loadfile -m "not slow"
+
+fuzz:                    ## two thousand runs on wrong input: each trains or names its cause (minutes)
+	python -m pytest -q -n auto --dist load -m fuzz tests/test_fuzz.py

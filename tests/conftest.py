@@ -22,6 +22,15 @@ datasets.disable_progress_bars()
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave the long tier of the fuzz suite out, unless `-m` asks for it."""
+    if "fuzz" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("fuzz")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def _tokenizer():
     return toy.build_tokenizer()

@@ -23,6 +23,7 @@ from ..data.tokens import RowTokenizer
 from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
 from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
+from .arguments import check_optimizer_parameters, check_types
 from .construct import overridden, own_reference_adapter, reference_like_policy
 from .finite import FiniteUpdates
 from .loops import CleanLoops
@@ -35,6 +36,7 @@ from .rows import (
     token_limits,
     tokenized_rows,
 )
+from .user_functions import ChecksUserFunctions
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -79,7 +81,7 @@ def _advice_on_config(given: type, wanted: type, name: str) -> str:
     return f"Its fields are not those of this method. Use `{name}`, or a class derived from it."
 
 
-class NamedTrainer(FiniteUpdates, CleanLoops):
+class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
     """A trainer that is known by its `method` in tags, the model card and its citation."""
 
     trl_class: ClassVar[type]
@@ -182,6 +184,7 @@ class TrainerHost(StoresReference, NamedTrainer):
         peft_config: PeftConfig | None = None,
         **trl_arguments: Any,
     ) -> None:
+        check_types(locals(), needs_language_head=True)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
@@ -219,6 +222,7 @@ class TrainerHost(StoresReference, NamedTrainer):
                 **trl_arguments,
             )
         self._leave_out_other_turns()
+        check_optimizer_parameters(optimizers[0], self.model)
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""

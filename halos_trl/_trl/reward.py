@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -11,6 +12,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ..data.checks import columns_of, plain_rows, plain_splits
 from ..data.tokens import RowTokenizer
+from .arguments import check_optimizer_parameters, check_types
 from .host import NamedTrainer
 from .rows import check_token_ids, noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
 
@@ -32,6 +34,10 @@ class RewardHost(NamedTrainer, HostTrainer):
         *trl_args: Any,
         **trl_kwargs: Any,
     ) -> None:
+        given = inspect.signature(HostTrainer.__init__).bind_partial(
+            self, model, args, data_collator, train_dataset, eval_dataset, *trl_args, **trl_kwargs
+        )
+        check_types(given.arguments, needs_language_head=False)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = self.config_class(output_dir=f"{name.rstrip('/').split('/')[-1] or 'model'}-{self._name}")
@@ -42,6 +48,7 @@ class RewardHost(NamedTrainer, HostTrainer):
         datasets = plain_splits(train_dataset, "train"), plain_splits(eval_dataset, "eval")
         with noting_policy(self, model):
             super().__init__(model, args, data_collator, *datasets, *trl_args, **trl_kwargs)
+        check_optimizer_parameters(given.arguments.get("optimizers", (None, None))[0], self.model)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = plain_rows(dataset, dataset_name)

@@ -36,6 +36,11 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
 def checkpoint_of(resume_from_checkpoint: Any, output_dir: str) -> Any:
     """What to resume from, where True stands for the last complete checkpoint of the output directory."""
     if resume_from_checkpoint is not True:
+        if not isinstance(resume_from_checkpoint, str | os.PathLike | bool | None):
+            raise TypeError(
+                f"`resume_from_checkpoint={resume_from_checkpoint!r}` is of type "
+                f"{type(resume_from_checkpoint).__name__}. Pass the path of a checkpoint, or True for the last one."
+            )
         return resume_from_checkpoint
     last = last_complete_checkpoint(output_dir)
     if last is None:

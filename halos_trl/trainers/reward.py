@@ -41,7 +41,7 @@ class BradleyTerryTrainer(StepAsBatch, RewardHost):
     card_task = "reward"
 
     def __init__(self, model: str | PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        labels = None if isinstance(model, str) else model.config.num_labels
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
         if labels is not None and labels != 1:
             raise ValueError(
                 f"The reward model has {labels} labels; expected 1, the score. Load a checkpoint of HALOs', which has "

@@ -1,0 +1,57 @@
+"""What a user's own functions return, looked at where the host would fail far from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .arguments import shown
+from .construct import overridden
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer as _Mixin
+else:
+    _Mixin = object
+
+
+class CheckedCollator:
+    """A collator that has to return a batch."""
+
+    def __init__(self, collator: Callable[[list], Any]):
+        self.collator = collator
+
+    def __call__(self, rows: list) -> Any:
+        batch = self.collator(rows)
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"`data_collator` returned {shown(batch)}. Return a dict of tensors from it.")
+        if not batch:
+            raise ValueError("`data_collator` returned an empty batch. Return a dict of tensors from it.")
+        return batch
+
+
+class CheckedMetrics:
+    """A `compute_metrics` that has to return numbers by name; with `batch_eval_metrics`, when they are asked for."""
+
+    def __init__(self, compute: Callable[..., Any]):
+        self.compute = compute
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        metrics = self.compute(*args, **kwargs)
+        if not isinstance(metrics, dict) and kwargs.get("compute_result", True):
+            raise TypeError(f"`compute_metrics` returned {shown(metrics)}. Return a dict of numbers from it.")
+        return metrics
+
+
+class ChecksUserFunctions(_Mixin):
+    """Looks at what `data_collator` and `compute_metrics` return. Both stay attributes of the trainer as they were."""
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        with overridden(self, data_collator=CheckedCollator(self.data_collator)):
+            return super()._get_dataloader(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's loop."""
+        if self.compute_metrics is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with overridden(self, compute_metrics=CheckedMetrics(self.compute_metrics)):
+            return super().evaluation_loop(*args, **kwargs)

@@ -1,0 +1,47 @@
+"""Wrong rows, settings and arguments, one or two at a time: a finite run, or an error that names its cause."""
+
+import fuzz
+import pytest
+
+NORMAL = range(200)
+TIER = range(200, 2200)
+CHUNK = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_garbage():
+    import gc
+
+    fuzz.freeze()
+    yield
+    gc.unfreeze()
+
+
+def chunks(numbers):
+    return [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
+
+
+def named(numbers):
+    return f"{numbers[0]}-{numbers[-1]}"
+
+
+def check(numbers):
+    failures = []
+    for number in numbers:
+        case = fuzz.make_case(number)
+        outcome = fuzz.run_case(case)
+        if outcome.failed:
+            failures.append(f"{fuzz.describe(case)}\n  {outcome.kind}: {outcome.cause}\n{outcome.detail}")
+    assert not failures, "python tests/fuzz.py --case NUMBER runs one alone.\n" + "\n\n".join(failures)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("numbers", chunks(NORMAL), ids=named)
+def test_ends_well(numbers):
+    check(numbers)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("numbers", chunks(TIER), ids=named)
+def test_ends_well_too(numbers):
+    check(numbers)
