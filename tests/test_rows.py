@@ -16,6 +16,7 @@ import halos_trl
 from halos_trl import toy
 from halos_trl.data.checks import check_paired_rows, check_unpaired_rows
 from halos_trl.data.groups import scored_rows
+from halos_trl.data.row_texts import split_prompt
 from halos_trl.data.row_values import score_problem
 from halos_trl.trainers.grpo import with_advantages
 
@@ -468,11 +469,24 @@ def test_ids_split_groups_and_never_join_prompts():
         groups_of(*tools)
 
 
-@pytest.mark.parametrize("column", ["image", "images"])
-def test_images_are_part_of_the_prompt(column):
-    red, blue = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
-    rows = [SCORED_CHAT | {column: [picture] if column == "images" else picture} for picture in (red, red, blue)]
-    assert list(scored_rows(Dataset.from_list(rows), "train")["prompt_group"]) == [0, 0, 1]
+def test_scored_rows_with_images_are_refused():
+    rows = [SCORED_CHAT | {"image": Image.new("RGB", (4, 4), "red")}] * 2
+    with pytest.raises(ValueError, match="has images, which `GRPOTrainer` and `PPOTrainer` do not take"):
+        scored_rows(Dataset.from_list(rows), "train")
+
+
+def test_common_start_is_found_where_a_field_of_one_side_is_filled_up():
+    """One rejected side has a `name`, so Arrow gives all of them one, which is None."""
+    named = [{"role": "assistant", "name": "Bob", "content": "y"}]
+    rows = [
+        {"chosen": user(p) + assistant("x"), "rejected": user(p) + (named if p == "b" else assistant("y"))}
+        for p in "ab"
+    ]
+    made = check(Dataset.from_list(rows)).map(split_prompt)
+    assert made["prompt"][:] == [user("a"), user("b")]
+    assert made["chosen"][:] == [assistant("x")] * 2
+    assert [turns[0]["content"] for turns in made["rejected"]] == ["y", "y"]
+    assert groups_of(*rows, rows[0]) == [0, 1, 0, 0, 1, 0]
 
 
 def test_columns_that_are_made_are_said_to_replace_the_users(said):

@@ -11,10 +11,11 @@ from typing import Any
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl import extract_prompt, unpair_preference_dataset
+from trl import unpair_preference_dataset
 from trl.trainer.utils import global_then_local_main_first
 
 from ..data import tokens, turns
+from ..data.row_texts import split_prompt
 from ..data.tokens import INVALID, NO_ROOM, NOTES, ROW_NUMBER, RowTokenizer, TokenLimits
 
 logger = get_logger(__name__)
@@ -57,7 +58,7 @@ def tokenized_rows(
         first = next(iter(dataset))
         row_tokenizer = tokenize("prompt" in first)
         if "prompt" not in first and not row_tokenizer.whole:
-            dataset = dataset.map(extract_prompt, **how)
+            dataset = dataset.map(split_prompt, **how)
         unpaired = row_tokenizer.sides == ("completion",) and {"chosen", "rejected"} <= set(first)
         if unpaired:
             dataset = dataset.map(_numbered, with_indices=True, **how)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerate.logging import get_logger
-from datasets import Dataset, Image
-from datasets import List as ListFeature
-from trl import extract_prompt, unpair_preference_dataset
+from datasets import Dataset
+from trl import unpair_preference_dataset
 
 from .checks import (
     Row,
@@ -22,7 +21,8 @@ from .checks import (
     require_columns,
     without_missing_kwargs,
 )
-from .row_checks import OneForm, scored_check, scored_lists_check, scored_pairs_check, shown
+from .row_checks import TEMPLATE_COLUMNS, OneForm, scored_check, scored_lists_check, scored_pairs_check, shown
+from .row_texts import split_prompt
 
 logger = get_logger(__name__)
 
@@ -32,7 +32,7 @@ ScoreRows = Callable[[Dataset], Sequence[float]]
 GROUP = "prompt_group"
 """The column that numbers the prompts."""
 
-_PROMPT_COLUMNS = ("prompt", "tools", "chat_template_kwargs", "image", "images")
+_PROMPT_COLUMNS = ("prompt", *TEMPLATE_COLUMNS)
 
 
 def scored_rows(
@@ -58,6 +58,11 @@ def scored_rows(
     columns = columns_of(dataset, name)
     if {"score", GROUP, "completion_ids"} <= columns:
         return dataset  # prepared before, and passed to `evaluate`
+    if {"image", "images"} & columns:
+        raise ValueError(
+            f"The {name} dataset has images, which `GRPOTrainer` and `PPOTrainer` do not take. `DPOTrainer` and "
+            "`KTOTrainer` do, on pairs or labelled rows; or remove the column."
+        )
     dataset = drop_columns(dataset, columns & {GROUP}, name, "Rows")
     dataset = _one_row_per_completion(dataset, columns - {GROUP}, name, score_rows is None, drop_invalid)
     if "score" in dataset.column_names and score_rows is not None:
@@ -80,8 +85,8 @@ def scored_rows(
 def prompt_key(row: Row) -> str:
     """SHA-256 of what the model sees as the prompt of a row: different prompts have different keys.
 
-    That is the text; or all that reaches the chat template, which is every field of the messages, `tools` and
-    `chat_template_kwargs`; and the images.
+    That is the text; or all that reaches the chat template: every field of the messages, `tools` and
+    `chat_template_kwargs`.
     """
     prompt, tools, kwargs = row["prompt"], row.get("tools"), row.get("chat_template_kwargs")
     parts = [
@@ -89,7 +94,6 @@ def prompt_key(row: Row) -> str:
         # A template may write tools as JSON, so the order of their keys counts.
         json.loads(tools) if isinstance(tools, str) else tools,
         _set_fields(kwargs or {}),
-        [row.get("image"), row.get("images")],
     ]
     return hashlib.sha256(json.dumps(parts, default=_digest).encode()).hexdigest()
 
@@ -123,7 +127,7 @@ def group_numbers(dataset: Dataset, name: str) -> list[int]:
             raise ValueError(
                 f"Rows {first} and {i} of the {name} dataset have the same `prompt_id`, {prompt_id!r}, but different "
                 f"prompts, so their scores cannot be compared: {shown(dataset[first]['prompt'])} and "
-                f"{shown(dataset[i]['prompt'])} (also `tools`, `chat_template_kwargs` and images are part of a "
+                f"{shown(dataset[i]['prompt'])} (`tools` and `chat_template_kwargs` are part of a "
                 "prompt). Two data sets whose ids both count from 0 may have been joined. Make the ids unique, or "
                 "remove the column: then rows with equal prompts form a group."
             )
@@ -133,12 +137,6 @@ def group_numbers(dataset: Dataset, name: str) -> list[int]:
 
 def _prompt_keys(dataset: Dataset) -> list[str]:
     dataset = dataset.select_columns([column for column in _PROMPT_COLUMNS if column in dataset.column_names])
-    for column, feature in dataset.features.items():
-        # The bytes of an image tell it apart as well as its pixels do.
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
-        if isinstance(feature, ListFeature) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(column, ListFeature(Image(decode=False)))
     keys: list[str] = []
     for batch in dataset.iter(batch_size=1000):
         keys += [prompt_key(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
@@ -170,7 +168,7 @@ def _one_row_per_completion(
         read, check = ("prompt", "completion", "score", "label"), scored_check(columns, needs_score)
     dataset = check_each(dataset, name, (*read, "prompt_id"), OneForm(check), drop_invalid)
     if "prompt" not in columns:
-        dataset = dataset.map(extract_prompt)
+        dataset = dataset.map(split_prompt)
     dataset = without_missing_kwargs(dataset, columns)
     dataset = dataset.add_column(GROUP, group_numbers(dataset, name))
     if "completions" in read:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from trl import extract_prompt
+
 from .row_values import Problem, Row, shown
 
 _MESSAGE = "{'role': 'user', 'content': '...'}"
@@ -118,6 +120,36 @@ def pair_with_text_prompt_problem(row: Row) -> Problem:
     )
 
 
+def split_prompt(row: Row) -> Row:
+    """`prompt`, `chosen` and `rejected` of a pair without `prompt`: the common start, and what is left of each side.
+
+    As `trl.extract_prompt`, which takes equal turns for different ones where a field that only rows of one side have
+    was filled up with None.
+    """
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str):
+        return extract_prompt(row)
+    start = prompt_length(chosen, rejected)
+    return {"prompt": chosen[:start], "chosen": chosen[start:], "rejected": rejected[start:]}
+
+
+def prompt_length(chosen: list[Row], rejected: list[Row]) -> int:
+    """Number of turns that both sides begin with; the last is left out where one side is the start of the other."""
+    turns = min(len(chosen), len(rejected))
+    return next((i for i in range(turns) if not same_turn(chosen[i], rejected[i])), turns - 1)
+
+
+def same_turn(turn: Row, other: Row) -> bool:
+    """Whether two messages are equal in all fields that are set."""
+    return turn == other or _set_only(turn) == _set_only(other)
+
+
+def _set_only(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _set_only(part) for key, part in value.items() if part is not None}
+    return [_set_only(part) for part in value] if isinstance(value, list) else value
+
+
 def implicit_pair_problem(row: Row, splits: bool) -> Problem:
     """Of a pair without `prompt`; `splits` says that the method takes the common start of both sides for it."""
     chosen: Any = row.get("chosen")
@@ -140,15 +172,15 @@ def _no_common_text(chosen: str, rejected: str) -> Problem:
 
 def _no_common_turns(chosen: list[Row], rejected: list[Row]) -> Problem:
     shorter = min(len(chosen), len(rejected))
-    common = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
-    if common is None and len(chosen) != len(rejected):
+    start = prompt_length(chosen, rejected)
+    is_start = start == shorter - 1 and same_turn(chosen[start], rejected[start])
+    if is_start and len(chosen) != len(rejected):
         column = "chosen" if len(chosen) < len(rejected) else "rejected"
         if min(chosen, rejected, key=len)[-1]["role"] != "assistant":
             return (
                 f"has a `{column}` that is only the start of the other side and has no answer of its own: "
                 f"{shown(min(chosen, rejected, key=len))}. {_EMPTY} Fill it in."
             )
-    start = shorter - 1 if common is None else common
     if start == 0:
         return _no_prompt(chosen, rejected)
     for column, side in (("chosen", chosen), ("rejected", rejected)):
