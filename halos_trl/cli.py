@@ -20,7 +20,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 
 from . import model_card, toy
 from .merge import merge_adapter
-from .trainers.checkpoints import last_complete_checkpoint
+from .trainers.checkpoints import last_complete_checkpoint, problem_of
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -290,13 +290,12 @@ def _checkpoint(training_args: Any) -> str | None:
             )
         return last
     # The folder of a finished run has a trainer state too, but nothing that training could go on from.
-    holds = [name for name in ("trainer_state.json", "scheduler.pt") if os.path.isfile(os.path.join(wanted, name))]
-    deepspeed = any(Path(wanted).glob("global_step*"))  # may keep the scheduler to itself
-    if len(holds) < 2 and not (deepspeed and holds):
+    problem = problem_of(Path(wanted)) if os.path.isdir(wanted) else "there is no such folder"
+    if problem:
         raise ValueError(
-            f"`--resume_from_checkpoint {wanted}` is no checkpoint to go on from: it needs `trainer_state.json` and "
-            f"`scheduler.pt`, and has {holds}. Name a `checkpoint-<step>` folder that was not written with "
-            "`save_only_model`, or `true` for the last one of the output directory."
+            f"`--resume_from_checkpoint {wanted}` is no checkpoint to go on from: {problem}. Name a "
+            "`checkpoint-<step>` folder that was not written with `save_only_model`, or `true` for the last one of "
+            "the output directory."
         )
     return wanted
 

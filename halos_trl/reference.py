@@ -253,12 +253,14 @@ def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Te
     return kept
 
 
-def save_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
+def save_reference(
+    tensors: dict[str, torch.Tensor], checkpoint_dir: str, metadata: dict[str, str] | None = None
+) -> None:
     """Write a moved reference into a checkpoint folder, whole or not at all."""
     folder = Path(checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{REFERENCE_FILE}.partial"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
     partial.replace(folder / REFERENCE_FILE)
 
 

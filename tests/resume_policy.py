@@ -54,7 +54,7 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_trainer(name, output_dir, callbacks=None, eval_dataset=None, **overrides):
+def make_trainer(name, output_dir, callbacks=None, eval_dataset=None, train_dataset=None, **overrides):
     trainer_class, config_class, own = RUNS[name]
     own = own | overrides
     lora = own.pop("lora", False)
@@ -78,9 +78,10 @@ def make_trainer(name, output_dir, callbacks=None, eval_dataset=None, **override
     args = config_class(**(settings | settings_of(trainer_class) | own))
     moves = own.get("humanline") or lora
     peft_config = LoraConfig(r=4, target_modules="all-linear") if lora else None
+    data = scored(10) if train_dataset is None else train_dataset
     # 10 groups make 5 steps: GRPO's second epoch, with its own order, is killed and resumed too.
     return build(
-        trainer_class, args, toy.tiny_model(tokenizer), tokenizer, scored(10), ref=None if moves else "near",
+        trainer_class, args, toy.tiny_model(tokenizer), tokenizer, data, ref=None if moves else "near",
         callbacks=callbacks, peft_config=peft_config, eval_dataset=eval_dataset,
     )  # fmt: skip
 

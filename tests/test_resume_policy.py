@@ -95,6 +95,43 @@ def test_resume_with_another_split_between_epochs_is_refused(whole, tmp_path):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
+def other_text(rows):
+    """As many tokens, of other letters."""
+    return rows.map(lambda row: {"prompt": [turn | {"content": turn["content"].swapcase()} for turn in row["prompt"]]})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data": lambda rows: rows.map(lambda row: {"score": 1 - row["score"]})}, "rows with other scores"),
+        ({"data": other_text}, "belongs to other rows"),
+        ({"gamma": 0.5}, r"computed with {'gamma': 0.99, 'lam': 0.95}, but this run has {'gamma': 0.5, 'lam': 0.95}"),
+        ({"lam": 0.5}, r"but this run has {'gamma': 0.99, 'lam': 0.5}"),
+        ({"ppo_epochs": 2}, "`ppo_epochs=3` has become 2"),
+        ({"ppo_epochs": 4}, "`ppo_epochs=3` has become 4"),
+    ],
+    ids=["scores", "tokens", "gamma", "lam", "fewer epochs", "more epochs"],
+)
+def test_resume_between_epochs_with_something_else_is_refused(whole, tmp_path, changed, message):
+    _, folder = whole("ppo")
+    changed = dict(changed)
+    data = changed.pop("data", lambda rows: rows)(scored(10))
+    trainer = resume_policy.make_trainer("ppo", tmp_path / "out", save_strategy="no", train_dataset=data, **changed)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    if "epochs" in message or "computed" in message:
+        assert torch.equal(weights(trainer.model), before), "refused before anything is loaded"
+
+
+def test_other_epochs_are_refused_between_two_batches_as_well(whole, tmp_path):
+    # Step 6 ends the second batch of three epochs each; for two epochs it would be the end of the third.
+    _, folder = whole("ppo")
+    trainer = resume_policy.make_trainer("ppo", tmp_path / "out", save_strategy="no", ppo_epochs=2)
+    with pytest.raises(ValueError, match="`ppo_epochs=3` has become 2"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+
+
 def test_best_model_comes_back_with_its_head(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 3e-2}
     trainer = resume_policy.make_trainer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +22,20 @@ from ..reference import (
     ReferenceSync,
 )
 from ..sharded import parameters_by_name, shape_of
-from .checkpoints import checkpoint_of, restore_reference, write_reference
+from .checkpoints import ResumableTrainer, begin_checkpoint
+from .saved_reference import (
+    lasting_settings,
+    refuse_other_settings,
+    restore_reference,
+    write_reference,
+    write_settings,
+)
 from .step import StepAsBatch
 
 _UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
 
 
-class AlignmentTrainer(StepAsBatch):
+class AlignmentTrainer(ResumableTrainer, StepAsBatch):
     """Mixed in front of a host trainer. Subclasses turn a batch into a record, and a record into a loss."""
 
     # -- construction ------------------------------------------------------------------------------------------
@@ -207,23 +213,20 @@ class AlignmentTrainer(StepAsBatch):
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
+    @property
+    def lasting_settings(self) -> dict[str, Any]:
+        """The settings that a resumed run has to share with the one that wrote its checkpoint."""
+        return lasting_settings(self.args)
+
     def before_checkpoint(self, checkpoint_dir: str) -> None:
+        if self.args.should_save:
+            begin_checkpoint(checkpoint_dir)
+        write_settings(self.lasting_settings, self.state)
         write_reference(self.reference, self.model, self.state, checkpoint_dir, keep=self.args.should_save)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; a resumed run also gets back the reference that its checkpoint holds.
-
-        `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one whose writing
-        was interrupted is passed over with a warning.
-        """
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
-        if checkpoint:
-            self.restore(os.fspath(checkpoint))
-        return super().train(checkpoint, *args, **kwargs)
-
     def restore(self, folder: str) -> None:
-        """Hook: take from a checkpoint what `before_checkpoint` wrote."""
         restore_reference(self.reference, self.sync_callback, self.model, folder)
+        refuse_other_settings(self.lasting_settings, folder)
 
 
 __all__ = ["AlignmentTrainer"]

@@ -1,36 +1,100 @@
-"""What a resumed run needs from its checkpoint, and which checkpoint that is."""
+"""Checkpoints: which of them are whole, which one a run resumes from, and what it takes from there."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.logging import get_logger
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import safe_globals
 
-from ..reference import REFERENCE_FILE, Reference, ReferenceSync, gathered, load_reference, save_reference
+if TYPE_CHECKING:
+    from .._trl import TrainerHost as _Host
+else:
+    _Host = object
 
 logger = get_logger(__name__)
 
-_MOVED = "halos_trl.moved_reference"
-"""Stands in the trainer state of a checkpoint that holds a moved reference."""
+_LOCK = "_training.lock"  # uploads leave out what begins with an underscore
 
 
-def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint with a trainer state, which is written last; None where there is none."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
-    for folder in sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        try:
-            TrainerState.load_from_json(folder / TRAINER_STATE_NAME)
-        except (OSError, ValueError) as error:
+class ResumableTrainer(_Host):
+    """A trainer that resumes from a whole checkpoint or not at all, and has its output directory to itself."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, which a resumed run goes on with exactly.
+
+        `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one with missing or
+        damaged files is passed over with a warning. A checkpoint that is named and is not complete is refused. A run
+        that had reached its last step trains no further.
+        """
+        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        writes = self.args.save_strategy != "no" and self.args.process_index == 0
+        with only_run_in(self.args.output_dir) if writes else contextlib.nullcontext():
+            if not checkpoint or not os.path.isdir(checkpoint):  # transformers refuses a path that leads nowhere
+                return super().train(checkpoint, *args, **kwargs)
+            folder = os.fspath(checkpoint)
+            require_complete(folder, deepspeed=self.is_deepspeed_enabled)
+            step = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+            self.restore(folder)
+            result = super().train(folder, *args, **kwargs)
+        if self.state.global_step == step:
             logger.warning(
-                f"{folder} is incomplete ({TRAINER_STATE_NAME}: {error}), so the checkpoint before it is used."
+                f"{folder} is that of a finished run (step {self.state.global_step} of {self.state.max_steps}), so "
+                "nothing was trained. To go on, raise `max_steps` or `num_train_epochs`."
             )
-        else:
-            return str(folder)
-    return None
+        return result
+
+    def restore(self, folder: str) -> None:
+        """Hook: take from a checkpoint what `before_checkpoint` wrote."""
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The host's; but a finished run, when it is resumed, gets no batch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def only_run_in(output_dir: str) -> Iterator[None]:
+    """Refuse a second run in an output directory while one trains there. Raises ValueError."""
+    path = Path(output_dir) / _LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"Another run is training in {output_dir!r} (it holds {_LOCK}). Their checkpoints would mix: one "
+            "run's weights beside the other's optimizer and reference. Choose another `output_dir`."
+        ) from None
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        logger.warning(f"{path} cannot be locked ({error}). Take care that no other run has the same `output_dir`.")
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            path.unlink(missing_ok=True)
+            lock.release()
+
+
+def begin_checkpoint(folder: str) -> None:
+    """Make an older checkpoint in this folder incomplete until all of its files are written again."""
+    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+# -- which checkpoint ----------------------------------------------------------------------------------------------
 
 
 def checkpoint_of(resume_from_checkpoint: Any, output_dir: str) -> Any:
@@ -51,41 +115,98 @@ def checkpoint_of(resume_from_checkpoint: Any, output_dir: str) -> Any:
     return last
 
 
-# -- the reference -------------------------------------------------------------------------------------------------
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint with all files that a run goes on from; None where there is none."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
+    for folder in sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
+        problem = problem_of(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning(f"{folder} is incomplete ({problem}), so the checkpoint before it is used.")
+    return None
 
 
-def write_reference(reference: Reference, model: Any, state: TrainerState, folder: str, *, keep: bool) -> None:
-    """Write a moved reference into a checkpoint; every process has to call this, `keep` says which of them writes."""
-    if not reference.moved:
-        return
-    tensors = gathered(reference.tensors(model), keep=keep)
-    if keep:
-        save_reference(tensors, folder)
-    # Into the trainer's state, so that a later run knows what has to be there.
-    state.stateful_callbacks[_MOVED] = {"args": {}, "attributes": {}}
-
-
-def restore_reference(reference: Reference, sync: ReferenceSync | None, model: Any, folder: str) -> None:
-    """Give the reference back what the checkpoint holds of it. Raises ValueError where it would be another one."""
-    state_file = os.path.join(folder, TRAINER_STATE_NAME)
-    if not os.path.isfile(state_file):
-        return  # transformers has its own message for what is no checkpoint
-    state = TrainerState.load_from_json(state_file)
-    stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE)) or _MOVED in state.stateful_callbacks
-    if stored and sync is None:
+def require_complete(folder: str, *, deepspeed: bool | None = None) -> None:
+    """Refuse a checkpoint that a run cannot go on from exactly. Raises ValueError that names the file."""
+    problem = problem_of(Path(folder), deepspeed=deepspeed)
+    if problem is not None:
         raise ValueError(
-            f"{folder} holds a reference that has moved ({REFERENCE_FILE}), but this run's stands still: "
-            "it would silently be another one. Resume with the `humanline` or `sync_ref_model` setting of the run "
-            "that wrote it."
-        )
-    if stored or (sync and sync.syncs_until(state.global_step)):
-        load_reference(reference.tensors(model), folder)
-        reference.moved = True
-    elif reference.moved:
-        raise ValueError(
-            f"The reference of {folder} had not left its start, but this trainer has trained before and its "
-            "reference has. Make a new trainer and resume with that one."
+            f"{folder} is no checkpoint to go on from: {problem}. Part of the run would start anew in silence. Resume "
+            "from another checkpoint, one that was not written with `save_only_model`; or pass the folder as `model` "
+            "to start a new run from its weights."
         )
 
 
-__all__ = ["checkpoint_of", "last_complete_checkpoint", "restore_reference", "write_reference"]
+def problem_of(folder: Path, *, deepspeed: bool | None = None) -> str | None:
+    """What is wrong with a checkpoint: the first file that is missing or damaged; None where nothing is.
+
+    `deepspeed` says which engine is to read it; None if that is not known. Engines have files of their own:
+    DeepSpeed's lie in `global_step<n>`, FSDP's sharded ones in folders. Those are looked for and not looked into.
+    """
+    problem = _state_problem(folder / TRAINER_STATE_NAME) or _missing_file(folder, deepspeed)
+    if problem:
+        return problem
+    for path in sorted(folder.iterdir()):
+        problem = _file_problem(path)
+        if problem:
+            return f"{path.name} {problem}"
+    return None
+
+
+def _state_problem(path: Path) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        state = json.loads(path.read_text("utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+            return f"{path.name} holds no trainer's state but {str(state)[:40]}"
+        TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError) as error:
+        return f"{path.name} cannot be read: {error}"
+    return None
+
+
+def _missing_file(folder: Path, deepspeed: bool | None) -> str | None:
+    names = [path.name for path in folder.iterdir()]
+    of_deepspeed = any(name.startswith("global_step") for name in names)
+    if deepspeed or (deepspeed is None and of_deepspeed):
+        return None if of_deepspeed else "DeepSpeed's folder `global_step<n>` is missing"
+    # One file; FSDP's folder `optimizer_0`; or a file for each process.
+    if not any("optimizer" in name and not name.endswith(".partial") for name in names):
+        return "it was written under DeepSpeed" if of_deepspeed else "optimizer.pt is missing"
+    return None if "scheduler.pt" in names else "scheduler.pt is missing"
+
+
+def _file_problem(path: Path) -> str | None:
+    """What is wrong with a file of a checkpoint, without reading its tensors."""
+    needed = {"optimizer.pt": {"state", "param_groups"}, "scheduler.pt": set(), "scaler.pt": set()}.get(path.name)
+    if path.name.startswith("rng_state") and path.suffix == ".pth":
+        needed = {"python", "numpy", "cpu"}
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                return None
+        if needed is None:
+            return None
+        if not zipfile.is_zipfile(path):
+            return "is empty" if path.stat().st_size == 0 else "is truncated or no file of `torch.save`"
+        with safe_globals():
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (SafetensorError, OSError) as error:
+        return f"cannot be read ({error}); it is probably truncated"
+    except Exception as error:  # whatever the reader makes of what is no such file
+        return f"cannot be read: {str(error).splitlines()[0]}"
+    if not isinstance(content, dict) or not needed <= content.keys():
+        return f"holds a `{type(content).__name__}` and not what its name says"
+    return None
+
+
+__all__ = [
+    "ResumableTrainer",
+    "begin_checkpoint",
+    "checkpoint_of",
+    "last_complete_checkpoint",
+    "only_run_in",
+    "problem_of",
+    "require_complete",
+]

@@ -22,7 +22,7 @@ from ..records import LossOutput, PolicyStep
 from ..sharded import whole
 from ..value_head import VALUE_HEAD_FILE, load_value_head
 from .reward_scores import RewardModelScores
-from .rollout import Rollout, load_rollouts, roll_out, rollout_file, save_rollouts
+from .rollout import Rollout, SavedRollout, digest, load_rollouts, roll_out, rollout_file, save_rollouts
 from .scored import ScoredTrainer
 from .step import share_in, weighted
 
@@ -73,7 +73,7 @@ class PPOTrainer(ScoredTrainer, ValueHost):
         **kwargs: Any,
     ) -> None:
         self._reward = (reward_model, reward_processing_class)
-        self._rollouts: list[Rollout] | None = None
+        self._saved: SavedRollout | None = None
         super().__init__(*args, **kwargs)
         if self.optimizer is not None:
             raise ValueError(
@@ -105,15 +105,20 @@ class PPOTrainer(ScoredTrainer, ValueHost):
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> list[Rollout]:
         """The rollout of each micro-batch: a new one before the first of `ppo_epochs` steps over a batch."""
+        digests = [digest(batch) for batch in batches]
         if self.state.global_step % self.args.ppo_epochs == 0:
-            self._rollouts = self.roll_out(batches)
-        shapes = [rollout.advantages.shape for rollout in self._rollouts or []]
-        if shapes != [batch["completion_mask"][:, 1:].shape for batch in batches]:
+            self._saved = SavedRollout(self.roll_out(batches), digests, self._rollout_settings)
+        if self._saved is None or list(self._saved.batches) != digests:
             raise ValueError(
-                f"The rollout of step {self.state.global_step + 1} belongs to other rows than the batch does. The run "
-                "was resumed with other data, another seed, or another split of the step than its checkpoint."
+                f"The rollout of step {self.state.global_step + 1} belongs to other rows, or to rows with other "
+                "scores, than the batch does. The run was resumed with other data, scores or seed, or with another "
+                "split of the step, than its checkpoint."
             )
-        return self._rollouts or []
+        return list(self._saved.rollouts)
+
+    @property
+    def _rollout_settings(self) -> dict[str, Any]:
+        return {"gamma": self.args.gamma, "lam": self.args.lam}
 
     def roll_out(self, batches: list[dict[str, Any]]) -> list[Rollout]:
         """Rollout statistics of all micro-batches that this process holds of a step (or of an evaluation batch).
@@ -202,23 +207,27 @@ class PPOTrainer(ScoredTrainer, ValueHost):
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
+    @property
+    def lasting_settings(self) -> dict[str, Any]:
+        return super().lasting_settings | {"ppo_epochs": self.args.ppo_epochs}
+
     def _is_between_epochs(self, step: int) -> bool:
         return step % self.args.ppo_epochs != 0
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         super().before_checkpoint(checkpoint_dir)
-        if self._is_between_epochs(self.state.global_step):
-            save_rollouts(self._rollouts or [], rollout_file(checkpoint_dir, self.accelerator.process_index))
+        path = rollout_file(checkpoint_dir, self.accelerator.process_index)
+        if self._saved is not None and self._is_between_epochs(self.state.global_step):
+            save_rollouts(self._saved, path)
+        else:
+            path.unlink(missing_ok=True)  # another run's, where the folder is written a second time
 
     def restore(self, folder: str) -> None:
         super().restore(folder)
-        state_file = os.path.join(folder, TRAINER_STATE_NAME)
-        if not os.path.isfile(state_file):
-            return  # transformers has its own message for what is no checkpoint
-        load_value_head(self.value_head, folder)
-        if self._is_between_epochs(TrainerState.load_from_json(state_file).global_step):
+        if self._is_between_epochs(TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step):
             path = rollout_file(folder, self.accelerator.process_index)
-            self._rollouts = load_rollouts(path, self.accelerator.device)
+            self._saved = load_rollouts(path, self._rollout_settings, self.accelerator.device)
+        load_value_head(self.value_head, folder)
 
 
 def known(table_BT: torch.Tensor | None) -> torch.Tensor:

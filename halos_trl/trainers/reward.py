@@ -13,10 +13,11 @@ from .._trl import Method, RewardHost
 from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from . import reward_head
+from .checkpoints import ResumableTrainer
 from .step import StepAsBatch, weighted, without_share
 
 
-class BradleyTerryTrainer(StepAsBatch, RewardHost):
+class BradleyTerryTrainer(ResumableTrainer, StepAsBatch, RewardHost):
     """Reward model under the Bradley-Terry model: loss = -log sigmoid(score(chosen) - score(rejected)).
 
     Extends `trl.RewardTrainer` and takes the same arguments. The score is the single logit of an

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,26 +89,44 @@ def roll_out(
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+class SavedRollout(NamedTuple):
+    """The rollout in progress, and what it belongs to: a digest of each micro-batch, and the settings it came from."""
+
+    rollouts: Sequence[Rollout]
+    batches: Sequence[str]
+    settings: dict[str, Any]
+
+
+def digest(batch: dict[str, Any]) -> str:
+    """Identifies a micro-batch by what a rollout is computed from: its tokens, their masks and the scores."""
+    sha = hashlib.sha256()
+    for name in ("input_ids", "attention_mask", "completion_mask", "score"):
+        table = batch[name].cpu().contiguous()
+        sha.update(f"{name} {table.dtype} {tuple(table.shape)}".encode())
+        sha.update(table.numpy().tobytes())
+    return sha.hexdigest()
+
+
 def rollout_file(folder: str, process: int) -> Path:
     """Where a process keeps its rollout in a checkpoint that was written between two epochs over one batch."""
     return Path(folder) / f"ppo_rollout_{process}.safetensors"
 
 
-def save_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
+def save_rollouts(saved: SavedRollout, path: Path) -> None:
     """Write the rollout in progress, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{i}.{name}": table.cpu().contiguous()
-        for i, rollout in enumerate(rollouts)
+        for i, rollout in enumerate(saved.rollouts)
         for name, table in rollout._asdict().items()
     }
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
+    save_file(tensors, partial, {"batches": json.dumps(saved.batches), "settings": json.dumps(saved.settings)})
     partial.replace(path)
 
 
-def load_rollouts(path: Path, device: torch.device) -> list[Rollout]:
-    """The rollout in progress. Raises ValueError when the file is missing or damaged."""
+def load_rollouts(path: Path, settings: dict[str, Any], device: torch.device) -> SavedRollout:
+    """The rollout in progress. Raises ValueError when the file is missing, damaged or of other settings."""
     consequence = (
         "The checkpoint was written between two epochs over one batch, whose advantages cannot be computed again, "
         "because the policy has moved since. Resume from another checkpoint, with the number of processes and the "
@@ -114,13 +134,32 @@ def load_rollouts(path: Path, device: torch.device) -> list[Rollout]:
     )
     if not path.is_file():
         raise ValueError(f"{path} is missing. {consequence}")
+    names = Rollout.__annotations__
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safe_open(path, framework="pt") as file:
+            noted = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+        rollouts = [
+            Rollout(*(tensors[f"{i}.{name}"].to(device) for name in names)) for i in range(len(noted["batches"]))
+        ]
+        saved = SavedRollout(rollouts, noted["batches"], noted["settings"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}). {consequence}") from error
-    names = Rollout.__annotations__
-    count = len(tensors) // len(names)
-    return [Rollout(*(tensors[f"{i}.{name}"].to(device) for name in names)) for i in range(count)]
+    if saved.settings != settings:
+        raise ValueError(
+            f"{path} holds advantages that were computed with {saved.settings}, but this run has {settings}. Resume "
+            "with the settings of the checkpoint, or from a checkpoint between two batches."
+        )
+    return saved
 
 
-__all__ = ["Rollout", "last_token_rewards", "load_rollouts", "roll_out", "rollout_file", "save_rollouts"]
+__all__ = [
+    "Rollout",
+    "SavedRollout",
+    "digest",
+    "last_token_rewards",
+    "load_rollouts",
+    "roll_out",
+    "rollout_file",
+    "save_rollouts",
+]

@@ -1,0 +1,213 @@
+"""Which checkpoints a run resumes from: whole ones, of the same kind of run, in a folder of its own."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import cpu_config, paired_rows, perturbed, weights
+from policy_runs import scored
+from test_overriding import scorer
+
+from halos_trl import (
+    BradleyTerryConfig,
+    BradleyTerryTrainer,
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    toy,
+)
+from halos_trl.trainers.checkpoints import last_complete_checkpoint, only_run_in
+
+KINDS = {
+    "DPO": (DPOTrainer, DPOConfig, lambda: paired_rows(24)),
+    "GRPO": (GRPOTrainer, GRPOConfig, lambda: scored(8, sizes=(3,))),
+    "Bradley-Terry": (BradleyTerryTrainer, BradleyTerryConfig, lambda: paired_rows(24)),
+}
+
+
+def make(kind, folder, **settings):
+    """Four steps of Adam, one in the middle of its second epoch, with a checkpoint after the second and the last."""
+    trainer_class, config_class, rows = KINDS[kind]
+    saving = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    tokenizer = toy.build_tokenizer()
+    model = toy.tiny_model(tokenizer)
+    return trainer_class(
+        model=scorer(model) if kind == "Bradley-Terry" else copy.deepcopy(model),
+        args=cpu_config(config_class, folder, **(saving | settings)),
+        train_dataset=rows(),
+        processing_class=tokenizer,
+        **({} if kind == "Bradley-Terry" or "humanline" in settings else {"ref_model": perturbed(model)}),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Output folders and final weights of uninterrupted runs, by kind and settings."""
+    done = {}
+
+    def run(kind, **settings):
+        key = (kind, *settings.items())
+        if key not in done:
+            folder = tmp_path_factory.mktemp("finished")
+            trainer = make(kind, folder, **settings)
+            trainer.train()
+            done[key] = (folder, weights(trainer.model))
+        return done[key]
+
+    return run
+
+
+@pytest.fixture
+def run_of(finished, tmp_path):
+    """A copy of such a folder, which a test may damage, and the final weights."""
+
+    def copied(kind, **settings):
+        folder, end = finished(kind, **settings)
+        shutil.copytree(folder, tmp_path / "out")
+        return tmp_path / "out", end
+
+    return copied
+
+
+def remove(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_content(path):
+    torch.save([1, 2, 3], path)
+
+
+def write(text):
+    return lambda path: path.write_text(text)
+
+
+DAMAGES = [
+    ("optimizer.pt", remove, "optimizer.pt is missing"),
+    ("optimizer.pt", empty, "optimizer.pt is empty"),
+    ("optimizer.pt", halve, "optimizer.pt is truncated"),
+    ("optimizer.pt", other_content, "optimizer.pt holds a `list`"),
+    ("scheduler.pt", remove, "scheduler.pt is missing"),
+    ("scheduler.pt", write("no archive"), "scheduler.pt is truncated or no file of `torch.save`"),
+    ("rng_state.pth", empty, "rng_state.pth is empty"),
+    ("rng_state.pth", other_content, "rng_state.pth holds a `list`"),
+    ("model.safetensors", empty, "model.safetensors cannot be read"),
+    ("model.safetensors", halve, "model.safetensors cannot be read"),
+    ("trainer_state.json", remove, "trainer_state.json is missing"),
+    ("trainer_state.json", empty, "trainer_state.json cannot be read"),
+    ("trainer_state.json", write("null"), "trainer_state.json holds no trainer's state but None"),
+    ("trainer_state.json", write("[]"), r"trainer_state.json holds no trainer's state but \[\]"),
+    ("trainer_state.json", write('{"global_step": 4, "nonsense": 1}'), "trainer_state.json cannot be read.*nonsense"),
+]
+
+
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES)
+def test_damage_is_named_and_passed_over(run_of, said, file, damage, message):
+    folder, _ = run_of("DPO")
+    damage(folder / "checkpoint-4" / file)
+    trainer = make("DPO", folder)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert torch.equal(weights(trainer.model), before)
+    assert last_complete_checkpoint(str(folder)) == str(folder / "checkpoint-2")
+    assert "checkpoint-4 is incomplete" in said() and file in said()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resume_with_true_goes_on_from_the_checkpoint_before(run_of, said, kind):
+    folder, end = run_of(kind)
+    remove(folder / "checkpoint-4" / "optimizer.pt")
+    trainer = make(kind, folder)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(trainer.model), end)
+    assert "optimizer.pt is missing" in said()
+
+
+def test_a_checkpoint_of_weights_alone_is_refused(tmp_path):
+    make("DPO", tmp_path, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing.*`save_only_model`"):
+        make("DPO", tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_run_trains_no_further(run_of, said, kind):
+    folder, end = run_of(kind)
+    trainer = make(kind, folder)
+    result = trainer.train(resume_from_checkpoint=True)
+    assert result.global_step == trainer.state.global_step == 4
+    assert torch.equal(weights(trainer.model), end)
+    assert "is that of a finished run (step 4 of 4), so nothing was trained" in said()
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(run_of):
+    folder, end = run_of("DPO")
+    trainer = make("DPO", folder, max_steps=5)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 5 and not torch.equal(weights(trainer.model), end)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"humanline": True, "log_epsilon_p": -2.0}, "`log_epsilon_p=-1.0` has become -2.0"),
+        ({"humanline": True, "log_epsilon_r": 1.0}, "`log_epsilon_r=1.5` has become 1.0"),
+        ({"sync_ref_model": True, "ref_model_sync_steps": 1}, "`humanline=True` has become False"),
+    ],
+)
+def test_another_clamp_or_another_moving_reference_is_refused(run_of, changed, message):
+    folder, _ = run_of("DPO", humanline=True)
+    trainer = make("DPO", folder, **changed)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_reference_of_another_run_is_refused(run_of, tmp_path):
+    folder, _ = run_of("DPO", humanline=True)
+    make("DPO", tmp_path / "other", humanline=True).train()
+    shutil.copy(tmp_path / "other" / "checkpoint-2" / "reference.safetensors", folder / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"reference.safetensors and trainer_state.json .* by different runs"):
+        make("DPO", folder, humanline=True).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_a_checkpoint_that_is_written_again_holds_nothing_of_the_older_run(run_of):
+    folder, _ = run_of("DPO", humanline=True)
+    assert (folder / "checkpoint-2" / "reference.safetensors").is_file()
+    make("DPO", folder).train()
+    assert not (folder / "checkpoint-2" / "reference.safetensors").exists()
+    assert "halos_trl.moved_reference" not in json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
+
+
+def test_two_runs_cannot_share_an_output_directory(tmp_path):
+    trainer = make("Bradley-Terry", tmp_path)
+    before = weights(trainer.model)
+    with only_run_in(str(tmp_path)), pytest.raises(ValueError, match="Another run is training in"):
+        trainer.train()
+    assert torch.equal(weights(trainer.model), before)
+    trainer.train()
+    assert not list(tmp_path.glob("*.lock")), "nothing is left behind"
+
+
+def test_files_of_engines_are_no_damage(run_of):
+    """DeepSpeed keeps optimizer (and perhaps schedule) in a folder of its own, FSDP a sharded optimizer in another."""
+    folder, _ = run_of("DPO")
+    newest = folder / "checkpoint-4"
+    (newest / "optimizer.pt").unlink()
+    (newest / "optimizer_0").mkdir()
+    assert last_complete_checkpoint(str(folder)) == str(newest)
+    (newest / "optimizer_0").rmdir()
+    (newest / "scheduler.pt").unlink()
+    (newest / "global_step4").mkdir()
+    assert last_complete_checkpoint(str(folder)) == str(newest)
+    with pytest.raises(ValueError, match="it was written under DeepSpeed"):
+        make("DPO", folder).train(resume_from_checkpoint=str(newest))
