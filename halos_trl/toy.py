@@ -14,12 +14,13 @@ the same machine, library versions and number of threads.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,9 +30,12 @@ import torch
 import transformers
 from datasets import Dataset, DatasetDict
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["sft", "feedback", "test"]
 Kind = Literal["unpaired", "paired", "scored"]
@@ -185,7 +189,8 @@ def load_model_path(
     """A directory with the supervised model and its tokenizer, for `from_pretrained`. Trained when not cached.
 
     The cache is `cache_dir`, else `$HALOS_TRL_CACHE`, else `~/.cache/halos_trl`. Of several processes that ask at the
-    same time one trains and the others wait. `progress` shows a bar meanwhile.
+    same time one trains and the others wait. A directory with missing or damaged files is made again, with a warning.
+    `progress` shows a bar meanwhile.
     """
 
     def build(directory: Path) -> None:
@@ -195,7 +200,7 @@ def load_model_path(
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
 
-    return str(_cached("toy-model", cache_dir, build, seed=seed, **asdict(_recipe)))
+    return str(_cached("toy-model", cache_dir, build, _MODEL_FILES, seed=seed, **asdict(_recipe)))
 
 
 def _train_supervised(
@@ -279,7 +284,7 @@ def load_feedback_data(
         test = _feedback_rows(kind, model, tokenizer, seed, "test", math.ceil(n / 8), progress)
         (directory / "rows.json").write_text(json.dumps({"train": train, "test": test}), encoding="utf-8")
 
-    directory = _cached(f"toy-{kind}", cache_dir, build, seed=seed, n=n, **asdict(_recipe))
+    directory = _cached(f"toy-{kind}", cache_dir, build, ("rows.json",), seed=seed, n=n, **asdict(_recipe))
     splits = json.loads((directory / "rows.json").read_text(encoding="utf-8"))
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
 
@@ -361,18 +366,29 @@ def _assistant(text: str) -> list[dict[str, str]]:
 
 # The cache
 
+_MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-def _cached(name: str, cache_dir: Any, build: Callable[[Path], None], **determinants: Any) -> Path:
-    """The directory of the cache that belongs to the determinants, filled by `build` when it is not there."""
+
+def _cached(
+    name: str, cache_dir: Any, build: Callable[[Path], None], files: Sequence[str] = (), **determinants: Any
+) -> Path:
+    """The directory of the cache that belongs to the determinants, filled by `build` when it is not there.
+
+    It is filled anew, with a warning, when one of `files` is missing or cannot be read.
+    """
     root = Path(cache_dir or os.environ.get("HALOS_TRL_CACHE") or "~/.cache/halos_trl").expanduser()
     # other library versions may give other numbers, or write files that this one cannot read
     determinants |= {"version": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:16]
     target, partial = root / f"{name}-{key}", root / f"{name}-{key}.partial"
-    if target.is_dir():
+    if target.is_dir() and _damage(target, files) is None:
         return target
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
+        damage = _damage(target, files) if target.is_dir() else None
+        if damage is not None:
+            logger.warning(f"The cache of the toy task is damaged ({damage}). {target} is made again.")
+            shutil.rmtree(target)
         if not target.is_dir():
             # a directory gets its final name only when complete, so an interrupted run leaves nothing that is read
             shutil.rmtree(partial, ignore_errors=True)
@@ -380,6 +396,22 @@ def _cached(name: str, cache_dir: Any, build: Callable[[Path], None], **determin
             build(partial)
             os.replace(partial, target)
     return target
+
+
+def _damage(directory: Path, files: Sequence[str]) -> str | None:
+    """What is wrong with a directory of the cache, which has to hold these files; None where they can be read."""
+    for path in (directory / name for name in files):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    continue
+            text = path.read_text(encoding="utf-8")
+            holds_something = isinstance(json.loads(text), dict) if path.suffix == ".json" else bool(text)
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"{path.name} cannot be read: {error}"
+        if not holds_something:
+            return f"{path.name} holds {text[:20]!r}"
+    return None
 
 
 def _chunks(items: list[str], size: int) -> Iterator[list[str]]:

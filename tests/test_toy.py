@@ -1,8 +1,10 @@
 """The embedded default: the task is what it says, the data are what the verifier says, one seed gives one result."""
 
 import random
+import shutil
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +189,39 @@ def test_training_is_deterministic_and_cached(cache, tmp_path, monkeypatch):
     assert weights(first) != weights(other)
     monkeypatch.delattr(toy, "_train_supervised")  # from here on the cache has to answer
     assert toy.load_model_path(0, cache, progress=False, _recipe=SHORT) == first
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\x40\0\0\0\0\0\0\0{"),
+        ("config.json", b"null"),
+        ("tokenizer.json", b'{"version": '),
+        ("chat_template.jinja", None),
+    ],
+)
+def test_a_damaged_model_is_made_again(cache, tmp_path, caplog, monkeypatch, file, damage):
+    folder = tmp_path / "copy"
+    shutil.copytree(Path(toy.load_model_path(0, cache, progress=False, _recipe=SHORT)).parent, folder)
+    monkeypatch.setattr(toy, "_train_supervised", lambda *args: None)
+    path = Path(toy.load_model_path(0, folder, progress=False, _recipe=SHORT))
+    (path / file).unlink() if damage is None else (path / file).write_bytes(damage)
+    again = toy.load_model_path(0, folder, progress=False, _recipe=SHORT)
+    assert again == str(path)
+    AutoModelForCausalLM.from_pretrained(path)
+    assert AutoTokenizer.from_pretrained(path).chat_template
+    assert f"damaged ({file}" in caplog.text and f"{path} is made again" in caplog.text
+
+
+def test_damaged_rows_are_made_again(tmp_path, caplog):
+    build = lambda directory: (directory / "rows.json").write_text('{"train": [], "test": []}')  # noqa: E731
+    path = toy._cached("x", tmp_path, build, ("rows.json",), seed=0)
+    for damage in ("", "[]", '{"train": '):
+        (path / "rows.json").write_text(damage)
+        assert toy._cached("x", tmp_path, build, ("rows.json",), seed=0) == path
+        assert (path / "rows.json").read_text() == '{"train": [], "test": []}'
+    assert caplog.text.count("is made again") == 3
 
 
 def test_the_cache_directory_follows_the_environment(tmp_path, monkeypatch):
