@@ -13,13 +13,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers.integrations import is_wandb_available
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from ..data.checks import columns_of, plain_splits
-from ..data.collators import TurnMaskCollator
-from ..data.tokens import RowTokenizer
 from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
 from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
@@ -28,14 +24,8 @@ from .construct import overridden, own_reference_adapter, reference_like_policy
 from .finite import FiniteUpdates
 from .loops import CleanLoops
 from .precompute import StoresReference
-from .rows import (
-    drop_foreign_columns,
-    groups_by_length,
-    noting_policy,
-    refuse_without_special_tokens,
-    token_limits,
-    tokenized_rows,
-)
+from .prepare import PreparesRows
+from .rows import noting_policy, refuse_without_special_tokens
 from .user_functions import ChecksUserFunctions
 
 if TYPE_CHECKING:
@@ -157,16 +147,13 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return self._prepare_inputs(batch)
 
 
-class TrainerHost(StoresReference, NamedTrainer):
+class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
     """What the package's trainers need from their TRL parent, under public names.
 
     Mixed in front of a TRL trainer class, which is named by `trl_class`.
     """
 
     needs_reference: ClassVar[bool] = True
-
-    sides: ClassVar[tuple[str, ...]]
-    """The columns that hold completions, once the rows have the form that they are tokenized in."""
 
     def __init__(
         self,
@@ -241,78 +228,10 @@ class TrainerHost(StoresReference, NamedTrainer):
                 "reference is made from the policy as it is; or pass a model with weights of its own."
             )
 
-    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
-        """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
-        dataset = plain_splits(dataset, name)
-        if isinstance(dataset, dict):
-            return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
-        if dataset is None:
-            return dataset
-        if not {"image", "images"} & columns_of(dataset, name):
-            return dataset
-        if self._assistant_only:
-            raise ValueError(
-                f"The {name} dataset has images, whose rows are tokenized only when a batch is made, so "
-                "`assistant_only_loss=True` cannot tell turns apart there. Set `assistant_only_loss=False`."
-            )
-        # TRL leaves the preparation of images to its collator.
-        return self.check_rows(dataset, name)
-
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         """Config values that TRL must not see while it builds the trainer."""
         # Its callback refuses adapters and is lost on resume; `reference.py` does the same work without either.
         return {"sync_ref_model": False}
-
-    # -- data --------------------------------------------------------------------------------------------------
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = drop_foreign_columns(self.check_rows(dataset, dataset_name), dataset_name)
-
-        def row_tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
-            return RowTokenizer(
-                processing_class,
-                dataset_name,
-                self.sides,
-                assistant_only=self._assistant_only,
-                prompt_is_explicit=prompt_is_explicit,
-                max_length=args.max_length,
-                keep_end=self._keeps_end(args),
-                limits=token_limits(self, processing_class),
-                drop_invalid=self.drops_invalid_rows,
-            )
-
-        return tokenized_rows(dataset, row_tokenizer, args)
-
-    @staticmethod
-    def _keeps_end(args: Any) -> bool:
-        return getattr(args, "truncation_mode", "keep_start") == "keep_end"
-
-    def _leave_out_other_turns(self) -> None:
-        """From now on, batches count only tokens that the assistant wrote, where that is asked for."""
-        collate: Any = self.data_collator
-        if self._assistant_only and not isinstance(collate, TurnMaskCollator):
-            self.data_collator: Any = TurnMaskCollator(collate, self.sides, keep_end=self._keeps_end(self.args))
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        masks = [f"{side}_mask" for side in self.sides] + ["KL_mask"] if self._assistant_only else []
-        self._signature_columns += [column for column in masks if column not in self._signature_columns]
-
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        self._leave_out_other_turns()
-        return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        # The host's sampler looks for `input_ids`, which rows get only when they are collated.
-        data = self.train_dataset if train_dataset is None else train_dataset
-        strategy = getattr(self.args, "train_sampling_strategy", None)
-        if not isinstance(data, Dataset) or not (strategy == "group_by_length" or groups_by_length(self.args)):
-            return super()._get_train_sampler(train_dataset)
-        columns = [c for c in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids") if c in data.column_names]
-        lengths = [sum(map(len, row)) for row in zip(*(data[column] for column in columns), strict=True)]
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
-        )
 
     # -- one forward -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,94 @@
+"""A trainer's datasets: checked, tokenized, and read in batches in which only wanted tokens count."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from datasets import Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ..data.checks import columns_of, plain_splits
+from ..data.collators import TurnMaskCollator
+from ..data.tokens import RowTokenizer
+from .rows import drop_foreign_columns, groups_by_length, token_limits, tokenized_rows
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer as _Mixin
+else:
+    _Mixin = object
+
+
+class PreparesRows(_Mixin):
+    """The data part of a trainer's host."""
+
+    _assistant_only: bool
+    drops_invalid_rows: bool
+
+    sides: ClassVar[tuple[str, ...]]
+    """The columns that hold completions, once the rows have the form that they are tokenized in."""
+
+    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
+        """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
+        dataset = plain_splits(dataset, name)
+        if isinstance(dataset, dict):
+            return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
+        if dataset is None:
+            return dataset
+        if not {"image", "images"} & columns_of(dataset, name):
+            return dataset
+        if self._assistant_only:
+            raise ValueError(
+                f"The {name} dataset has images, whose rows are tokenized only when a batch is made, so "
+                "`assistant_only_loss=True` cannot tell turns apart there. Set `assistant_only_loss=False`."
+            )
+        # TRL leaves the preparation of images to its collator.
+        return self.check_rows(dataset, name)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        dataset = drop_foreign_columns(self.check_rows(dataset, dataset_name), dataset_name)
+
+        def row_tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
+            return RowTokenizer(
+                processing_class,
+                dataset_name,
+                self.sides,
+                assistant_only=self._assistant_only,
+                prompt_is_explicit=prompt_is_explicit,
+                max_length=args.max_length,
+                keep_end=self._keeps_end(args),
+                limits=token_limits(self, processing_class),
+                drop_invalid=self.drops_invalid_rows,
+            )
+
+        return tokenized_rows(dataset, row_tokenizer, args)
+
+    @staticmethod
+    def _keeps_end(args: Any) -> bool:
+        return getattr(args, "truncation_mode", "keep_start") == "keep_end"
+
+    def _leave_out_other_turns(self) -> None:
+        """From now on, batches count only tokens that the assistant wrote, where that is asked for."""
+        collate: Any = self.data_collator
+        if self._assistant_only and not isinstance(collate, TurnMaskCollator):
+            self.data_collator: Any = TurnMaskCollator(collate, self.sides, keep_end=self._keeps_end(self.args))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        masks = [f"{side}_mask" for side in self.sides] + ["KL_mask"] if self._assistant_only else []
+        self._signature_columns += [column for column in masks if column not in self._signature_columns]
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._leave_out_other_turns()
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        # The host's sampler looks for `input_ids`, which rows get only when they are collated.
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", None)
+        if not isinstance(data, Dataset) or not (strategy == "group_by_length" or groups_by_length(self.args)):
+            return super()._get_train_sampler(train_dataset)
+        columns = [c for c in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids") if c in data.column_names]
+        lengths = [sum(map(len, row)) for row in zip(*(data[column] for column in columns), strict=True)]
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
+        )
