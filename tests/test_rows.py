@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import LlamaForSequenceClassification
 
 import halos_trl
-from halos_trl import toy
+from halos_trl import cli, toy
 from halos_trl.data.checks import check_paired_rows, check_unpaired_rows
 from halos_trl.data.groups import scored_rows
 from halos_trl.data.row_texts import split_prompt
@@ -404,6 +404,16 @@ def test_every_trainer_drops_where_it_is_told_to(build, said, method):
     trainer = build(method, Dataset.from_list(rows), drop_invalid_rows=True)
     assert len(trainer.train_dataset) == 5
     assert "Dropped 1 of 6 rows of the train dataset. The first, row 3, has prompt None" in said()
+
+
+def test_flag_of_the_command_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps(TEXT_PAIR | {"chosen": chosen}) for chosen in (" x", "", 5)))
+    flags = ["--model_name_or_path", "owner/model", "--dataset_name", str(file), "--output_dir", str(tmp_path)]
+    flags += ["--use_cpu", "--bf16", "false", "--drop_invalid_rows"]
+    _, config, _, data = cli.parse(halos_trl.DPOConfig, "paired", argv=flags)
+    assert config.drop_invalid_rows is True
+    assert check(data["train"], drop_invalid=config.drop_invalid_rows).to_list() == [TEXT_PAIR]
 
 
 # -- groups --------------------------------------------------------------------------------------------------------
