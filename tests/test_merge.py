@@ -19,7 +19,7 @@ IDS = torch.arange(24)[None]
 @pytest.mark.parametrize(
     ("lora", "stays_tied"),
     [
-        ({"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["down_proj"]}, True),
         ({"target_modules": ["embed_tokens"]}, False),
         ({"target_modules": ["lm_head"]}, False),
         ({"target_modules": ["embed_tokens", "lm_head"]}, False),
