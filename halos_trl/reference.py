@@ -26,8 +26,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from ._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter, reading_adapter, score_tokens
+from ._trl import (
+    POLICY_ADAPTER,
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    reading_adapter,
+    restored_by_switch,
+    score_tokens,
+)
 from .sharded import assign_whole, collected, own_shard, parameters_by_name, reshard, shape_of, whole
+from .value_head import NAME as VALUE_HEAD
 
 REFERENCE_FILE = "reference.safetensors"
 """A moving reference lies under this name in every checkpoint."""
@@ -56,6 +64,14 @@ class Reference:
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The tensors that move, by name."""
         return {}
+
+    def keep_start(self) -> list[str]:
+        """Note the values of what trains and would change this reference along with the policy.
+
+        To be called before the first update that can reach them, and as often as one likes: what is noted stays.
+        Returns the names of the parameters that are new.
+        """
+        return []
 
 
 class NoReference(Reference):
@@ -109,7 +125,11 @@ class FrozenCopy(Reference):
 
 
 class AdapterOff(Reference):
-    """The base model of the policy: its adapter is new, so switching it off gives the initial policy."""
+    """The base model of the policy: its adapter is new, so switching it off gives the initial policy.
+
+    What trains outside the adapter (biases with `bias="all"`, modules that somebody unfroze) has no switch. `outside`
+    holds its values, which stand in while the reference is read.
+    """
 
     adapter: ClassVar[str | None] = None
 
@@ -117,12 +137,35 @@ class AdapterOff(Reference):
         self.model = model
         self._unwrap = unwrap
         self._forward = forward
+        self.outside: dict[str, torch.Tensor] = {}
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
         model = self._unwrap(self.model)
         # The policy's adapter is read again before anybody calls `backward`; else its gradients would be None.
-        with self._forward(), _without_dropout(model), reading_adapter(model, self.adapter):
+        with (
+            self._forward(),
+            _without_dropout(model),
+            _standing_in(parameters_by_name(model), self.outside),
+            reading_adapter(model, self.adapter),
+        ):
             return score_tokens(self.model, batch).logps_BT
+
+    def keep_start(self) -> list[str]:
+        model = self._unwrap(self.model)
+        has_switch = self._has_switch(model)
+        new = {
+            name: parameter
+            for name, parameter in parameters_by_name(model).items()
+            if parameter.requires_grad and name not in self.outside and id(parameter) not in has_switch
+            # PPO's value head is no part of the policy's log-probs.
+            if VALUE_HEAD not in name.split(".")
+        }
+        self.outside |= {name: parameter.detach().clone() for name, parameter in new.items()}
+        return list(new)
+
+    def _has_switch(self, model: torch.nn.Module) -> set[int]:
+        """`id` of the parameters that are not read while the reference is."""
+        return restored_by_switch(model)
 
 
 class FrozenAdapter(AdapterOff):
@@ -154,12 +197,33 @@ class FrozenAdapter(AdapterOff):
     @torch.no_grad()
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
         self.moved = True
-        pairs = _adapter_pairs(self._unwrap(policy))
-        _move([reference for reference, _ in pairs], [source for _, source in pairs], mix)
+        model = self._unwrap(policy)
+        named, pairs = parameters_by_name(model), _adapter_pairs(model)
+        references = [*(reference for reference, _ in pairs), *self.outside.values()]
+        _move(references, [*(source for _, source in pairs), *(named[name] for name in self.outside)], mix)
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
         named = parameters_by_name(self._unwrap(policy))
-        return {name: parameter for name, parameter in named.items() if _policys_name(name) in named}
+        return {name: parameter for name, parameter in named.items() if _policys_name(name) in named} | self.outside
+
+    def _has_switch(self, model: torch.nn.Module) -> set[int]:
+        return {id(policys) for _, policys in _adapter_pairs(model)}
+
+
+@contextlib.contextmanager
+def _standing_in(named: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The parameters read as `values`. Gradients of a graph that exists already are not touched."""
+    for name, value in values.items():
+        if value.device != named[name].device or value.dtype != named[name].dtype:
+            values[name] = value.to(named[name])  # the model was moved, or cast by an engine
+    before = {name: named[name].data for name in values}
+    try:
+        for name, value in values.items():
+            named[name].data = value
+        yield
+    finally:
+        for name, data in before.items():
+            named[name].data = data
 
 
 def _policys_name(name: str) -> str | None:

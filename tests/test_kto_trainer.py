@@ -420,12 +420,6 @@ def test_all_rows_dropped_is_an_error(fit):
         fit(datasets.Dataset.from_list(rows), max_length=32)
 
 
-def test_one_sided_data_get_no_recommended_weights(fit, said):
-    fit(unpaired_rows(16).filter(lambda row: row["label"]), train=False)
-    assert "have the same label, so there is no undesirable example" in said()
-    assert "recommend" not in said()
-
-
 @pytest.mark.parametrize("label", [True, False])
 def test_one_sided_batches_are_legal(fit, label):
     rows = [row | {"label": label} for row in unpaired_rows(8).to_list()]

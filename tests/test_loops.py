@@ -98,7 +98,7 @@ def test_run_that_was_out_of_memory_once_logs_as_one_that_was_not(make, name):
                 raise RuntimeError("CUDA out of memory.")
             return loss
 
-    settings = {"max_steps": 2, "seed": 7}  # the first attempt has logged a step
+    settings = {"max_steps": 2, "logging_steps": 2, "seed": 7}
     retried = make(name, base=Large, auto_find_batch_size=True, **settings)
     retried.train()
     plain = make(name, per_device_train_batch_size=retried._train_batch_size, **settings)

@@ -41,9 +41,18 @@ from trl.trainer.utils import get_config_model_id
 
 from ..forward.score import STEP_SHARE, TokenTable, score_tokens
 from . import compat  # noqa: F401  (fills in for an older TRL)
-from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter, edits_base_weights, reading_adapter
-from .construct import overridden
+from .adapters import (
+    POLICY_ADAPTER,
+    REFERENCE_ADAPTER,
+    add_reference_adapter,
+    edits_base_weights,
+    reading_adapter,
+    restored_by_switch,
+    saved_with_adapter,
+)
+from .dropout import rates_in_config
 from .host import Method, NamedTrainer, TrainerHost, card_identity, run_urls
+from .overridden import overridden
 from .paired import PairedHost
 from .reward import RewardHost
 from .scored import ScoredHost
@@ -69,7 +78,10 @@ __all__ = [
     "get_config_model_id",
     "is_peft_model",
     "overridden",
+    "rates_in_config",
     "reading_adapter",
+    "restored_by_switch",
     "run_urls",
+    "saved_with_adapter",
     "score_tokens",
 ]

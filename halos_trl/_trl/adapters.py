@@ -1,13 +1,17 @@
-"""Two adapters on one base model: adding the reference's, and reading through either of them or through none."""
+"""Two adapters on one base model: adding the reference's, reading through one or none, and what trains beside them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from trl.trainer.utils import use_adapter
 
 if TYPE_CHECKING:
@@ -25,7 +29,10 @@ def add_reference_adapter(peft_model: PeftModel) -> None:
     config = copy.deepcopy(peft_model.peft_config[POLICY_ADAPTER])
     if edits_base_weights(config):
         config.init_lora_weights = True  # what it starts from is overwritten; the base must not be edited twice
-    type(peft_model).add_adapter(peft_model, REFERENCE_ADAPTER, config)
+    if getattr(config, "bias", "none") != "none":
+        config.bias = "none"  # those are the base model's, of which there is one; `reference.py` keeps their values
+    with _flags_kept(peft_model):
+        type(peft_model).add_adapter(peft_model, REFERENCE_ADAPTER, config)
 
 
 def edits_base_weights(config: PeftConfig) -> bool:
@@ -45,7 +52,8 @@ def reading_adapter(peft_model: PeftModel, name: str | None) -> Iterator[None]:
         m for m in peft_model.modules() if isinstance(m, BaseTunerLayer) or "_active_adapter" in vars(m)
     ]
     if name is None or not layers:  # prompt learning keeps its adapter elsewhere
-        with use_adapter(peft_model, name):
+        # Switching on again would make the whole adapter trainable, also the part of it that somebody froze.
+        with _flags_kept(peft_model), use_adapter(peft_model, name):
             yield
         return
     before = [layer._active_adapter for layer in layers]
@@ -56,3 +64,39 @@ def reading_adapter(peft_model: PeftModel, name: str | None) -> Iterator[None]:
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer._active_adapter = active
+
+
+@contextlib.contextmanager
+def _flags_kept(model: torch.nn.Module) -> Iterator[None]:
+    """What is trainable before the block is trainable after it, and nothing else that was there before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def restored_by_switch(peft_model: PeftModel) -> set[int]:
+    """`id` of every parameter that has no effect while the adapter is switched off."""
+    owned: set[int] = set()
+    for module in peft_model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            for path in module.adapter_layer_names:
+                holder = attrgetter(path)(module)
+                owned |= {id(p) for p in _parameters_in(holder)}
+    encoder = getattr(peft_model, "prompt_encoder", None)
+    return owned | ({id(p) for p in encoder.parameters()} if encoder is not None else set())
+
+
+def _parameters_in(holder: Any) -> Iterator[torch.nn.Parameter]:
+    if isinstance(holder, torch.nn.Parameter):
+        yield holder
+    elif isinstance(holder, torch.nn.Module):
+        yield from holder.parameters()
+
+
+def saved_with_adapter(peft_model: PeftModel) -> set[int]:
+    """Memory addresses of the tensors that `save_pretrained` writes for the policy's adapter."""
+    state = get_peft_model_state_dict(peft_model, adapter_name=POLICY_ADAPTER)
+    return {tensor.data_ptr() for tensor in state.values()}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter
+from .dropout import switch_off_dropout
+from .fused_head import add_copyable_head
+from .overridden import overridden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,23 +24,6 @@ if TYPE_CHECKING:
     from .host import TrainerHost
 
 logger = get_logger(__name__)
-
-
-@contextlib.contextmanager
-def overridden(target: Any, **values: Any) -> Iterator[None]:
-    """Set instance attributes for the duration of a block."""
-    own = vars(target)
-    before = {name: own[name] for name in values if name in own}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name in values:
-            if name in before:
-                setattr(target, name, before[name])
-            else:
-                delattr(target, name)
 
 
 @contextlib.contextmanager
@@ -70,30 +57,37 @@ def _is_partitioned(model: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def reference_like_policy(trainer: TrainerHost, model: Any) -> Iterator[None]:
-    """Decide what TRL gets when it asks for a second model from the policy's hub id."""
+def built_our_way(trainer: TrainerHost, model: Any) -> Iterator[None]:
+    """What TRL's constructor finds under the names of its helpers: how it gets a second model, puts the fused head on
+    models, and switches dropout off.
+    """
     host = sys.modules[trainer.trl_class.__module__]
     load = host.create_model_from_path  # type: ignore[attr-defined]
-
-    def create_model_from_path(path: str, *args: Any, **kwargs: Any) -> PreTrainedModel | None:
-        policy = getattr(trainer, "model", None)
-        if policy is None:  # TRL is loading the policy itself
-            return load(path, *args, **kwargs)
-        if not trainer.needs_reference:
-            return None
-        if isinstance(model, str):
-            return load(path, *args, **kwargs)
-        if _is_partitioned(policy):
-            logger.warning(
-                "The policy was passed as an instance and is partitioned by DeepSpeed ZeRO-3, so it cannot be copied; "
-                f"the reference is loaded from {path!r} instead. If the instance's weights differ from that "
-                "checkpoint, pass `ref_model` explicitly."
-            )
-            return load(path, *args, **kwargs)
-        return _copy_of(policy)
-
-    host.create_model_from_path = create_model_from_path  # type: ignore[attr-defined]
-    try:
+    with overridden(
+        host,
+        create_model_from_path=functools.partial(_reference_like_policy, trainer, model, load),
+        add_fused_lm_head=add_copyable_head,
+        disable_dropout_in_model=switch_off_dropout,
+    ):
         yield
-    finally:
-        host.create_model_from_path = load  # type: ignore[attr-defined]
+
+
+def _reference_like_policy(
+    trainer: TrainerHost, model: Any, load: Callable[..., Any], path: str, *args: Any, **kwargs: Any
+) -> PreTrainedModel | None:
+    """What TRL gets when it asks for a model by the policy's hub id."""
+    policy = getattr(trainer, "model", None)
+    if policy is None:  # TRL is loading the policy itself
+        return load(path, *args, **kwargs)
+    if not trainer.needs_reference:
+        return None
+    if isinstance(model, str):
+        return load(path, *args, **kwargs)
+    if _is_partitioned(policy):
+        logger.warning(
+            "The policy was passed as an instance and is partitioned by DeepSpeed ZeRO-3, so it cannot be copied; "
+            f"the reference is loaded from {path!r} instead. If the instance's weights differ from that "
+            "checkpoint, pass `ref_model` explicitly."
+        )
+        return load(path, *args, **kwargs)
+    return _copy_of(policy)

@@ -20,9 +20,11 @@ from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
 from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .arguments import check_optimizer_parameters, check_types
-from .construct import overridden, own_reference_adapter, reference_like_policy
+from .construct import built_our_way, own_reference_adapter
 from .finite import FiniteUpdates
+from .fused_head import has_router_logits
 from .loops import CleanLoops
+from .overridden import overridden
 from .precompute import StoresReference
 from .prepare import PreparesRows
 from .rows import noting_policy, refuse_without_special_tokens
@@ -189,7 +191,7 @@ class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
         hidden = self._hidden_from_trl(args)
         with (
             overridden(args, **hidden),
-            reference_like_policy(self, model),
+            built_our_way(self, model),
             own_reference_adapter(model, self.needs_reference),
             noting_policy(self, model),
         ):
@@ -210,6 +212,8 @@ class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
             )
         self._leave_out_other_turns()
         check_optimizer_parameters(optimizers[0], self.model)
+        if not has_router_logits(self.model):
+            self.aux_loss_enabled = False
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""

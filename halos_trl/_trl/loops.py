@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
 
-from .construct import overridden
+from .overridden import overridden
 
 if TYPE_CHECKING:
     # The mixins stand in front of a trainer whose attributes they use; the checker takes any for it.

@@ -9,8 +9,8 @@ from trl import DPOTrainer as HostTrainer
 
 from ..humanline import Humanline, clamp, log_ratios
 from ..metrics import logps_sums, unclamped_sums
-from .construct import overridden
 from .host import TrainerHost
+from .overridden import overridden
 
 
 class PairedHost(TrainerHost, HostTrainer):
@@ -33,13 +33,20 @@ class PairedHost(TrainerHost, HostTrainer):
         do with the two stays TRL's.
         """
         humanline = self.args.humanline_clamp
-        if humanline is None:
+        if self.args.precompute_ref_log_probs:
             result = HostTrainer._compute_loss(self, model, inputs, return_outputs)
             return result if return_outputs else (result, None)
+        # TRL would switch the adapter off by itself, which leaves what trains outside of it.
         reference_BT = self.reference.log_probs(inputs)
-        sums = HostTrainer.compute_ref_log_probs(self, _Answering(reference_BT), inputs)
-        clamped = _Clamped(model, reference_BT, inputs["completion_mask"][:, 1:], humanline)
+        known = _Answering(reference_BT)
+        with overridden(self, ref_model=known):  # so that no adapter is switched for it
+            sums = HostTrainer.compute_ref_log_probs(self, known, inputs)
         inputs = {**inputs, "ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
+        if humanline is None:
+            with overridden(self, precompute_ref_logps=True):
+                result = HostTrainer._compute_loss(self, model, inputs, return_outputs)
+            return result if return_outputs else (result, None)
+        clamped = _Clamped(model, reference_BT, inputs["completion_mask"][:, 1:], humanline)
         with overridden(self, precompute_ref_logps=True):
             loss = HostTrainer._compute_loss(self, clamped, inputs, False)
         is_chosen_B = torch.arange(len(reference_BT), device=reference_BT.device) < len(reference_BT) // 2

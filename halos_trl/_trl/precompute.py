@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
-from .construct import overridden
+from .overridden import overridden
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _Mixin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -13,7 +14,9 @@ from trl.trainer.utils import get_config_model_id
 from ..data.checks import columns_of, plain_rows, plain_splits
 from ..data.tokens import RowTokenizer
 from .arguments import check_optimizer_parameters, check_types
+from .dropout import switch_off_dropout
 from .host import NamedTrainer
+from .overridden import overridden
 from .rows import check_token_ids, noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
 
 logger = get_logger(__name__)
@@ -46,7 +49,8 @@ class RewardHost(NamedTrainer, HostTrainer):
         self.drops_invalid_rows = args.drop_invalid_rows
         refuse_without_special_tokens(trl_kwargs.get("processing_class"), args)
         datasets = plain_splits(train_dataset, "train"), plain_splits(eval_dataset, "eval")
-        with noting_policy(self, model):
+        host = sys.modules[HostTrainer.__module__]
+        with noting_policy(self, model), overridden(host, disable_dropout_in_model=switch_off_dropout):
             super().__init__(model, args, data_collator, *datasets, *trl_args, **trl_kwargs)
         check_optimizer_parameters(given.arguments.get("optimizers", (None, None))[0], self.model)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .arguments import shown
-from .construct import overridden
+from .overridden import overridden
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _Mixin

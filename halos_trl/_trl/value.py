@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +24,32 @@ class _WithValues(FusedCausalLMOutput):
     state_values: torch.Tensor | None = None
 
 
+_LAST_HIDDEN = "_hidden_for_value_head"
+
+
 def _attach(head: ValueHead, causal_lm: Any) -> None:
     """Make the head a part of the policy: its forward pass through the fused LM head also answers `state_values`."""
     causal_lm.add_module(VALUE_HEAD, head)
     # Whoever saves the policy without this package gets the plain model too.
     own = {f"{VALUE_HEAD}.{name}" for name in head.state_dict()}
     causal_lm._keys_to_ignore_on_save = own | set(causal_lm._keys_to_ignore_on_save or ())
-    fused_forward = causal_lm.forward
-    seen: dict[str, torch.Tensor] = {}
-    causal_lm.base_model.register_forward_hook(lambda module, args, out: seen.update(hidden=out.last_hidden_state))
+    causal_lm.base_model.register_forward_hook(_keep_last_hidden)
+    fused_forward = causal_lm.forward.__func__
 
+    # Nothing of this model is bound here, so that a deep copy of it runs its own weights.
     @functools.wraps(fused_forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        outputs = fused_forward(*args, **kwargs)
-        hidden_BSH = seen.pop("hidden")
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = fused_forward(self, *args, **kwargs)
+        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN)
         if not kwargs.get("fused_lm_head"):
             return outputs
-        return _WithValues(**outputs, state_values=head(hidden_BSH[:, :-1]))
+        return _WithValues(**outputs, state_values=getattr(self, VALUE_HEAD)(hidden_BSH[:, :-1]))
 
-    causal_lm.forward = forward
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def _keep_last_hidden(backbone: torch.nn.Module, args: Any, output: Any) -> None:
+    vars(backbone)[_LAST_HIDDEN] = output.last_hidden_state
 
 
 class ValueHost(ScoredHost):

@@ -30,6 +30,7 @@ from .saved_reference import (
     write_reference,
     write_settings,
 )
+from .start import check_start, hold_reference, refuse_frozen, refuse_unfit_models
 from .step import StepAsBatch
 
 _UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
@@ -44,6 +45,9 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch):
         super().__init__(*args, **kwargs)
         self.sync_callback: ReferenceSync | None = None
         self.reference = self._make_reference()
+        self.is_at_start = not self._reference_was_given
+
+    _start_is_checked = False
 
     takes_precomputed: ClassVar[bool] = False
     """Whether precomputed reference log-probs serve `loss`: only a sum for each completion is stored."""
@@ -67,9 +71,16 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(AlignmentTrainer, name))
 
+    is_at_start: bool
+    """Whether policy and reference have to be equal: no `ref_model` was passed, and nothing has been trained."""
+
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
+        refuse_unfit_models(model, ref_model, args)
         super().check_arguments(args, model, ref_model)
         self._refuse_what_nobody_reads(args)
+        self._reference_was_given = ref_model is not None
+        if isinstance(model, torch.nn.Module) and getattr(self, "_new_adapter", None) is None:
+            refuse_frozen(model)
         adapter = getattr(self, "_new_adapter", None)
         if args.precompute_ref_log_probs and adapter is not None and edits_base_weights(adapter):
             raise ValueError(
@@ -107,7 +118,7 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch):
                 "`takes_humanline = True` in the class, or leave `humanline` out."
             )
 
-    _adapter_reference: AdapterOff | None = None
+    adapter_reference: AdapterOff | None = None
 
     def live_reference(self, policy: Any, moves: bool = False) -> Reference:
         """The reference that is computed and not stored. Before training, the policy itself may stand for it."""
@@ -118,11 +129,11 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch):
             if self.ref_model is not None:
                 self.ref_model.eval()  # not every engine's returns the model
             return FrozenCopy(model, *shared)
-        if self._adapter_reference is None:
+        if self.adapter_reference is None:
             # Where a new adapter took a part of the base weights, the base alone is not what the policy was.
             second = moves or REFERENCE_ADAPTER in adapters or edits_base_weights(adapters[POLICY_ADAPTER])
-            self._adapter_reference = (FrozenAdapter if second else AdapterOff)(policy, *shared)
-        return self._adapter_reference
+            self.adapter_reference = (FrozenAdapter if second else AdapterOff)(policy, *shared)
+        return self.adapter_reference
 
     def _make_reference(self) -> Reference:
         if not self.needs_reference:
@@ -170,6 +181,20 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch):
         if args.sync_ref_model:
             return {"every": args.ref_model_sync_steps, "mix": args.ref_model_mixup_alpha, "before_step": False}
         return None
+
+    # -- the first step ----------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and not self._start_is_checked:
+            check_start(self, batches[0])
+            self._start_is_checked = True
+        return batches, num_items
+
+    def before_update(self) -> None:
+        super().before_update()
+        hold_reference(self)  # of what somebody has unfrozen since
+        self.is_at_start = False
 
     # -- one forward -------------------------------------------------------------------------------------------
 
@@ -224,7 +249,13 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch):
         write_settings(self.lasting_settings, self.state)
         write_reference(self.reference, self.model, self.state, checkpoint_dir, keep=self.args.should_save)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._start_is_checked = False
+        hold_reference(self, resuming=bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def restore(self, folder: str) -> None:
+        self.is_at_start = False
         restore_reference(self.reference, self.sync_callback, self.model, folder)
         refuse_other_settings(self.lasting_settings, folder)
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .. import model_card
 from .._trl import STEP_SHARE, overridden
 from ..metrics import RunningMeans
-
-if TYPE_CHECKING:
-    from .._trl import TrainerHost as _Host
-else:
-    _Host = object
+from .start import StartChecks
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ def weighted(mean_loss: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     return mean_loss if share is None else mean_loss * share.weight
 
 
-class StepAsBatch(_Host):
+class StepAsBatch(StartChecks):
     """One optimizer step is one batch, however it is split over micro-batches and processes. And the model card."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:

@@ -1,0 +1,274 @@
+"""What has to be true before the first update: the models fit, something trains, and the reference is where it was."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from accelerate.logging import get_logger
+from transformers import AutoConfig, TrainerCallback
+
+from .._trl import is_peft_model, rates_in_config, saved_with_adapter, score_tokens
+from ..reference import FrozenAdapter, NoReference
+from ..sharded import parameters_by_name
+from ..value_head import NAME as VALUE_HEAD
+
+if TYPE_CHECKING:
+    from .._trl import TrainerHost as _Host
+    from .base import AlignmentTrainer
+else:
+    _Host = object
+
+logger = get_logger(__name__)
+
+PADDING_ROWS = 1024
+"""Models of one tokenizer may differ by this many rows of their embeddings, which pad it to a round number."""
+
+TOLERANCE = {"float32": 1e-4, "half": 0.05}
+"""Nats per completion token, on average, by which two computations of the same log-probs may differ."""
+
+
+# -- the models that were passed -------------------------------------------------------------------------------------
+
+
+def refuse_unfit_models(model: Any, ref_model: Any, args: Any) -> None:
+    """Raise where a policy that has yet to be loaded is no decoder, or has another vocabulary than `ref_model`."""
+    config = _config_of(model, args)
+    if config is not None and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`model` ({model!r}) is of type {config.model_type!r}, which has an encoder and a decoder. The methods "
+            "of this package train on prompt and completion as one sequence: pass a decoder-only model."
+        )
+    if config is not None and ref_model is not None:
+        _refuse_other_vocabulary(config, ref_model.config)
+
+
+def _refuse_other_vocabulary(policy: Any, reference: Any) -> None:
+    sizes: list[int] = [config.get_text_config().vocab_size for config in (policy, reference)]
+    if abs(sizes[0] - sizes[1]) > PADDING_ROWS:
+        raise ValueError(
+            f"The policy has a vocabulary of {sizes[0]} tokens and `ref_model` one of {sizes[1]}: the same token ids "
+            "are other words to it, so its log-probabilities say nothing about the policy's. Pass a reference with "
+            "the policy's tokenizer, or leave it out."
+        )
+
+
+def _config_of(model: Any, args: Any) -> Any:
+    if isinstance(model, torch.nn.Module):
+        return getattr(model, "config", None)
+    options = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
+    with contextlib.suppress(OSError, ValueError):  # TRL has its own message for what cannot be loaded
+        return AutoConfig.from_pretrained(model, **options)
+    return None
+
+
+# -- something trains ------------------------------------------------------------------------------------------------
+
+
+def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The policy's trainable parameters by name, without PPO's value head."""
+    named = parameters_by_name(model).items()
+    return {name: p for name, p in named if p.requires_grad and VALUE_HEAD not in name.split(".")}
+
+
+def refuse_frozen(model: torch.nn.Module) -> None:
+    """Raise where no weight of the policy would change."""
+    if trained_parameters(model):
+        return
+    if is_peft_model(model):
+        remedy = (
+            "An adapter that was loaded for inference is frozen: load it with "
+            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+        )
+    else:
+        remedy = "Call `model.requires_grad_(True)`, unfreeze a part of it, or pass a `peft_config`."
+    raise ValueError(
+        f"Nothing would be trained: none of the parameters of the model ({type(model).__name__}) has "
+        f"`requires_grad=True`. {remedy}"
+    )
+
+
+class StartChecks(_Host):
+    """Checks around the first update of every run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._gradients_seen = False
+        self.add_callback(_BeforeUpdate(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_frozen(self.accelerator.unwrap_model(self.model))
+        self._gradients_seen = False
+        return super().train(*args, **kwargs)
+
+    def before_update(self) -> None:
+        """Hook: gradients are there, and no weight has changed by them (DeepSpeed may have updated earlier)."""
+        if self._gradients_seen or self.is_deepspeed_enabled:  # which keeps gradients to itself
+            return
+        self._gradients_seen = True
+        trained = trained_parameters(self.accelerator.unwrap_model(self.model))
+        if all(parameter.grad is None for parameter in trained.values()):
+            raise ValueError(
+                f"None of the {len(trained)} trainable parameters got a gradient in the first step, so nothing would "
+                f"be trained. The loss does not reach them: {_some(trained)}. Choose modules that take part in the "
+                "forward pass of this dataset (an adapter on a vision tower needs images)."
+            )
+
+
+class _BeforeUpdate(TrainerCallback):
+    def __init__(self, trainer: StartChecks):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.before_update()
+
+
+# -- the reference does not train along ------------------------------------------------------------------------------
+
+
+def hold_reference(trainer: AlignmentTrainer, resuming: bool = False) -> None:
+    """Keep the start of what trains and has no switch, before it changes. Raises where it cannot be kept."""
+    # With stored log-probs there is one, too: it computes those of data that come later.
+    new = (trainer.adapter_reference or trainer.reference).keep_start()
+    if not new:
+        return
+    engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if engine is not None:
+        raise ValueError(
+            f"{len(new)} parameters train outside the adapter ({_some(new)}). The reference is this model without its "
+            f"adapter, so it would change with them, and their initial values cannot be put back under {engine}, "
+            "which splits or copies parameters. Freeze them (`bias='none'`, or `modules_to_save` for whole modules), "
+            "train without that engine, or pass a `ref_model` of its own."
+        )
+    _say_what_is_not_saved(trainer, new, resuming)
+
+
+def _say_what_is_not_saved(trainer: AlignmentTrainer, names: list[str], resuming: bool) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    saved, named = saved_with_adapter(model), parameters_by_name(model)
+    unsaved = [name for name in names if named[name].data_ptr() not in saved]
+    if not unsaved:
+        return
+    message = (
+        f"{len(unsaved)} parameters outside the adapter are trainable ({_some(unsaved)}), but PEFT saves only the "
+        "adapter: neither checkpoints nor the saved model hold them"
+    )
+    remedy = "Name their modules in `modules_to_save` of the adapter's config instead of unfreezing them."
+    if resuming:
+        raise ValueError(f"{message}, so a resumed run would start them anew. {remedy}")
+    logger.warning(f"{message}, and no run can resume. {remedy}")
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+# -- policy and reference start out equal ----------------------------------------------------------------------------
+
+
+class _Distance(NamedTuple):
+    """Between two computations of log-probs, in nats."""
+
+    mean: float
+    """Over completion tokens."""
+    largest: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2g} nats per completion token on average, {self.largest:.2g} at most"
+
+
+def check_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> None:
+    """On the first batch of a run: the policy has no noise that it should not have, and the reference is its start.
+
+    Costs two forward passes without gradient at most, as long as all is well, and changes no random state.
+    """
+    start_BT = _reference_at_start(trainer, batch)
+    noise_is_wanted = not trainer.args.disable_dropout or trainer.args.neftune_noise_alpha is not None
+    if start_BT is None and noise_is_wanted:
+        return
+    policy_BT, mask_BT = _policy_logps(trainer, batch, training=not noise_is_wanted)
+    if not torch.isfinite(policy_BT).all():
+        return  # the loss has a message for that
+    tolerance = TOLERANCE["half" if _in_half_precision(trainer) else "float32"]
+    if start_BT is not None and _distance(policy_BT, start_BT, mask_BT).mean <= tolerance:
+        return
+    if not noise_is_wanted:
+        quiet_BT, _ = _policy_logps(trainer, batch, training=False)
+        _refuse_noise(trainer, _distance(policy_BT, quiet_BT, mask_BT), tolerance)
+    if start_BT is not None:
+        _compare_starts(trainer, _distance(policy_BT, start_BT, mask_BT), tolerance)
+
+
+def _refuse_noise(trainer: AlignmentTrainer, noise: _Distance, tolerance: float) -> None:
+    if noise.mean <= tolerance:
+        return
+    rates = rates_in_config(trainer.accelerator.unwrap_model(trainer.model))
+    settings = ", ".join(f"{name}={value}" for name, value in rates.items())
+    raise ValueError(
+        f"`disable_dropout=True`, but the policy's log-probabilities in training differ from those in evaluation "
+        f"by {noise}: the model applies dropout or other noise by itself, where no module holds its rate. Load it "
+        f"with these settings of its config at 0 ({settings or 'see its configuration'}), as in "
+        "`model_init_kwargs` or `from_pretrained(..., attention_dropout=0.0)`; or set `disable_dropout=False`."
+    )
+
+
+def _compare_starts(trainer: AlignmentTrainer, distance: _Distance, tolerance: float) -> None:
+    if distance.mean <= tolerance:
+        return
+    message = f"Before the first update the policy differs from its reference by {distance}"
+    if is_peft_model(trainer.model) and not isinstance(trainer.reference, FrozenAdapter):
+        logger.warning(
+            f"{message}: the reference is the model without its adapter, and this adapter changes it from the start. "
+            "To compare with the start, pass a `PeftModel` in place of `peft_config`; its adapter is copied."
+        )
+        return
+    raise ValueError(
+        f"{message}, but no `ref_model` was passed, so they have to be equal. Either the policy was changed after the "
+        "trainer was built, or loading it twice does not give the same weights (a checkpoint that lacks some of "
+        "them), or stored log-probabilities are another model's. Pass `ref_model` where the difference is meant."
+    )
+
+
+def _reference_at_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> torch.Tensor | None:
+    """Log-probs of the reference where they have to be those of the policy."""
+    reference = trainer.reference
+    if isinstance(reference, NoReference) or reference.moved or not trainer.is_at_start:
+        return None
+    return reference.log_probs(batch)
+
+
+def _policy_logps(
+    trainer: AlignmentTrainer, batch: dict[str, Any], training: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    model = trainer.model_wrapped
+    was_training = model.training
+    devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), trainer.no_grad_forward():
+        model.train(training)
+        try:
+            tokens = score_tokens(model, batch)
+        finally:
+            model.train(was_training)
+    return tokens.logps_BT, tokens.mask_BT
+
+
+def _distance(one_BT: torch.Tensor, other_BT: torch.Tensor, mask_BT: torch.Tensor) -> _Distance:
+    apart_BT = (one_BT.double() - other_BT.double()).abs() * mask_BT
+    return _Distance((apart_BT.sum() / mask_BT.sum().clamp(min=1)).item(), apart_BT.max().item())
+
+
+def _in_half_precision(trainer: AlignmentTrainer) -> bool:
+    dtypes = {p.dtype for p in trainer.model.parameters()}
+    return trainer.accelerator.mixed_precision != "no" or dtypes != {torch.float32}
+
+
+__all__ = [
+    "StartChecks",
+    "check_start",
+    "hold_reference",
+    "refuse_frozen",
+    "refuse_unfit_models",
+    "trained_parameters",
+]
