@@ -2,17 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-import trl
-from trl import (
-    DatasetMixtureConfig,
-    ModelConfig,
-    ScriptArguments,
-    TrlParser,
-    get_dataset,
-    get_peft_config,
-    get_quantization_config,
-)
-
+from ._trl import helpers
 from .configs import (
     BradleyTerryConfig,
     CDPOConfig,
@@ -42,13 +32,20 @@ from .trainers import (
 )
 
 if TYPE_CHECKING:
-    from trl import (
+    from ._trl.helpers import (
+        DatasetMixtureConfig,
         LogCompletionsCallback,
+        ModelConfig,
         RichProgressCallback,
+        ScriptArguments,
+        TrlParser,
         apply_chat_template,
         clone_chat_template,
         create_reference_model,
         extract_prompt,
+        get_dataset,
+        get_peft_config,
+        get_quantization_config,
         init_zero_verbose,
         is_conversational,
         maybe_apply_chat_template,
@@ -117,6 +114,6 @@ if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees on
 
     def __getattr__(name: str) -> Any:
         """The helpers that TRL's scripts import beside trainer and config: TRL's own, fetched when first asked for."""
-        if name in __all__:
-            return getattr(trl, name)
+        if name in helpers.__all__:
+            return getattr(helpers, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,7 +34,7 @@ MAY_IMPORT = MATHEMATICS | {
     "merge": {"_trl", "model_card", "value_head"},
     "cli": {*MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
     "patching": {"configs", "trainers"},
-    "__init__": {*MATHEMATICS, "configs", "trainers", "data", "patching"},
+    "__init__": {*MATHEMATICS, "_trl", "configs", "trainers", "data", "patching"},
 }
 
 

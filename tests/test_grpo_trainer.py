@@ -285,7 +285,7 @@ def test_saved_policy_loads_plainly(fit, tmp_path):
         ({"beta": -0.1}, "beta=-0.1"),
         ({"loss_type": "apo_zero_unpaired"}, "GRPO has no such option"),
         ({"desirable_weight": 2.0}, "desirable_weight=2.0"),
-        ({"train_sampling_strategy": "group_by_length"}, "stay together"),
+        ({"train_sampling_strategy": "group_by_length"}, "Use one of 'random', 'sequential'"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
         ({"humanline": True, "precompute_ref_log_probs": True}, "exclude each other"),
     ],
@@ -296,7 +296,7 @@ def test_settings_that_cannot_work_are_refused_at_construction(make_config, flag
 
 
 def test_trl_config_is_refused(model, tokenizer, make_config):
-    with pytest.raises(ValueError, match="from halos_trl import GRPOConfig"):
+    with pytest.raises(ValueError, match=r"Use `halos_trl\.GRPOConfig`"):
         GRPOTrainer(model, args=make_config(trl.KTOConfig), train_dataset=scored(4), processing_class=tokenizer)
 
 
@@ -333,4 +333,9 @@ def test_trls_online_grpo_is_pointed_to(model, tokenizer, make_config):
     with pytest.raises(ValueError, match=r"`reward_funcs` belongs to `trl\.GRPOTrainer`.*offline"):
         GRPOTrainer(model, reward_funcs=len, train_dataset=scored(4), processing_class=tokenizer)
     with pytest.raises(ValueError, match=r"fields are not those of this method. Use `halos_trl.GRPOConfig`"):
-        GRPOTrainer(model, args=make_config(trl.GRPOConfig, per_device_train_batch_size=8), train_dataset=scored(4))
+        GRPOTrainer(
+            model,
+            args=make_config(trl.GRPOConfig, per_device_train_batch_size=8),
+            train_dataset=scored(4),
+            processing_class=tokenizer,
+        )

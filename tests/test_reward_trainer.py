@@ -167,7 +167,7 @@ def test_rows_dropped_for_their_length_are_counted(fit, said):
 
 
 def test_trl_config_is_refused_with_the_import_to_use(scorer, tokenizer, make_config):
-    with pytest.raises(ValueError, match="from halos_trl import BradleyTerryConfig"):
+    with pytest.raises(ValueError, match=r"Use `halos_trl\.BradleyTerryConfig`"):
         BradleyTerryTrainer(
             scorer, make_config(trl.RewardConfig), train_dataset=paired_rows(4), processing_class=tokenizer
         )

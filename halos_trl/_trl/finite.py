@@ -11,7 +11,7 @@ import torch
 from ..sharded import own_shard, parameters_by_name, whole
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer as _Mixin
+    from transformers import Trainer as _Mixin
 else:
     _Mixin = object
 

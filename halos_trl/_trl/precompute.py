@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from .overridden import overridden
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer as _Mixin
+    from transformers import Trainer as _Mixin
 else:
     _Mixin = object
 

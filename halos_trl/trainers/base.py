@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import TrainingArguments
 
 from .._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, TokenTable, edits_base_weights
 from ..configs import REFERENCE_FIELDS, defaults_of
@@ -33,19 +36,73 @@ from .saved_reference import (
 from .start import check_start, hold_reference, refuse_frozen, refuse_unfit_models
 from .step import StepAsBatch
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import (
+        BitsAndBytesConfig,
+        DataCollator,
+        EvalPrediction,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+        TrainerCallback,
+    )
+
 _UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
 
 
-class AlignmentTrainer(ResumableTrainer, StepAsBatch):
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
+"""The config class of a method, for type checkers: `args` is an instance of it."""
+
+EvalDataset: TypeAlias = (
+    Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+)
+Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
+
+
+class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
     """Mixed in front of a host trainer. Subclasses turn a batch into a record, and a record into a loss."""
 
     # -- construction ------------------------------------------------------------------------------------------
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    args: ConfigT
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: ConfigT | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: EvalDataset = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: Optimizers = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+        )
         self.sync_callback: ReferenceSync | None = None
         self.reference = self._make_reference()
         self.is_at_start = not self._reference_was_given
+        self.after_construction()
+
+    def after_construction(self) -> None:
+        """Hook: the trainer is built."""
 
     _start_is_checked = False
 

@@ -9,7 +9,7 @@ from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
 
 
-class CDPOTrainer(PairedPreferenceTrainer):
+class CDPOTrainer(PairedPreferenceTrainer[CDPOConfig]):
     """Conservative DPO (Mitchell 2023, ericmitchell.ai/cdpo.pdf)."""
 
     config_class = CDPOConfig

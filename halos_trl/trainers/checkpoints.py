@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import TrainOutput
 
 if TYPE_CHECKING:
     from .._trl import TrainerHost as _Host
@@ -31,7 +32,7 @@ _LOCK = "_training.lock"  # uploads leave out what begins with an underscore
 class ResumableTrainer(_Host):
     """A trainer that resumes from a whole checkpoint or not at all, and has its output directory to itself."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """`Trainer.train`, which a resumed run goes on with exactly.
 
         `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one with missing or

@@ -31,7 +31,7 @@ _TRL_LOSSES = {
 _WITHOUT_ALPHA = ("reverse_kl", "forward_kl", "js_divergence")
 
 
-class DPOTrainer(PairedPreferenceTrainer):
+class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
     """DPO (arXiv:2305.18290). A drop-in for `trl.DPOTrainer`: same arguments, same options, same logged values.
 
     The default loss is computed here. Any option that only TRL has (another `loss_type`, several of them,

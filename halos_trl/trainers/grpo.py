@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -23,7 +24,7 @@ from .step import weighted
 logger = get_logger(__name__)
 
 
-class GRPOTrainer(ScoredTrainer):
+class GRPOTrainer(ScoredTrainer[GRPOConfig]):
     """GRPO (arXiv:2402.03300) on groups of completions that were scored before training; nothing is generated.
 
     As in HALOs, and unlike the paper, the probability ratio is against the reference, which stands for the model that
@@ -51,16 +52,19 @@ class GRPOTrainer(ScoredTrainer):
     )
     card_fields = ("beta", "epsilon", "epsilon_high", "scale_rewards", "sequence_level")
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        online = sorted(
-            {"reward_funcs", "reward_processing_classes", "rollout_func", "environment_factory"} & set(kwargs)
-        )
-        if online:
-            raise ValueError(
-                f"`{online[0]}` belongs to `trl.GRPOTrainer`, which generates its completions. This one is offline: "
-                "its rows bring completions and scores. Score them beforehand, or use TRL's."
+    if not TYPE_CHECKING:  # which would take any argument for right
+
+        @functools.wraps(ScoredTrainer.__init__)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            online = sorted(
+                {"reward_funcs", "reward_processing_classes", "rollout_func", "environment_factory"} & set(kwargs)
             )
-        super().__init__(*args, **kwargs)
+            if online:
+                raise ValueError(
+                    f"`{online[0]}` belongs to `trl.GRPOTrainer`, which generates its completions. This one is "
+                    "offline: its rows bring completions and scores. Score them beforehand, or use TRL's."
+                )
+            super().__init__(*args, **kwargs)
 
     def loss(self, record: GroupLogps) -> LossOutput:
         """The per-token losses `(B, T)` of a micro-batch."""

@@ -10,7 +10,7 @@ from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
 
 
-class IPOTrainer(PairedPreferenceTrainer):
+class IPOTrainer(PairedPreferenceTrainer[IPOConfig]):
     """Identity preference optimization (arXiv:2310.12036), averaged per token like TRL's `loss_type="ipo"`."""
 
     config_class = IPOConfig

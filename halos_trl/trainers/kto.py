@@ -25,7 +25,7 @@ _PAPER = Method(
 )
 
 
-class KTOTrainer(UnpairedPreferenceTrainer):
+class KTOTrainer(UnpairedPreferenceTrainer[KTOConfig]):
     """KTO (arXiv:2402.01306) with partners for its KL term from inside the optimizer step.
 
     Takes the arguments of `trl.KTOTrainer`. Data may be shuffled or streamed, `per_device_train_batch_size=1` works,

@@ -11,11 +11,11 @@ from ..configs import DPO_LOSS_FIELDS, DPOConfig
 from ..data.checks import Rows, check_paired_rows
 from ..metrics import Sums, accuracy_sums, logps_sums, side_sums, total
 from ..records import LossOutput, PairedLogps, check_output
-from .base import AlignmentTrainer
+from .base import AlignmentTrainer, ConfigT
 from .step import weighted
 
 
-class PairedPreferenceTrainer(AlignmentTrainer, PairedHost):
+class PairedPreferenceTrainer(AlignmentTrainer[ConfigT], PairedHost):
     """Base of every method on rows of `chosen` and `rejected` completions (and a `prompt`).
 
     A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and returns

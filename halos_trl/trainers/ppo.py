@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
@@ -26,10 +26,17 @@ from .rollout import Rollout, SavedRollout, digest, load_rollouts, roll_out, rol
 from .scored import ScoredTrainer
 from .step import share_in, weighted
 
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig, DataCollator, EvalPrediction, ProcessorMixin
+
+    from .base import EvalDataset, Optimizers
+
 logger = get_logger(__name__)
 
 
-class PPOTrainer(ScoredTrainer, ValueHost):
+class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
     """PPO (arXiv:1707.06347) on completions that exist already, with a value head and GAE; nothing is generated.
 
     The reward stands on the last token of a completion: its `score` where the rows have one, else the score of
@@ -67,14 +74,38 @@ class PPOTrainer(ScoredTrainer, ValueHost):
 
     def __init__(
         self,
-        *args: Any,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
+        args: PPOConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: EvalDataset = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: Optimizers = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        *,
         reward_model: PreTrainedModel | None = None,
         reward_processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
     ) -> None:
         self._reward = (reward_model, reward_processing_class)
         self._saved: SavedRollout | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model,
+            ref_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            quantization_config,
+            peft_config,
+        )
         if self.optimizer is not None:
             raise ValueError(
                 "`optimizers` holds an optimizer, which was made before the value head and would never train it. "

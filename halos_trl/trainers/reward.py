@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -15,6 +16,18 @@ from ..data.checks import Rows, check_paired_rows
 from . import reward_head
 from .checkpoints import ResumableTrainer
 from .step import StepAsBatch, weighted, without_share
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import (
+        BitsAndBytesConfig,
+        DataCollator,
+        EvalPrediction,
+        PreTrainedTokenizerBase,
+        TrainerCallback,
+    )
+
+    from .base import EvalDataset, Optimizers
 
 
 class BradleyTerryTrainer(ResumableTrainer, StepAsBatch, RewardHost):
@@ -41,16 +54,47 @@ class BradleyTerryTrainer(ResumableTrainer, StepAsBatch, RewardHost):
     card_fields = ("center_rewards_coefficient",)
     card_task = "reward"
 
-    def __init__(self, model: str | PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    args: BradleyTerryConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: BradleyTerryConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: EvalDataset = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: Optimizers = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         if labels is not None and labels != 1:
             raise ValueError(
                 f"The reward model has {labels} labels; expected 1, the score. Load a checkpoint of HALOs', which has "
                 "two, with `halos_trl.load_reward_model`; or pass the name of a language model, which gets a new head."
             )
-        _refuse_task(kwargs.get("peft_config"))
+        _refuse_task(peft_config)
         try:
-            super().__init__(model, *args, **kwargs)
+            super().__init__(
+                model,
+                args,
+                data_collator,
+                train_dataset,
+                eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         except RuntimeError as error:
             if not isinstance(model, str) or "mismatch" not in str(error):
                 raise

@@ -20,7 +20,7 @@ from ..humanline import log_ratios, unclamped_counts
 from ..metrics import Sums, total
 from ..records import LossOutput
 from ..reference import Reference
-from .base import AlignmentTrainer
+from .base import AlignmentTrainer, ConfigT
 
 logger = get_logger(__name__)
 
@@ -36,7 +36,7 @@ class PrecomputedTokens(Reference):
         return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
 
 
-class ScoredTrainer(AlignmentTrainer, ScoredHost):
+class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
     """Base of the methods on scored completions. Rows may have any form that `scored_rows` accepts."""
 
     stores_token_logps = True
@@ -47,8 +47,7 @@ class ScoredTrainer(AlignmentTrainer, ScoredHost):
     score_rows: ScoreRows | None = None
     """Scores rows that bring no score of their own."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def after_construction(self) -> None:
         self.data_collator: Any = ScoredCollator(self.data_collator)
 
     def _make_reference(self) -> Reference:

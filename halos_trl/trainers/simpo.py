@@ -9,7 +9,7 @@ from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
 
 
-class SimPOTrainer(PairedPreferenceTrainer):
+class SimPOTrainer(PairedPreferenceTrainer[SimPOConfig]):
     """SimPO (arXiv:2405.14734). Compares with no reference, so none is loaded."""
 
     config_class = SimPOConfig

@@ -9,7 +9,7 @@ from ..records import LossOutput, PairedLogps
 from .paired import PairedPreferenceTrainer
 
 
-class SLiCTrainer(PairedPreferenceTrainer):
+class SLiCTrainer(PairedPreferenceTrainer[SLiCConfig]):
     """SLiC-HF (arXiv:2305.10425). Compares with no reference, so none is loaded."""
 
     config_class = SLiCConfig

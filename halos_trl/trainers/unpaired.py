@@ -17,13 +17,13 @@ from ..data.checks import Rows, check_unpaired_rows
 from ..losses import kto_kl
 from ..metrics import Sums, logps_sums, side_sums
 from ..records import LossOutput, UnpairedLogps, check_output
-from .base import AlignmentTrainer
+from .base import AlignmentTrainer, ConfigT
 from .step import share_in, weighted
 
 logger = get_logger(__name__)
 
 
-class UnpairedPreferenceTrainer(AlignmentTrainer, UnpairedHost):
+class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     """Base of every method on rows of `prompt`, `completion` and a boolean `label`.
 
     A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and returns
