@@ -26,10 +26,6 @@ class CleanLoops(Mixin):
 
     def check_loops(self, args: Any) -> None:
         """Refuse settings with which no optimizer step can be made."""
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            value = getattr(args, name)
-            if value is None or value < 1:
-                raise ValueError(f"`{name}={value!r}` makes no batch. It is a number of 1 or more.")
         if args.max_steps == 0 or args.max_steps < -1:
             raise ValueError(
                 f"`max_steps={args.max_steps}`: there is nothing to train, and transformers would train for "
