@@ -180,10 +180,11 @@ def test_a_reference_of_another_run_is_refused(run_of, tmp_path):
         make("DPO", folder, humanline=True).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 
-def test_a_checkpoint_that_is_written_again_holds_nothing_of_the_older_run(run_of):
+def test_a_checkpoint_that_is_written_again_holds_nothing_of_the_older_run(run_of, said):
     folder, _ = run_of("DPO", humanline=True)
     assert (folder / "checkpoint-2" / "reference.safetensors").is_file()
     make("DPO", folder).train()
+    assert "holds checkpoints of an earlier run" in said()
     assert not (folder / "checkpoint-2" / "reference.safetensors").exists()
     assert "halos_trl.moved_reference" not in json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
 

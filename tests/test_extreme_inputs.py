@@ -54,7 +54,7 @@ def extreme(name: str, data: st.DataObject, dtype: torch.dtype) -> Any:
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), humanline=st.sampled_from([None, Humanline()]))
 def test_loss_gradient_and_metrics_are_finite(
     name: str, dtype: torch.dtype, data: st.DataObject, humanline: Humanline | None

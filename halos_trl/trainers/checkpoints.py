@@ -43,6 +43,11 @@ class ResumableTrainer(_Host):
         writes = self.args.save_strategy != "no" and self.args.process_index == 0
         with only_run_in(self.args.output_dir) if writes else contextlib.nullcontext():
             if not checkpoint or not os.path.isdir(checkpoint):  # transformers refuses a path that leads nowhere
+                if writes and any(Path(self.args.output_dir).glob("checkpoint-*")):
+                    logger.warning(
+                        f"{self.args.output_dir!r} holds checkpoints of an earlier run, and this one starts anew. "
+                        "Later, `resume_from_checkpoint=True` takes that of the highest step, whichever run wrote it."
+                    )
                 return super().train(checkpoint, *args, **kwargs)
             folder = os.fspath(checkpoint)
             require_complete(folder, deepspeed=self.is_deepspeed_enabled)
