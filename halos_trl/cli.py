@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,36 +18,10 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, g
 
 from . import model_card, toy
 from .merge import merge_adapter
+from .spelling import did_you_mean
 from .trainers.checkpoints import last_complete_checkpoint, problem_of
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-
-# Settings of HALOs (and of older transformers) whose name here does not resemble theirs; docs/from_halos.md has all.
-_HALOS_NAMES = {
-    "lr": "learning_rate",
-    "n_epochs": "num_train_epochs",
-    "n_examples": "max_steps",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "name_or_path": "model_name_or_path",
-    "load_from": "model_name_or_path",
-    "from_checkpoint": "resume_from_checkpoint",
-    "train_datasets": "dataset_name",
-    "exp_name": "output_dir",
-    "beta1": "adam_beta1",
-    "beta2": "adam_beta2",
-    "eps": "adam_epsilon",
-    "optimizer": "optim",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
-    "eval_every": "eval_steps",
-    "save_every": "save_steps",
-    "do_first_eval": "eval_on_start",
-    "policy_dtype": "dtype",
-    "cache_reference_logprobs": "precompute_ref_log_probs",
-    "sync_reference": "sync_ref_model",
-    "target_modules": "lora_target_modules",
-}
 
 _USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
 _DESCRIPTION = """\
@@ -196,11 +168,11 @@ def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dic
     namespace, unknown = parser.parse_known_args(flags)
     known = vars(namespace)
     if unknown:
-        raise ValueError(f"Unknown argument `{unknown[0]}`.{_similar(unknown[0], known, '--')}")
+        raise ValueError(f"Unknown argument `{unknown[0]}`.{did_you_mean(unknown[0], known, '--')}")
     foreign = sorted(map(str, config.keys() - known.keys() - {"env"}))
     if foreign:
         names = ", ".join(f"`{name}`" for name in foreign)
-        raise ValueError(f"The config file sets {names}, unknown to this script.{_similar(foreign[0], known)}")
+        raise ValueError(f"The config file sets {names}, unknown to this script.{did_you_mean(foreign[0], known)}")
     has_model, *has_data = (
         bool(known[name] or config.get(name)) for name in ("model_name_or_path", "dataset_name", "datasets")
     )
@@ -211,15 +183,6 @@ def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dic
             "two to run on the embedded default task."
         )
     return not has_model
-
-
-def _similar(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The name that may have been meant: HALOs' spelling of one, or one that is written almost the same."""
-    bare = name.lstrip("-+").split("=")[0].replace("-", "_").split(".")[-1]
-    meant = _HALOS_NAMES.get(bare, bare)
-    close = [other for other in known if other.lower() == meant.lower()]
-    close = close or difflib.get_close_matches(meant.lower(), known, n=1)
-    return (f" Did you mean `{prefix}{close[0]}`?" if close else "") + " `--help` lists all names."
 
 
 def _refuse_what_cannot_work(

@@ -32,7 +32,8 @@ MAY_IMPORT = MATHEMATICS | {
     "trainers": {*MATHEMATICS, "data", "sharded", "value_head", "_trl", "reference", "configs", "model_card"},
     "toy": set(),
     "merge": {"_trl", "model_card", "value_head"},
-    "cli": {*MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
+    "spelling": set(),
+    "cli": {"spelling", *MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
     "patching": {"configs", "trainers"},
     "__init__": {*MATHEMATICS, "_trl", "configs", "trainers", "data", "patching"},
 }
