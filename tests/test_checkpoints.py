@@ -3,10 +3,12 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import cpu_config, paired_rows, perturbed, weights
+from launch import ENGINES, launch
 from policy_runs import scored
 from test_overriding import scorer
 
@@ -212,3 +214,14 @@ def test_files_of_engines_are_no_damage(run_of):
     assert last_complete_checkpoint(str(folder)) == str(newest)
     with pytest.raises(ValueError, match="it was written under DeepSpeed"):
         make("DPO", folder).train(resume_from_checkpoint=str(newest))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_under_an_engine_resumes_exactly(tmp_path, engine):
+    results = launch(Path(__file__).with_name("resume_engines.py"), tmp_path, engine)
+    assert results["problem"] is None, results["files"]
+    assert results["last"] == "checkpoint-4"
+    assert torch.equal(results["resumed"], results["whole"])
+    assert results["finished"][0] == 4
+    assert torch.equal(results["finished"][1], results["whole"])
