@@ -16,7 +16,8 @@ from transformers.integrations import is_wandb_available
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from ..forward.score import NOT_MODEL_INPUTS, TokenTable, score_tokens
+from ..forward.packing import give_packing
+from ..forward.score import TokenTable, model_inputs, score_tokens
 from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
 from .arguments import check_optimizer_parameters, check_types
@@ -214,6 +215,7 @@ class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
         check_optimizer_parameters(optimizers[0], self.model)
         if not has_router_logits(self.model):
             self.aux_loss_enabled = False
+        give_packing([self.model, self.ref_model], args.packed)
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""
@@ -267,9 +269,8 @@ class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
 
     def logits_for_metrics(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
         """Plain model outputs with logits, as `compute_metrics` expects them (one more forward, like TRL's)."""
-        inputs = {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and not k.startswith("KL_")}
         with torch.no_grad():
-            return model(**inputs, use_cache=False)
+            return model(**model_inputs(batch), use_cache=False)
 
     # -- metrics -----------------------------------------------------------------------------------------------
 

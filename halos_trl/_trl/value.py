@@ -12,6 +12,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ..forward.packing import only_wanted
 from ..value_head import NAME as VALUE_HEAD
 from ..value_head import ValueHead, load_value_head, save_value_head, taken_off
 from .scored import ScoredHost
@@ -43,7 +44,8 @@ def _attach(head: ValueHead, causal_lm: Any) -> None:
         hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN)
         if not kwargs.get("fused_lm_head"):
             return outputs
-        return _WithValues(**outputs, state_values=getattr(self, VALUE_HEAD)(hidden_BSH[:, :-1]))
+        wanted_BTH = hidden_BSH if only_wanted() else hidden_BSH[:, :-1]
+        return _WithValues(**outputs, state_values=getattr(self, VALUE_HEAD)(wanted_BTH))
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
 

@@ -9,13 +9,13 @@ from typing import ClassVar
 import trl
 
 from .checks import check_sync, defaults_of, is_number, is_share, require, require_not_negative, require_positive
-from .shared import REFERENCE_FIELDS, SYNC_HELP, HumanlineConfig, RowsConfig
+from .shared import REFERENCE_FIELDS, SYNC_HELP, ForwardConfig, HumanlineConfig, RowsConfig
 
 _TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
 
 
 @dataclass
-class DPOConfig(HumanlineConfig, RowsConfig, trl.DPOConfig):
+class DPOConfig(HumanlineConfig, RowsConfig, ForwardConfig, trl.DPOConfig):
     """`trl.DPOConfig` plus humanline; every field means what it means there."""
 
     sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})

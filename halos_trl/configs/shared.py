@@ -125,3 +125,32 @@ REFERENCE_FIELDS = (
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
 )
+
+
+@dataclass
+class ForwardConfig:
+    """How the sequences of a micro-batch go through the model.
+
+    Parameters:
+        packed (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: completions of one prompt share its tokens, and nothing is padded, wherever the model gives the
+            same log-probs; the first batch is compared with padded rows, and a model that differs is given those.
+            `"on"`: an error where it cannot be done. `"off"`: padded rows.
+    """
+
+    packed: str = field(
+        default="auto",
+        metadata={
+            "help": "Compute the prompt of several completions once, and no padding: `auto` (wherever the model gives "
+            "the same log-probs; checked on the first batch), `on` (an error where it cannot), `off`.",
+            "choices": ["auto", "on", "off"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        # `packed: on` is true in YAML.
+        if isinstance(self.packed, bool):
+            self.packed = "on" if self.packed else "off"
+        known = ("auto", "on", "off")
+        require(self.packed in known, "packed", self.packed, "it is no such choice.", f"Use one of {known}.")
