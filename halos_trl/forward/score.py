@@ -46,6 +46,7 @@ class TokenTable(NamedTuple):
     is_top1_BT: Tensor | None = None
     aux_loss: Tensor | None = None
     values_BT: Tensor | None = None
+    log_sum_sq_probs_BT: Tensor | None = None
 
     def rows(self, index: Tensor) -> TokenTable:
         """Some of the rows."""
@@ -128,6 +129,7 @@ def _table_of(outputs: Any, table: Any, mask_BT: Tensor) -> TokenTable:
         table(outputs.is_top1),
         outputs.aux_loss,
         table(getattr(outputs, "state_values", None)),
+        table(outputs.log_sum_sq_probs),
     )
 
 

@@ -78,9 +78,11 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
     def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
         if not self.uses_trl_loss:
             return super().batch_loss(model, inputs, return_outputs)
-        loss, outputs = self.trl_loss(model, without_share(inputs), return_outputs)
-        loss = weighted(loss, inputs)
-        return (loss, outputs) if return_outputs else loss
+        tokens = self.policy_tokens(model, inputs)
+        reference_BT = self.reference.log_probs(inputs)
+        self.refuse_non_finite(tokens, reference_BT)
+        loss = weighted(self.trl_loss(without_share(inputs), tokens, reference_BT), inputs)
+        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
     def loss(self, record: PairedLogps) -> LossOutput:
         return losses.dpo(record, beta=self.args.beta, humanline=self.args.humanline_clamp)
