@@ -424,7 +424,9 @@ def test_trl_loss_types_see_clamped_log_probs(make, model, loss_type):
     assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
     for mine, trls in zip(ours.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, trls.grad, rtol=1e-4, atol=2e-6)
-    assert trl.DPOTrainer._compute_loss(plain, plain.model, batch, False).item() != pytest.approx(loss.item(), abs=2e-5)
+    assert trl.DPOTrainer._compute_loss(plain, plain.model, batch, False).item() != pytest.approx(
+        loss.item(), abs=2e-5
+    )
 
 
 def hinge(ratios_BT, reference_BT, mask_BT):

@@ -29,7 +29,7 @@ _FORMAT = 2
 
 _ARGUMENTS = (
     "max_length", "truncation_mode", "ld_alpha", "pad_to_multiple_of", "loss_type", "tf32", "bf16", "fp16",
-    "bf16_full_eval", "fp16_full_eval", "use_liger_kernel", "torch_compile",
+    "bf16_full_eval", "fp16_full_eval", "use_liger_kernel", "torch_compile", "packed",
 )  # fmt: skip
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
