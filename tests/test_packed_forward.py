@@ -139,6 +139,29 @@ def test_batch_without_a_completion_has_a_zero_gradient():
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
+def test_batch_without_a_completion_decides_nothing():
+    model = llama()
+    give_packing([model], "on")
+    score_tokens(model, batch_of([([5, 6, 7], []), ([3], [])]))
+    assert packing_of(model).is_open and not packing_of(model).active
+    score_tokens(model, batch_of(random_rows([(5, [3])])))
+    assert packing_of(model).active
+
+
+def test_model_that_fails_on_a_packed_row_is_given_padded_ones(said):
+    model, batch = llama(), batch_of(random_rows([(9, [3, 14])]))
+    with torch.no_grad():
+        padded_BT = score_tokens(model, batch).logps_BT
+        give_packing([model], "auto")
+
+        def needs_a_mask(layer, args, kwargs):
+            assert kwargs["attention_mask"].ndim == 4
+
+        model.model.layers[1].register_forward_pre_hook(needs_a_mask, with_kwargs=True)
+        assert score_tokens(model, batch).logps_BT.equal(padded_BT)
+    assert "fails on a packed row (AttributeError" in said()
+
+
 def test_one_layout_serves_every_forward_of_a_batch(monkeypatch):
     from halos_trl.forward import score
 

@@ -124,5 +124,16 @@ def test_setting_as_yaml_reads_it(given, kept, make_config):
 
 
 def test_setting_of_another_name_is_refused(make_config):
-    with pytest.raises(ValueError, match=r"`packed='yes'` cannot work"):
+    with pytest.raises(ValueError, match=r"`packed='yes'` cannot work.*'auto', 'on', 'off'"):
         make_config(halos_trl.KTOConfig, packed="yes")
+
+
+def test_compiled_models_are_given_padded_rows(make_config, model, tokenizer, said):
+    def trainer(packed):
+        args = make_config(halos_trl.DPOConfig, packed=packed, torch_compile=True)
+        return halos_trl.DPOTrainer(model, args=args, train_dataset=rows("DPO"), processing_class=tokenizer)
+
+    assert not packing_of(trainer("auto").model).active
+    assert "`torch_compile=True` would compile" in said()
+    with pytest.raises(ValueError, match=r"packed='on'.*torch_compile"):
+        trainer("on")

@@ -215,7 +215,8 @@ class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
         check_optimizer_parameters(optimizers[0], self.model)
         if not has_router_logits(self.model):
             self.aux_loss_enabled = False
-        give_packing([self.model, self.ref_model], args.packed)
+        compiled = "`torch_compile=True` would compile a layout that is another one in each batch"
+        give_packing([self.model, self.ref_model], args.packed, compiled if args.torch_compile else None)
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""

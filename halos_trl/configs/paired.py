@@ -15,7 +15,7 @@ _TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
 
 
 @dataclass
-class DPOConfig(HumanlineConfig, RowsConfig, ForwardConfig, trl.DPOConfig):
+class DPOConfig(ForwardConfig, HumanlineConfig, RowsConfig, trl.DPOConfig):
     """`trl.DPOConfig` plus humanline; every field means what it means there."""
 
     sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})

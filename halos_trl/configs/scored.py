@@ -13,7 +13,7 @@ from .unpaired import KTO_LOSS_FIELDS
 
 
 @dataclass
-class _ScoredConfig(HumanlineConfig, RowsConfig, ForwardConfig, trl.KTOConfig):
+class _ScoredConfig(ForwardConfig, HumanlineConfig, RowsConfig, trl.KTOConfig):
     """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
 
     _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS

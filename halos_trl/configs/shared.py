@@ -148,9 +148,6 @@ class ForwardConfig:
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
-        # `packed: on` is true in YAML.
-        if isinstance(self.packed, bool):
+        if isinstance(self.packed, bool):  # `on` and `off` are booleans in YAML
             self.packed = "on" if self.packed else "off"
-        known = ("auto", "on", "off")
-        require(self.packed in known, "packed", self.packed, "it is no such choice.", f"Use one of {known}.")
+        super().__post_init__()  # type: ignore[misc]

@@ -13,7 +13,7 @@ KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
 
 
 @dataclass
-class KTOConfig(HumanlineConfig, RowsConfig, ForwardConfig, trl.KTOConfig):
+class KTOConfig(ForwardConfig, HumanlineConfig, RowsConfig, trl.KTOConfig):
     """`trl.KTOConfig` plus humanline, with shuffling on.
 
     The KL partners are taken from inside the optimizer step, so any order of training is fine:

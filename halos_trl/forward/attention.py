@@ -25,8 +25,8 @@ PREFIX = "halos_packed_"
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
-class UnsupportedAttentionError(ValueError):
-    """The model asks its attention for something that a packed row does not have."""
+class PackedForwardError(ValueError):
+    """The model cannot run on a packed row, e.g. since it asks its attention for something that such a row lacks."""
 
 
 @contextlib.contextmanager
@@ -90,12 +90,12 @@ def packed_attention(
     """Attention of a packed row.
 
     `query` is `(1, heads, N, D)`; `key` and `value` may have fewer heads and `value` another width. Returns
-    `(1, N, heads, value width)`. Raises `UnsupportedAttentionError` for arguments that change the attention in another
+    `(1, N, heads, value width)`. Raises `PackedForwardError` for arguments that change the attention in another
     way.
     """
     asked = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
     if asked or others.get("is_causal") is False:
-        raise UnsupportedAttentionError(f"its attention takes {asked or ['is_causal=False']}")
+        raise PackedForwardError(f"its attention takes {asked or ['is_causal=False']}")
     lengths = [span.queries for span in layout.spans]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     prompt_of = _prompts(layout)

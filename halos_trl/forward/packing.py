@@ -8,12 +8,13 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import reduce
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from .attention import PREFIX, UnsupportedAttentionError, register
+from .attention import PREFIX, PackedForwardError, register
 
 logger = get_logger(__name__)
 
@@ -32,20 +33,21 @@ class Packing:
     Args:
         model: the causal LM, which keeps this object as an attribute, and so do its copies.
         wrapped: the same in its PEFT model, if it has one.
+        obstacle: a reason outside of the model not to pack.
         mode: `"on"`, `"off"` or `"auto"`: packed where the model gives the same numbers.
 
     Raises ValueError with `"on"` for a model that cannot be given packed rows.
     """
 
-    def __init__(self, model: PreTrainedModel, wrapped: torch.nn.Module, mode: str):
+    def __init__(self, model: PreTrainedModel, wrapped: torch.nn.Module, mode: str, obstacle: str | None = None):
         self.mode = mode
         self.name = type(model).__name__
         self.layers = model.config.get_text_config().num_hidden_layers
-        self.precision = model.dtype
+        self.rounds = _rounds(model)
         self.active = False
         self.is_open = False
         if mode != "off":
-            reason = prepare(model, wrapped)
+            reason = obstacle or prepare(model, wrapped)
             self.is_open = reason is None
             if reason is not None:
                 self.give_up(reason)
@@ -60,28 +62,34 @@ class Packing:
         return not others
 
     def decide(self, difference: Callable[[], tuple[Tensor, int]]) -> None:
-        """Compare packed with padded rows once, on all processes, and say so where they differ."""
-        self.is_open = False
+        """Compare packed with padded rows, all processes together, and say so where they differ.
+
+        `difference` answers how far they are apart at each wanted token, and how many layers saw the packed row. A
+        batch without a wanted token decides nothing.
+        """
+        reason, tokens = None, 0
         try:
             values, layers = difference()
-            reason = self._judge(values, layers)
-        except UnsupportedAttentionError as error:
+            tokens, reason = len(values), self._judge(values, layers)
+        except PackedForwardError as error:
             reason = str(error)
-        failed = torch.tensor([float(reason is not None)], device=values.device if reason is None else None)
-        self.active = True
-        if reduce(failed, reduction="sum").item() > 0:
+        verdict = torch.tensor([float(reason is not None), float(tokens)], device=PartialState().device)
+        failed, seen = reduce(verdict, reduction="sum").tolist()
+        if failed:
             self.give_up(reason or "another process found that it gives other log-probs with them")
+        elif seen:
+            self.is_open, self.active = False, True
 
     def _judge(self, difference: Tensor, layers: int) -> str | None:
+        if not len(difference):
+            return None
         if layers < self.layers:
             return (
                 f"{self.layers - layers} of its {self.layers} layers are no attention layers, or compute their "
                 "attention without transformers' `AttentionInterface`"
             )
-        if not len(difference):
-            return None
-        half = self.precision in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(difference.device.type)
-        measure, limit = (difference.mean(), LOW_PRECISION_TOLERANCE) if half else (difference.max(), TOLERANCE)
+        rounds = self.rounds or torch.is_autocast_enabled(difference.device.type)
+        measure, limit = (difference.mean(), LOW_PRECISION_TOLERANCE) if rounds else (difference.max(), TOLERANCE)
         if measure <= limit:
             return None
         return f"its log-probs differ by {measure.item():.2g} nats between packed and padded rows"
@@ -99,12 +107,15 @@ class Packing:
         )
 
 
-def give_packing(models: Iterable[torch.nn.Module | None], mode: str) -> None:
-    """Decide for each causal LM whether its rows are packed. Raises ValueError as `Packing` does."""
+def give_packing(models: Iterable[torch.nn.Module | None], mode: str, obstacle: str | None = None) -> None:
+    """Decide for each causal LM whether its rows are packed; `obstacle` is a reason not to that lies outside of it.
+
+    Raises ValueError as `Packing` does.
+    """
     for model in models:
         if model is not None:
             causal_lm = language_model(model)
-            causal_lm.halos_packing = Packing(causal_lm, model, mode)  # type: ignore[assignment, arg-type]
+            causal_lm.halos_packing = Packing(causal_lm, model, mode, obstacle)  # type: ignore[assignment, arg-type]
 
 
 def packing_of(model: torch.nn.Module) -> Packing | None:
@@ -115,6 +126,12 @@ def packing_of(model: torch.nn.Module) -> Packing | None:
 def language_model(model: torch.nn.Module) -> torch.nn.Module:
     """The causal LM inside wrappers of engines, compilers and PEFT."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def _rounds(model: PreTrainedModel) -> bool:
+    """Whether its results depend on the shape of a batch by more than the rounding of float32."""
+    tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return model.dtype in (torch.float16, torch.bfloat16) or getattr(model, "is_quantized", False) or tf32
 
 
 def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
@@ -169,12 +186,13 @@ def only_wanted() -> bool:
 def _keep_wanted(module: Any, args: Any, output: Any) -> Any:
     wanted = _wanted.get()
     if wanted is not None:
-        output.last_hidden_state = output.last_hidden_state[:, wanted]
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden[:, wanted.to(hidden.device)]
     return output
 
 
 @contextlib.contextmanager
-def forward_of(model: torch.nn.Module) -> Iterator[None]:
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     """Without dropout, whatever mode the model is in."""
     # Quantized layers have no dropout, and some repack their weights for good in evaluation mode.
     training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .attention import packed_forward
+from .attention import PackedForwardError, packed_forward
 from .layout import Layout, shared_prompt_layout
-from .packing import forward_of, packing_of, wanted_positions
+from .packing import packing_of, wanted_positions, without_dropout
 
 STEP_SHARE = "halos_trl_step_share"
 """Under this name a training batch holds what it has to know about its optimizer step."""
@@ -137,9 +137,14 @@ def _table_of(outputs: Any, table: Any, mask_BT: Tensor) -> TokenTable:
 def _difference(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
     """How far packed and padded rows are apart at each wanted token, nats, and how many layers saw the packed row."""
     layout = layout_of(batch)
-    with forward_of(model):
+    with without_dropout(model):
         padded_BT = _padded(model, batch, False).logps_BT
-        packed_BT = _packed(model, batch, False).logps_BT
+        try:
+            packed_BT = _packed(model, batch, False).logps_BT
+        except (PackedForwardError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the code of a model does with arguments that it does not know
+            raise PackedForwardError(f"it fails on a packed row ({type(error).__name__}: {error})") from error
     return (packed_BT - padded_BT)[layout.mask_BT].abs().float(), len(layout.seen_by)
 
 
