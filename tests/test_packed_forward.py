@@ -199,6 +199,15 @@ def test_saved_model_knows_nothing_of_it(tmp_path):
     assert again.config._attn_implementation == "sdpa" and packing_of(again) is None
 
 
+def test_model_of_another_ones_config_is_prepared_too():
+    first = llama()
+    give_packing([first], "on")
+    second, batch = fused(LlamaForCausalLM(first.config).double()), batch_of(random_rows([(9, [3, 14])]))
+    padded_BT = score_tokens(second, batch).logps_BT
+    give_packing([second, second], "on")
+    torch.testing.assert_close(score_tokens(second, batch).logps_BT, padded_BT, rtol=0, atol=2e-6)
+
+
 def test_dropout_does_not_decide_the_comparison():
     model = llama(attention_dropout=0.5).train()
     give_packing([model], "on")

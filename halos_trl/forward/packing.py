@@ -137,14 +137,17 @@ def _rounds(model: PreTrainedModel) -> bool:
 def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
     """Make a causal LM understand packed rows; returns why it cannot, or None. Other rows run as before."""
     reason = _known_obstacle(model, wrapped)
-    implementation = model.config._attn_implementation
-    if reason is not None or implementation.startswith(PREFIX):
+    if reason is not None:
         return reason
-    model.set_attn_implementation(register(implementation))
-    if not model.config._attn_implementation.startswith(PREFIX):
-        return "its attention does not come from transformers' `AttentionInterface`"
-    # In front of other hooks: a value head reads the same positions.
-    model.base_model.register_forward_hook(_keep_wanted, prepend=True)
+    implementation = model.config._attn_implementation
+    if not implementation.startswith(PREFIX):  # it may come with the config of another model
+        model.set_attn_implementation(register(implementation))
+        if not model.config._attn_implementation.startswith(PREFIX):
+            return "its attention does not come from transformers' `AttentionInterface`"
+    if not getattr(model, "halos_keeps_wanted", False):
+        model.halos_keeps_wanted = True  # type: ignore[assignment]
+        # In front of other hooks: a value head reads the same positions.
+        model.base_model.register_forward_hook(_keep_wanted, prepend=True)
     return None
 
 
