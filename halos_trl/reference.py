@@ -93,8 +93,13 @@ class PrecomputedColumn(Reference):
             sums_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
         else:
             sums_B = batch["ref_logps"]
-        mask_BT = batch["completion_mask"][:, 1:].to(sums_B.dtype)
-        return mask_BT * (sums_B / mask_BT.sum(-1).clamp(min=1))[:, None]
+        return spread_evenly(sums_B, batch["completion_mask"][:, 1:])
+
+
+def spread_evenly(sums_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """`(B, T)` tables with these row sums, the same number at each completion token of a row."""
+    mask_BT = mask_BT.to(sums_B.dtype)
+    return mask_BT * (sums_B / mask_BT.sum(-1).clamp(min=1))[:, None]
 
 
 class FrozenCopy(Reference):

@@ -475,7 +475,7 @@ def test_active_adapter_of_another_name_is_refused(model, tokenizer, make_config
 
 
 def test_trl_config_is_refused_with_the_import_to_use(model, tokenizer, make_config):
-    with pytest.raises(ValueError, match="from halos_trl import KTOConfig"):
+    with pytest.raises(ValueError, match=r"Use `halos_trl\.KTOConfig`, which extends it"):
         KTOTrainer(model, args=make_config(trl.KTOConfig), train_dataset=unpaired_rows(8), processing_class=tokenizer)
 
 

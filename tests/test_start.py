@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import paired_rows, weights
+from conftest import paired_rows, perturbed, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_humanline_training import METHODS, SCORED, rows_for
 from transformers import (
@@ -190,6 +190,12 @@ def test_a_model_that_reads_its_config_in_every_pass_is_refused(build, tokenizer
     with pytest.raises(ValueError, match=r"attention_dropout=0\.5.*disable_dropout=False"):
         build(policy=tiny("persimmon", **sizes)).train()
     build(policy=tiny("persimmon", **sizes, attention_dropout=0.0), max_steps=1).train()
+
+
+@pytest.mark.parametrize(("method", "settings"), [("dpo", {}), ("dpo", {"ld_alpha": 0.5}), ("kto", {})])
+def test_stored_sums_are_compared_as_sums(build, model, method, settings):
+    """A model whose tokens have very different log-probs, unlike a new one."""
+    build(method, policy=perturbed(model, scale=0.5), max_steps=1, precompute_ref_log_probs=True, **settings).train()
 
 
 def test_checks_leave_the_random_state_alone(build, model, monkeypatch):

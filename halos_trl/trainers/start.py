@@ -10,7 +10,7 @@ from accelerate.logging import get_logger
 from transformers import AutoConfig, TrainerCallback
 
 from .._trl import is_peft_model, rates_in_config, saved_with_adapter, score_tokens
-from ..reference import FrozenAdapter, NoReference
+from ..reference import FrozenAdapter, NoReference, PrecomputedColumn, spread_evenly
 from ..sharded import parameters_by_name
 from ..value_head import NAME as VALUE_HEAD
 
@@ -192,13 +192,14 @@ def check_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> None:
     if not torch.isfinite(policy_BT).all():
         return  # the loss has a message for that
     tolerance = TOLERANCE["half" if _in_half_precision(trainer) else "float32"]
-    if start_BT is not None and _distance(policy_BT, start_BT, mask_BT).mean <= tolerance:
+    compared_BT = _as_stored(trainer, policy_BT, mask_BT)
+    if start_BT is not None and _distance(compared_BT, start_BT, mask_BT).mean <= tolerance:
         return
     if not noise_is_wanted:
         quiet_BT, _ = _policy_logps(trainer, batch, training=False)
         _refuse_noise(trainer, _distance(policy_BT, quiet_BT, mask_BT), tolerance)
     if start_BT is not None:
-        _compare_starts(trainer, _distance(policy_BT, start_BT, mask_BT), tolerance)
+        _compare_starts(trainer, _distance(compared_BT, start_BT, mask_BT), tolerance)
 
 
 def _refuse_noise(trainer: AlignmentTrainer, noise: _Distance, tolerance: float) -> None:
@@ -236,7 +237,16 @@ def _reference_at_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> tor
     reference = trainer.reference
     if isinstance(reference, NoReference) or reference.moved or not trainer.is_at_start:
         return None
+    if isinstance(reference, PrecomputedColumn) and getattr(trainer.args, "ld_alpha", None) is not None:
+        return None  # sums in which tokens weigh differently
     return reference.log_probs(batch)
+
+
+def _as_stored(trainer: AlignmentTrainer, logps_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The log-probs in the form in which the reference is known: of a stored one, only the sum of each row is."""
+    if isinstance(trainer.reference, PrecomputedColumn):
+        return spread_evenly(logps_BT.sum(-1), mask_BT)
+    return logps_BT
 
 
 def _policy_logps(
