@@ -357,7 +357,7 @@ def test_evaluation_covers_all_batches_and_training_goes_on(fit):
 def test_dropout_is_off_in_the_rollout_and_on_in_the_update(fit, model):
     seen = []
     model.config.attention_dropout = 0.5
-    trainer = fit(scored(10), train=False, disable_dropout=False, max_steps=1)
+    trainer = fit(scored(10), train=False, disable_dropout=False, max_steps=1, packed="off")
     trainer.model.model.layers[0].self_attn.register_forward_hook(lambda m, *_: seen.append(m.training))
     trainer.train()
     assert seen == [False, True]
