@@ -427,7 +427,7 @@ EXPECTED = {
     "callbacks": ("[Cc]allback",),
     "optimizers": ("optimizer",),
     "compute_metrics": ("metric",),
-    "args": ("Config",),
+    "args": ("Config", "use_cpu"),
     "reward_model": ("[Rr]eward model", "reward_processing_class"),
     "quantization_config": ("quantiz",),
 }

@@ -134,7 +134,7 @@ def _label_value(rng: random.Random, case: Case, column: str) -> tuple[Any, bool
 
 def _score_value(rng: random.Random, case: Case, column: str) -> tuple[Any, bool]:
     good = (3, -1e3, np.float32(0.5), np.int64(2), 1e30, -1e300, 1e-300)
-    bad = (None, "1", "abc", [1.0], {}, math.nan, math.inf, -math.inf, True, 1j)
+    bad = (None, "abc", [1.0], {}, math.nan, math.inf, -math.inf, True, 1j)
     value = rng.choice(good + bad)
     return value, any(value is each for each in good)
 
@@ -220,8 +220,9 @@ def columns(rng: random.Random, case: Case) -> Change:
 
     named = extra if what.startswith("extra") else column
     text = f"column {named!r} {what}" + (f" = {shown(value)}" if what.startswith("extra") else "")
+    more = ("has images",) if extra in ("image", "images") else ()
     changed = r"\d+" if what == "extra" else str(row)
-    names = (rf"['`\"](?i:{re.escape(named)})['`\"]", rf"[Rr]ow {changed}\b.*dataset")
+    names = (rf"['`\"](?i:{re.escape(named)})['`\"]", rf"[Rr]ow {changed}\b.*dataset", *more)
     return Change(text, apply, names, learns=False)
 
 

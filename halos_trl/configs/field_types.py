@@ -9,19 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+import re
 import types
 import typing
 from numbers import Integral, Real
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from .checks import require
 
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
-_MAY_BE_NONE = {"max_grad_norm"}
-"""Fields without `None` in their annotation that the Trainer takes `None` for, as "no limit"."""
+_STANDS_FOR_NONE = {"max_grad_norm": 0.0}
+"""Fields without `None` in their annotation for which it means "no limit", and the value by which every version of the
+Trainer understands that."""
 
 _MAY_BE_INFINITE = {"max_grad_norm"}
 
@@ -49,11 +53,50 @@ def check_types(config: Any) -> None:
         if kinds is not None:
             setattr(config, field.name, _checked(field, kinds, getattr(config, field.name)))
         _check_choice(field, getattr(config, field.name))
+    _check_what_hosts_trip_over(config)
     for name in _COUNTS:
         value = getattr(config, name, None)
         require(
             value is None or value >= 1, name, value, "there has to be at least one.", "Use a whole number, 1 or more."
         )
+
+
+_TEXTS = ("metric_for_best_model", "optim_args", "output_dir", "run_name")
+_KEYS_AND_VALUES = re.compile(r"\s*[^=,]+=[^=,]*(,\s*[^=,]+=[^=,]*)*")
+
+
+def _check_what_hosts_trip_over(config: Any) -> None:
+    """Fields of transformers' that end in a message without their name."""
+    for name in _TEXTS:
+        value = getattr(config, name, None)
+        require(
+            value is None or isinstance(value, str | os.PathLike), name, value,
+            f"it is a `{type(value).__name__}`.", "Pass a string, or leave it out.",
+        )  # fmt: skip
+    require(
+        not config.optim_args or _KEYS_AND_VALUES.fullmatch(config.optim_args), "optim_args", config.optim_args,
+        "the optimizer takes its settings by name.", 'Write them as "name=value,name=value".',
+    )  # fmt: skip
+    require(
+        not isinstance(config.accelerator_config, bool | int | float | list | tuple), "accelerator_config",
+        config.accelerator_config, "it names settings.", "Pass a dict, or the path of a JSON file.",
+    )  # fmt: skip
+    noise = config.neftune_noise_alpha
+    require(
+        noise is None or noise >= 0, "neftune_noise_alpha", noise, "it is the size of the noise.",
+        "Use a number, 0 or more, or leave it out.",
+    )  # fmt: skip
+    multiple = getattr(config, "pad_to_multiple_of", None)
+    require(
+        multiple is None or isinstance(multiple, str) or multiple >= 1, "pad_to_multiple_of", multiple,
+        "no length is a multiple of it.", "Use a whole number, 1 or more, or leave it out.",
+    )  # fmt: skip
+    reports = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+    require(
+        isinstance(reports, list | tuple) and all(name in known for name in reports), "report_to", config.report_to,
+        "there is no such tracker.", f"Use one or a list of {', '.join(map(repr, known))}.",
+    )  # fmt: skip
 
 
 @functools.cache
@@ -83,9 +126,9 @@ def _kinds(hint: Any) -> set[type] | None:
 
 def _checked(field: dataclasses.Field, kinds: set[type], value: Any) -> Any:
     if value is None:
-        optional = type(None) in kinds or field.default is None or field.name in _MAY_BE_NONE
+        optional = type(None) in kinds or field.default is None or field.name in _STANDS_FOR_NONE
         require(optional, field.name, value, "it has no meaning here.", f"Pass {_names(kinds)}, or leave it out.")
-        return value
+        return _STANDS_FOR_NONE.get(field.name)
     if any(kind in kinds and _is_a(kind, value) for kind in (bool, str, list, dict)):
         return value
     number = _number(value, kinds) if kinds & {int, float} else None

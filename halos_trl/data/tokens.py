@@ -184,6 +184,7 @@ class RowTokenizer:
         text = prompt + completion if completion.endswith(eos) else prompt + completion + eos
         if self.text_tokens.repeats_bos(text):
             notes.add(DOUBLE_BOS)
+        _refuse_half_characters(text, where)
         ids = self.text_tokens(text)
         return Tokens(self.text_tokens(prompt), ids, [True] * len(ids))
 
@@ -261,3 +262,13 @@ class RowTokenizer:
 
 
 __all__ = ["NOTES", "ROW_NUMBER", "RowTokenizer", "TextTokens", "TokenLimits"]
+
+
+def _refuse_half_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds {text[error.start]!r}, half of a character, which no tokenizer takes. Mend the text, e.g. "
+            "by `text.encode(errors='replace').decode()`."
+        ) from None

@@ -59,13 +59,22 @@ class StepAsBatch(StartChecks):
 
     def shares_of(self, batches: list[dict[str, Any]]) -> list[StepShare]:
         """The share of each micro-batch that this process holds of a step; every process has to call this."""
-        sizes = [torch.as_tensor(self.batch_size(batch), device=self.accelerator.device) for batch in batches]
+        sizes = [torch.as_tensor(self._size_of(batch), device=self.accelerator.device) for batch in batches]
         step_size = self.accelerator.reduce(torch.stack(sizes).sum(), reduction="sum").clamp(min=1)
         slots = self.accelerator.num_processes * len(batches)
         return [
             StepShare(size * slots / step_size, prepared)
             for size, prepared in zip(sizes, self.prepare_step(batches), strict=True)
         ]
+
+    def _size_of(self, batch: dict[str, Any]) -> Any:
+        try:
+            return self.batch_size(batch)
+        except KeyError as error:
+            raise ValueError(
+                f"`data_collator` returned a batch with {sorted(batch)}, and {type(self).__name__} also reads "
+                f"{error}. Leave `data_collator` out, or take the batch of the trainer's own collator and add to it."
+            ) from error
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> Sequence[Any]:
         """Hook: what has to be computed from the whole step before its first loss, for each micro-batch."""
