@@ -48,9 +48,11 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 """Failures that are accepted: (a pattern of the change, a pattern of the failure) -> the reason."""
 
 REMEDY = re.compile(
-    r"\b(Add|Apply|Ask|Build|Call|Choose|Convert|Create|Cut|Drop|Expected|Fill|Give|Install|Keep|Leave|Load|Look|Lower|Make|Mend|"
-    r"Move|Name|Pass|Point|Put|Raise|Read|Remove|Rename|Replace|Resize|Return|Save|Score|Set|Shorten|Split|Start|Switch|Take|"
-    r"Train|Turn|Unfreeze|Use|Write|expected|let|needs|use|pass|set|unexpected keyword argument)\b"
+    r"\b(Add|Apply|Ask|Build|Call|Choose|Convert|Create|Cut|Drop|Expected|Fill|Give|Install|Keep|Leave|Let|"
+    r"Load|Look|Lower|Make|Mend|Move|Name|Needs|Pass|Point|Put|Raise|Read|Remove|Rename|Replace|Resize|"
+    r"Return|Save|Score|Set|Shorten|Split|Start|Switch|Take|Train|Turn|Unexpected keyword argument|"
+    r"Unfreeze|Use|Write)\b",
+    re.IGNORECASE,
 )
 
 

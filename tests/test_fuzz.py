@@ -1,5 +1,7 @@
 """Wrong rows, settings and arguments, one or two at a time: a finite run, or an error that names its cause."""
 
+import re
+
 import fuzz
 import pytest
 
@@ -35,10 +37,21 @@ def check(numbers):
     assert not failures, "python tests/fuzz.py --case NUMBER runs one alone.\n" + "\n\n".join(failures)
 
 
-@pytest.mark.fuzz
 @pytest.mark.parametrize("numbers", chunks(NORMAL), ids=named)
 def test_ends_well(numbers):
     check(numbers)
+
+
+def test_exceptions_are_rare():
+    """Below one case in a hundred, even if all that have the change of an exception would fail."""
+    cases = [fuzz.make_case(number) for number in (*NORMAL, *TIER)]
+    patterns = [change for change, _ in fuzz.EXCEPTIONS]
+    excepted = [
+        case.number
+        for case in cases
+        if any(re.search(pattern, change.what) for change in case.changes for pattern in patterns)
+    ]
+    assert len(excepted) < len(cases) / 100
 
 
 @pytest.mark.fuzz
