@@ -42,6 +42,7 @@ SECONDS = 60
 MOST_STEPS = 4
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("dataset: interleaved streams", "ArrowInvalid"): "`datasets` cannot read a joined stream of values of two types",
     ("data_collator: transformers' default", "data_collator.py"): "what a collator of the user's choice raises passes",
     ("model: a hub id that nobody has", "OSError"): "transformers' message of a model that cannot be loaded",
 }

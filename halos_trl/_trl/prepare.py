@@ -18,7 +18,22 @@ else:
     _Mixin = object
 
 
-class PreparesRows(_Mixin):
+class SamplesByLength(_Mixin):
+    """Takes lengths from the columns of token ids: the host looks for `input_ids`, which only a collated batch has."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = getattr(self.args, "train_sampling_strategy", None)
+        if not isinstance(data, Dataset) or not (strategy == "group_by_length" or groups_by_length(self.args)):
+            return super()._get_train_sampler(train_dataset)
+        columns = [c for c in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids") if c in data.column_names]
+        lengths = [sum(map(len, row)) for row in zip(*(data[column] for column in columns), strict=True)]
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
+        )
+
+
+class PreparesRows(SamplesByLength):
     """The data part of a trainer's host."""
 
     _assistant_only: bool
@@ -80,15 +95,3 @@ class PreparesRows(_Mixin):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._leave_out_other_turns()
         return super()._precompute_ref_logps(dataset, name, batch_size)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        # The host's sampler looks for `input_ids`, which rows get only when they are collated.
-        data = self.train_dataset if train_dataset is None else train_dataset
-        strategy = getattr(self.args, "train_sampling_strategy", None)
-        if not isinstance(data, Dataset) or not (strategy == "group_by_length" or groups_by_length(self.args)):
-            return super()._get_train_sampler(train_dataset)
-        columns = [c for c in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids") if c in data.column_names]
-        lengths = [sum(map(len, row)) for row in zip(*(data[column] for column in columns), strict=True)]
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
-        )

@@ -17,12 +17,13 @@ from .arguments import check_optimizer_parameters, check_types
 from .dropout import switch_off_dropout
 from .host import NamedTrainer
 from .overridden import overridden
+from .prepare import SamplesByLength
 from .rows import check_token_ids, noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
 
 logger = get_logger(__name__)
 
 
-class RewardHost(NamedTrainer, HostTrainer):
+class RewardHost(SamplesByLength, NamedTrainer, HostTrainer):
     """`trl.RewardTrainer` behind the door."""
 
     trl_class = HostTrainer
