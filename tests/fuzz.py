@@ -155,7 +155,7 @@ def judge(case: Case, error: Exception) -> Outcome:
     named = any(re.search(name, message, re.S) for name in names)
     if isinstance(error, UsersOwnError):
         return Outcome("refused", "by the user's own function", "")
-    if type(error) not in (ValueError, TypeError):
+    if not isinstance(error, ValueError | TypeError):
         return Outcome("raw", f"{type(error).__name__} in {where}", detail)
     if last.filename.startswith(PACKAGE):
         if not named:

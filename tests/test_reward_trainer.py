@@ -1,6 +1,7 @@
 """BradleyTerryTrainer: TRL's loss, one step whatever its split, and reward models with one logit or HALOs' two."""
 
 import copy
+import math
 import re
 
 import datasets
@@ -168,12 +169,14 @@ def test_rows_dropped_for_their_length_are_counted(fit, said):
 
 def test_group_by_length_puts_pairs_of_a_length_together(fit):
     """The sampler of transformers looks for `input_ids`, which pairs do not have."""
-    trainer = fit(learnable_rows(32), train=False, train_sampling_strategy="group_by_length")
+    rows = learnable_rows(32)
+    trainer = fit(rows, train=False, train_sampling_strategy="group_by_length", eval_dataset=rows)
     lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset]
     order = [lengths[i] for i in trainer._get_train_sampler()]
     steps = [order[start : start + 8] for start in range(0, 32, 8)]
     assert sorted(order) == sorted(lengths) != order
     assert all(step == sorted(step, reverse=True) for step in steps)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
 def test_trl_config_is_refused_with_the_import_to_use(scorer, tokenizer, make_config):

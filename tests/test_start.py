@@ -228,6 +228,16 @@ def test_a_policy_that_was_changed_after_its_reference_was_taken_is_refused(buil
     build(policy=other_model, ref_model=copy.deepcopy(model), max_steps=1).train()
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
+def test_stored_log_probs_are_compared_in_their_own_form(build, model, other_model, method):
+    """Of a completion DPO and KTO store the sum, which says nothing about single tokens."""
+    build(method, precompute_ref_log_probs=True, max_steps=1).train()
+    trainer = build(method, precompute_ref_log_probs=True, policy=model)
+    model.load_state_dict(other_model.state_dict())
+    with pytest.raises(ValueError, match="the policy differs from its reference"):
+        trainer.train()
+
+
 def test_a_second_run_of_one_trainer_goes_on_from_a_policy_that_has_moved(build):
     trainer = build(max_steps=2, learning_rate=0.5)
     trainer.train()

@@ -57,12 +57,14 @@ from .paired import PairedHost
 from .reward import RewardHost
 from .scored import ScoredHost
 from .unpaired import UnpairedHost
+from .user_functions import CheckedCollator
 from .value import ValueHost
 
 __all__ = [
     "POLICY_ADAPTER",
     "REFERENCE_ADAPTER",
     "STEP_SHARE",
+    "CheckedCollator",
     "Method",
     "NamedTrainer",
     "PairedHost",

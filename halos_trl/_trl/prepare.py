@@ -11,6 +11,7 @@ from ..data.checks import columns_of, plain_splits
 from ..data.collators import TurnMaskCollator
 from ..data.tokens import RowTokenizer
 from .rows import drop_foreign_columns, groups_by_length, token_limits, tokenized_rows
+from .user_functions import CheckedCollator
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _Mixin
@@ -22,15 +23,21 @@ class SamplesByLength(_Mixin):
     """Takes lengths from the columns of token ids: the host looks for `input_ids`, which only a collated batch has."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
+        sampler = self._by_length(self.train_dataset if train_dataset is None else train_dataset, "train")
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        sampler = self._by_length(eval_dataset, "eval")
+        return super()._get_eval_sampler(eval_dataset) if sampler is None else sampler
+
+    def _by_length(self, data: Any, mode: str) -> LengthGroupedSampler | None:
         strategy = getattr(self.args, "train_sampling_strategy", None)
         if not isinstance(data, Dataset) or not (strategy == "group_by_length" or groups_by_length(self.args)):
-            return super()._get_train_sampler(train_dataset)
+            return None
         columns = [c for c in ("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids") if c in data.column_names]
         lengths = [sum(map(len, row)) for row in zip(*(data[column] for column in columns), strict=True)]
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps, lengths=lengths
-        )
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(together if mode == "train" else self.args.eval_batch_size, lengths=lengths)
 
 
 class PreparesRows(SamplesByLength):
@@ -85,7 +92,9 @@ class PreparesRows(SamplesByLength):
         """From now on, batches count only tokens that the assistant wrote, where that is asked for."""
         collate: Any = self.data_collator
         if self._assistant_only and not isinstance(collate, TurnMaskCollator):
-            self.data_collator: Any = TurnMaskCollator(collate, self.sides, keep_end=self._keeps_end(self.args))
+            self.data_collator: Any = TurnMaskCollator(
+                CheckedCollator(collate), self.sides, keep_end=self._keeps_end(self.args)
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]

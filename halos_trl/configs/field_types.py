@@ -61,6 +61,8 @@ def check_types(config: Any) -> None:
         )
 
 
+_REPORTS_TO_NONE = TrainingArguments.__dataclass_fields__["report_to"].default is None
+"""Whether transformers takes None, as its older versions do."""
 _TEXTS = ("metric_for_best_model", "optim_args", "output_dir", "run_name")
 _KEYS_AND_VALUES = re.compile(r"\s*[^=,]+=[^=,]*(,\s*[^=,]+=[^=,]*)*")
 
@@ -88,15 +90,26 @@ def _check_what_hosts_trip_over(config: Any) -> None:
     )  # fmt: skip
     multiple = getattr(config, "pad_to_multiple_of", None)
     require(
-        multiple is None or isinstance(multiple, str) or multiple >= 1, "pad_to_multiple_of", multiple,
+        multiple in (None, "auto") or (isinstance(multiple, int) and multiple >= 1), "pad_to_multiple_of", multiple,
         "no length is a multiple of it.", "Use a whole number, 1 or more, or leave it out.",
     )  # fmt: skip
-    reports = [config.report_to] if isinstance(config.report_to, str) else config.report_to or []
+    settings = config.accelerator_config
+    require(
+        not isinstance(settings, str) or os.path.isfile(settings), "accelerator_config", settings,
+        "there is no such file.", "Pass a dict, or the path of a JSON file.",
+    )  # fmt: skip
     known = ("all", "none", *INTEGRATION_TO_CALLBACK)
     require(
-        isinstance(reports, list | tuple) and all(name in known for name in reports), "report_to", config.report_to,
-        "there is no such tracker.", f"Use one or a list of {', '.join(map(repr, known))}.",
+        _names_trackers(config.report_to, known), "report_to", config.report_to, "there is no such tracker.",
+        f"Use one or a list of {', '.join(map(repr, known))}.",
     )  # fmt: skip
+
+
+def _names_trackers(report_to: Any, known: tuple[str, ...]) -> bool:
+    if report_to is None:
+        return _REPORTS_TO_NONE
+    names = [report_to] if isinstance(report_to, str) else report_to
+    return isinstance(names, list | tuple) and all(name in known for name in names)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers.trainer_utils import seed_worker
 
-from .._trl import ScoredHost, TokenTable
+from .._trl import CheckedCollator, ScoredHost, TokenTable
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
 from ..data.groups import GROUP, ScoreRows, scored_rows
@@ -48,7 +48,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
     """Scores rows that bring no score of their own."""
 
     def after_construction(self) -> None:
-        self.data_collator: Any = ScoredCollator(self.data_collator)
+        self.data_collator: Any = ScoredCollator(CheckedCollator(self.data_collator))
 
     def _make_reference(self) -> Reference:
         return PrecomputedTokens() if self.args.precompute_ref_log_probs else super()._make_reference()
