@@ -77,7 +77,8 @@ def _check_what_hosts_trip_over(config: Any) -> None:
         )  # fmt: skip
     require(
         not config.optim_args or _KEYS_AND_VALUES.fullmatch(config.optim_args) is not None,
-        "optim_args", config.optim_args, "the optimizer takes its settings by name.", 'Write them as "name=value,name=value".',
+        "optim_args", config.optim_args, "the optimizer takes its settings by name.",
+        'Write them as "name=value,name=value".',
     )  # fmt: skip
     require(
         not isinstance(config.accelerator_config, bool | int | float | list | tuple), "accelerator_config",
