@@ -63,9 +63,8 @@ def scored_rows(
             f"The {name} dataset has images, which `GRPOTrainer` and `PPOTrainer` do not take. `DPOTrainer` and "
             "`KTOTrainer` do, on pairs or labelled rows; or remove the column."
         )
-    made_here = {GROUP, "advantage"}
-    dataset = drop_columns(dataset, columns & made_here, name, "Rows")
-    dataset = _one_row_per_completion(dataset, columns - made_here, name, score_rows is None, drop_invalid)
+    dataset = drop_columns(dataset, columns & {GROUP}, name, "Rows")
+    dataset = _one_row_per_completion(dataset, columns - {GROUP}, name, score_rows is None, drop_invalid)
     if "score" in dataset.column_names and score_rows is not None:
         logger.warning(f"The {name} dataset has a score column, so the reward model is not used for it.")
     if "score" not in dataset.column_names:

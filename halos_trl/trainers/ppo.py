@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.logging import get_logger
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import losses
 from .._trl import Method, TokenTable, ValueHost, score_tokens
 from ..configs import PPOConfig
+from ..data.checks import Rows, drop_columns
 from ..humanline import log_ratios
 from ..logprobs import finite_exp
 from ..metrics import Sums, total
@@ -127,6 +129,10 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             raise ValueError(f"`{given}` was passed without `{missing}`. Pass both: a model and its own tokenizer.")
         if reward_model is not None and tokenizer is not None:
             self.score_rows = RewardModelScores(reward_model, tokenizer, args.reward_batch_size)
+
+    def check_rows(self, dataset: Rows, name: str) -> Dataset:
+        checked = super().check_rows(dataset, name)
+        return drop_columns(checked, {"advantage"} & set(checked.column_names), name, "Rows")
 
     @property
     def passes_per_batch(self) -> int:
