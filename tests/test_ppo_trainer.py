@@ -587,3 +587,9 @@ def test_optimizer_that_cannot_know_the_head_is_refused(fit, model, tokenizer, m
     arguments = (model, None, make_config(PPOConfig), None, scored(4), None, tokenizer, None, None, optimizers)
     with pytest.raises(ValueError, match="`optimizers` holds an optimizer, which was made before the value head"):
         PPOTrainer(*arguments)
+
+
+def test_column_advantage_of_raw_rows_is_not_read(fit, said):
+    trainer = fit(scored(2).add_column("advantage", ["ab"] * 8), train=False)
+    assert "columns ['advantage'], which are not read" in said()
+    assert "advantage" not in trainer.train_dataset.column_names
