@@ -54,7 +54,8 @@ def run(method, packed, make_config, model, tokenizer, *, humanline=False, lora=
     )
     trainer.train()
     assert packing_of(trainer.model).active == (packed != "off")
-    if not (reference_free or lora):
+    # Stored log-probs may be those of an earlier run, for which no reference ran.
+    if not (reference_free or lora or args.precompute_ref_log_probs):
         assert packing_of(trainer.ref_model).active == (packed != "off")
     return trainer
 
