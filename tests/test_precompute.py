@@ -80,7 +80,8 @@ def test_stored_log_probs_are_the_live_ones(build, noisy, method, settings):
         reference_sums(build(method, policy=noisy, precompute_ref_log_probs=stores, **settings))
         for stores in (False, True)
     )
-    torch.testing.assert_close(stored, live, rtol=0, atol=1e-5)  # DPO and KTO spread a sum over the tokens
+    # DPO and KTO spread a sum over the tokens, which rounds in float32.
+    torch.testing.assert_close(stored, live, rtol=2e-6 if method in ("dpo", "kto") else 0, atol=1e-5)
     assert live.abs().min() > 1
 
 
@@ -106,7 +107,7 @@ def test_stored_log_probs_of_another_arithmetic_are_not_read(build, model, tmp_p
     bf16 = change == "precision"
     first = build("grpo", on_disk[0], precompute_ref_log_probs=True)
     second = build("grpo", on_disk[1], policy=other, precompute_ref_log_probs=True, bf16=bf16)
-    live = reference_sums(build("grpo", scored_rows(8), policy=other, bf16=bf16))
+    live = reference_sums(build("grpo", scored_rows(8), policy=other, bf16=bf16))[-8:]  # behind the check of the start
     sums = [torch.tensor(trainer.train_dataset["ref_logps"]).sum(-1) for trainer in (first, second)]
     torch.testing.assert_close(sums[1], live, rtol=0, atol=1e-5)
     assert (sums[0] - sums[1]).abs().max() > 1e-4
