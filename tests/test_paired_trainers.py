@@ -141,7 +141,8 @@ def test_every_trl_option_of_dpo_gives_trls_run(fit, options):
     data = paired_rows(16)
     # Adam turns the rounding of a gradient near 0 into a share of the learning rate.
     settings = {"beta": 0.5, "max_steps": 2} | options
-    ours = fit(data, DPOTrainer, DPOConfig, **settings)
+    # TRL's rows: some of its losses turn the rounding of others into more than the tolerance.
+    ours = fit(data, DPOTrainer, DPOConfig, packed="off", **settings)
     theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, **settings)
     assert_same_run(ours, theirs, bf16=options.get("bf16", False))
 
