@@ -34,6 +34,7 @@ from ._trl import (
     restored_by_switch,
     score_tokens,
 )
+from .forward.packing import without_dropout
 from .sharded import assign_whole, collected, own_shard, parameters_by_name, reshard, shape_of, whole
 from .value_head import NAME as VALUE_HEAD
 
@@ -113,7 +114,7 @@ class FrozenCopy(Reference):
         self._forward = forward
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
-        with self._forward(), _without_dropout(self._unwrap(self.model)):
+        with self._forward(), without_dropout(self._unwrap(self.model)):
             return score_tokens(self.model, batch).logps_BT
 
     @torch.no_grad()
@@ -149,7 +150,7 @@ class AdapterOff(Reference):
         # The policy's adapter is read again before anybody calls `backward`; else its gradients would be None.
         with (
             self._forward(),
-            _without_dropout(model),
+            without_dropout(model),
             _standing_in(parameters_by_name(model), self.outside),
             reading_adapter(model, self.adapter),
         ):
@@ -253,20 +254,6 @@ def _move(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix:
         else:
             torch._foreach_mul_(own, 1.0 - mix)
             torch._foreach_add_(own, [s.to(t.dtype) for s, t in zip(theirs, own, strict=True)], alpha=mix)
-
-
-@contextlib.contextmanager
-def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """The reference is a fixed function, whatever noise `disable_dropout=False` leaves the policy."""
-    # Quantized layers have no dropout, and some repack their weights for good in evaluation mode.
-    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # -- following the policy ------------------------------------------------------------------------------------------

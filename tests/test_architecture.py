@@ -26,7 +26,7 @@ MAY_IMPORT = MATHEMATICS | {
     "forward": set(),
     "value_head": {"sharded"},
     "_trl": {"forward", "records", "humanline", "metrics", "sharded", "value_head", "data"},
-    "reference": {"records", "sharded", "value_head", "_trl"},
+    "reference": {"forward", "records", "sharded", "value_head", "_trl"},
     "configs": {"humanline", "_trl"},
     "model_card": {"_trl"},
     "trainers": {*MATHEMATICS, "data", "sharded", "value_head", "_trl", "reference", "configs", "model_card"},
