@@ -184,20 +184,20 @@ def test_no_function_prints_outside_of_the_command_line():
         assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], module
 
 
-# -- the README's map ----------------------------------------------------------------------------------------------
+# -- the file map ----------------------------------------------------------------------------------------------------
 
 
 def mapped_files():
-    """Paths in the README's file map: each row of the tables below its heading starts with `path`."""
-    text = (ROOT / "README.md").read_text().split("## File map", 1)[1].split("\n## ", 1)[0]
+    """Paths in docs/file_map.md: each row of its tables starts with `path`."""
+    text = (ROOT / "docs" / "file_map.md").read_text()
     return re.findall(r"^\| `([\w./-]+)`", text, flags=re.M)
 
 
-def test_readme_maps_every_file_once_and_no_other():
+def test_file_map_has_every_file_once_and_no_other():
     mapped = mapped_files()
     patterns = ("halos_trl/**/*.py", "examples/*.py", "configs/*.yaml", "docs/*.md", "tests/*.py", "benchmarks/*.py")
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     files = {path for path in files if not path.endswith("/__init__.py")}
     assert sorted(set(mapped)) == sorted(mapped), "a file stands in the map twice"
-    assert files - set(mapped) == set(), "give each a line in the README's file map"
+    assert files - set(mapped) == set(), "give each a line in docs/file_map.md"
     assert [path for path in mapped if not (ROOT / path).exists()] == []
