@@ -1,4 +1,4 @@
-"""What the example scripts share: flags, data, the run itself, and the embedded default task."""
+"""The flags of a training script: script, training, model and mixture arguments, from the command line and YAML."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from typing import Any
 import datasets
 import yaml
 from accelerate import PartialState
-from datasets.exceptions import DatasetsError
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser, get_dataset
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
-from . import model_card, toy
-from .merge import merge_adapter
-from .spelling import did_you_mean
-from .trainers.checkpoints import last_complete_checkpoint, problem_of
-
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+from .. import toy
+from ..spelling import did_you_mean
+from ..trainers.checkpoints import last_complete_checkpoint, problem_of
+from .data import check_splits, dataset_names, is_path, load_data
 
 _USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
 _DESCRIPTION = """\
@@ -93,9 +90,6 @@ class HalosScriptArguments(ScriptArguments):
     used_datasets: list[str] = field(default_factory=list, init=False)
 
 
-# ----------------------------------------------------------------------------------------------------------- the flags
-
-
 def parse(
     config_class: type, toy_kind: str, toy_defaults: dict[str, Any] | None = None, argv: list[str] | None = None
 ) -> tuple[HalosScriptArguments, Any, ModelConfig, datasets.DatasetDict]:
@@ -126,14 +120,14 @@ def parse(
     else:
         _check_model_path(model_args)
         data = load_data(script_args, mixture)
-        script_args.used_datasets = _dataset_names(script_args, mixture)
+        script_args.used_datasets = dataset_names(script_args, mixture)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    _check_splits(script_args, training_args, data)
+    check_splits(script_args, training_args, data)
     return script_args, training_args, model_args, data
 
 
@@ -277,113 +271,8 @@ def _check_model_path(model_args: ModelConfig) -> None:
                     else "Name the folder that `save_pretrained` wrote."
                 )
             )
-    elif os.path.exists(name) or _is_path(name):
+    elif os.path.exists(name) or is_path(name):
         raise ValueError(
             f"`--model_name_or_path {name}` is a local path, but no folder of this name exists. Name the folder that "
             "`save_pretrained` wrote, or a hub id."
         )
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be meant as a local path."""
-    return not model_card.is_repo_id(name) or Path(name).suffix in _READERS
-
-
-# ------------------------------------------------------------------------------------------------------------ the data
-
-
-def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> datasets.DatasetDict:
-    """Splits of a hub dataset, a local file, a folder of such, a `save_to_disk` folder, or a TRL mixture."""
-    if mixture.datasets:
-        return get_dataset(mixture)
-    name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
-    path = Path(name)
-    if path.exists() and script_args.dataset_config:
-        raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
-    if not path.exists() and _is_path(name):
-        raise ValueError(f"`--dataset_name {name}` is a local path, but there is no such file or folder.")
-    if path.is_file() and path.suffix not in _READERS:
-        raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"`--dataset_name {name}` is an empty file.")
-    try:
-        if path.is_file():
-            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), streaming=streaming)
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _from_disk(name, streaming)
-        return datasets.load_dataset(name, name=script_args.dataset_config, streaming=streaming)
-    except (DatasetsError, OSError) as error:
-        if isinstance(error, ConnectionError):  # nothing that other flags would repair
-            raise
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
-
-
-def _from_disk(folder: str, streaming: bool) -> Any:
-    saved = datasets.load_from_disk(folder)
-    splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict({"train": saved})
-    if not streaming:
-        return splits
-    return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
-
-
-def _check_splits(script_args: HalosScriptArguments, training_args: Any, data: Any) -> None:
-    wanted = {"dataset_train_split": script_args.dataset_train_split}
-    if training_args.eval_strategy != "no":
-        wanted["dataset_test_split"] = script_args.dataset_test_split
-    for flag, split in wanted.items():
-        if split not in data:
-            remedy = (
-                ", or use `--eval_strategy no`. A single file is one split, `train`; put `train` and `test` files "
-                "into one folder and name the folder."
-                if flag == "dataset_test_split"
-                else "."
-            )
-            raise ValueError(f"The dataset has splits {sorted(data)}, not {split!r}. Name one with `--{flag}`{remedy}")
-
-
-def _dataset_names(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
-    """What the model card names. A mixture's `path` may be a reader ("json"); then its files are what was used."""
-    if not mixture.datasets:
-        return [str(script_args.dataset_name)]
-    names: list[str] = []
-    for part in mixture.datasets:
-        files = part.data_files if part.path in _READERS.values() else None
-        values = list(files.values()) if isinstance(files, dict) else files if isinstance(files, list) else [files]
-        names += [str(value) for value in values] if files else [part.path]
-    return names
-
-
-def eval_split(script_args: ScriptArguments, training_args: Any, data: Any) -> Any:
-    """The evaluation split, or None with evaluation off."""
-    return data[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None
-
-
-# ------------------------------------------------------------------------------------------------------------- the run
-
-
-def run(trainer: Any, script_args: HalosScriptArguments) -> None:
-    """Train, save, push. On the embedded default, end with the held-out accuracy before and after."""
-    before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    save_and_push(trainer, script_args)
-    if before is not None:
-        after = toy.accuracy(trainer.model, trainer.processing_class)
-        trainer.accelerator.print(f"held-out accuracy: {before:.3f} -> {after:.3f}")
-    trainer.accelerator.end_training()
-
-
-def save_and_push(trainer: Any, script_args: HalosScriptArguments) -> None:
-    """What the flags ask for after training: the model with its card, on the Hub, with its adapter merged."""
-    args, say = trainer.args, trainer.accelerator.print
-    trainer.save_state()
-    if args.push_to_hub:
-        # Saves first. `save_model` would push as well, and everything would be sent twice.
-        trainer.push_to_hub(dataset_name=script_args.used_datasets)
-        say(f"Model saved to {args.output_dir} and pushed to {trainer.hub_model_id}")
-    else:
-        trainer.save_model(args.output_dir)
-        trainer.create_model_card(dataset_name=script_args.used_datasets)
-        say(f"Model saved to {args.output_dir}")
-    if script_args.merge_adapter and trainer.is_world_process_zero():
-        merge_adapter(trainer, script_args.used_datasets)

@@ -1,0 +1,87 @@
+"""The data of a training script: hub datasets, local files and folders, mixtures; and their splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+from .. import model_card
+
+_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+
+
+def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> datasets.DatasetDict:
+    """Splits of a hub dataset, a local file, a folder of such, a `save_to_disk` folder, or a TRL mixture."""
+    if mixture.datasets:
+        return get_dataset(mixture)
+    name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
+    path = Path(name)
+    if path.exists() and script_args.dataset_config:
+        raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
+    if not path.exists() and is_path(name):
+        raise ValueError(f"`--dataset_name {name}` is a local path, but there is no such file or folder.")
+    if path.is_file() and path.suffix not in _READERS:
+        raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"`--dataset_name {name}` is an empty file.")
+    try:
+        if path.is_file():
+            return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), streaming=streaming)
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _from_disk(name, streaming)
+        return datasets.load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    except (DatasetsError, OSError) as error:
+        if isinstance(error, ConnectionError):  # nothing that other flags would repair
+            raise
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
+
+
+def _from_disk(folder: str, streaming: bool) -> Any:
+    saved = datasets.load_from_disk(folder)
+    splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict({"train": saved})
+    if not streaming:
+        return splits
+    return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+
+
+def check_splits(script_args: ScriptArguments, training_args: Any, data: Any) -> None:
+    """Raise ValueError where the data lacks a split that the flags name."""
+    wanted = {"dataset_train_split": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        wanted["dataset_test_split"] = script_args.dataset_test_split
+    for flag, split in wanted.items():
+        if split not in data:
+            remedy = (
+                ", or use `--eval_strategy no`. A single file is one split, `train`; put `train` and `test` files "
+                "into one folder and name the folder."
+                if flag == "dataset_test_split"
+                else "."
+            )
+            raise ValueError(f"The dataset has splits {sorted(data)}, not {split!r}. Name one with `--{flag}`{remedy}")
+
+
+def dataset_names(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """What the model card names. A mixture's `path` may be a reader ("json"); then its files are what was used."""
+    if not mixture.datasets:
+        return [str(script_args.dataset_name)]
+    names: list[str] = []
+    for part in mixture.datasets:
+        files = part.data_files if part.path in _READERS.values() else None
+        values = list(files.values()) if isinstance(files, dict) else files if isinstance(files, list) else [files]
+        names += [str(value) for value in values] if files else [part.path]
+    return names
+
+
+def eval_split(script_args: ScriptArguments, training_args: Any, data: Any) -> Any:
+    """The evaluation split, or None with evaluation off."""
+    return data[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None
+
+
+def is_path(name: str) -> bool:
+    """Whether a name can only be meant as a local path."""
+    return not model_card.is_repo_id(name) or Path(name).suffix in _READERS

@@ -1,0 +1,36 @@
+"""The run of a training script: train, save, push."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import toy
+from ..merge import merge_adapter
+from .flags import HalosScriptArguments
+
+
+def run(trainer: Any, script_args: HalosScriptArguments) -> None:
+    """Train, save, push. On the embedded default, end with the held-out accuracy before and after."""
+    before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    save_and_push(trainer, script_args)
+    if before is not None:
+        after = toy.accuracy(trainer.model, trainer.processing_class)
+        trainer.accelerator.print(f"held-out accuracy: {before:.3f} -> {after:.3f}")
+    trainer.accelerator.end_training()
+
+
+def save_and_push(trainer: Any, script_args: HalosScriptArguments) -> None:
+    """What the flags ask for after training: the model with its card, on the Hub, with its adapter merged."""
+    args, say = trainer.args, trainer.accelerator.print
+    trainer.save_state()
+    if args.push_to_hub:
+        # Saves first. `save_model` would push as well, and everything would be sent twice.
+        trainer.push_to_hub(dataset_name=script_args.used_datasets)
+        say(f"Model saved to {args.output_dir} and pushed to {trainer.hub_model_id}")
+    else:
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card(dataset_name=script_args.used_datasets)
+        say(f"Model saved to {args.output_dir}")
+    if script_args.merge_adapter and trainer.is_world_process_zero():
+        merge_adapter(trainer, script_args.used_datasets)
