@@ -1,0 +1,180 @@
+"""The output file of a command: JSON Lines, appended as it goes, so that a run that was killed can be gone on with.
+
+    with OutputFile("samples.jsonl", {"model": model, "seed": seed}, overwrite=False) as output:
+        for item in itertools.islice(all_items, output.count, None):  # the first `count` are in the file already
+            output.write(item)
+
+Beside `samples.jsonl` lies `.samples.jsonl.settings.yaml`: the settings that the file was begun with, and whether it
+is finished. Leaving the `with` block without an exception finishes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+
+class OutputFile:
+    """A JSON Lines file that is written once, by one process at a time, by one or more runs of the same settings.
+
+    Parameters:
+        path: The file. Its folder is made where there is none.
+        settings: Everything that the content depends on: JSON values by name. Keep out what does not change the
+            content (a batch size of no influence, a URL's key), and add a `fingerprint` of the inputs.
+        overwrite: Begin anew, whatever is there.
+
+    Attributes:
+        count: Items in the file, those of earlier runs included.
+        resumed: Whether an earlier run began the file.
+
+    Raises ValueError where the file exists and is finished, was not begun by this class, was begun with other
+    settings (each is named), or is being written by another process.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False):
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps(dict(settings)))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"`{self.path}` is being written by another process. Wait for it, or name another output."
+            ) from None
+        try:
+            if not overwrite:
+                self._check()
+            self.resumed = self.path.exists() and not overwrite
+            self.count = _cut_to_whole_lines(self.path) if self.resumed else 0
+            self._save(finished=False)
+            self._file = self.path.open("ab" if self.resumed else "wb")
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check(self) -> None:
+        begun = _read_settings(self.path)
+        if begun is None:
+            if self.path.exists():
+                raise ValueError(
+                    f"`{self.path}` exists, and `{_settings_path(self.path).name}` beside it does not, so it cannot "
+                    "be gone on with. Name another output, or pass `--overwrite` to replace it."
+                )
+            return
+        if not self.path.exists() or (self.path.stat().st_size == 0 and not begun["finished"]):
+            return
+        if begun["finished"]:
+            raise ValueError(
+                f"`{self.path}` exists and is finished. Name another output, or pass `--overwrite` to replace it."
+            )
+        differing = differences(begun["settings"], self.settings)
+        if differing:
+            raise ValueError(
+                f"`{self.path}` was begun with other settings: {'; '.join(differing)}. Go on with the settings that "
+                "it was begun with, name another output, or pass `--overwrite` to begin anew."
+            )
+
+    def write(self, *items: Mapping[str, Any]) -> None:
+        """Append items, each as one line; they are in the file when this returns."""
+        self._file.write(b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in items))
+        self._file.flush()
+        self.count += len(items)
+
+    def items(self) -> Iterator[dict[str, Any]]:
+        """The items in the file, in its order. Raises ValueError, naming the line, for one that is no JSON object."""
+        return read_items(self.path)
+
+    def _save(self, *, finished: bool) -> None:
+        target = _settings_path(self.path)
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_text(
+            yaml.safe_dump({"finished": finished, "settings": self.settings}, sort_keys=False, allow_unicode=True),
+            "utf-8",
+        )
+        partial.replace(target)
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            self._save(finished=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+
+def is_finished(path: str | Path) -> bool:
+    """Whether a run of `OutputFile` has finished this file."""
+    begun = _read_settings(Path(path))
+    return Path(path).exists() and begun is not None and begun["finished"]
+
+
+def read_items(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The items of a JSON Lines file. Raises ValueError, naming the line, for one that is no JSON object."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"`{path}`, line {number}: not JSON ({error}).") from None
+            if not isinstance(item, dict):
+                raise ValueError(f"`{path}`, line {number}: holds {type(item).__name__}, not an object.")
+            yield item
+
+
+def fingerprint(items: Iterable[Any]) -> str:
+    """16 hexadecimal digits that change with any of the JSON values."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings, in words."""
+    absent = "(none)"
+    names = [*before, *(name for name in after if name not in before)]
+    pairs = [(name, before.get(name, absent), after.get(name, absent)) for name in names]
+    return [f"`{name}` was {old!r} and is {new!r}" for name, old, new in pairs if old != new]
+
+
+def _settings_path(path: Path) -> Path:
+    # Hidden: `datasets` takes every other file of a folder for data.
+    return path.with_name(f".{path.name}.settings.yaml")
+
+
+def _read_settings(path: Path) -> dict[str, Any] | None:
+    file = _settings_path(path)
+    if not file.exists():
+        return None
+    try:
+        begun = yaml.safe_load(file.read_text("utf-8"))
+        return {"finished": bool(begun["finished"]), "settings": dict(begun["settings"])}
+    except (UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"`{file}` cannot be read. Remove it and `{path}`, or pass `--overwrite`.") from error
+
+
+def _cut_to_whole_lines(path: Path) -> int:
+    """Cut what a killed run wrote of a line, and return the number of whole lines."""
+    count = end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count += 1
+                end += len(line)
+        file.truncate(end)
+    return count
+
+
+__all__ = ["OutputFile", "differences", "fingerprint", "is_finished", "read_items"]
