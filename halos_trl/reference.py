@@ -53,6 +53,11 @@ class Reference:
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
         """Per-token log-probs `(B, T)` in nats of a collated batch, without gradient; 0 outside the completion."""
+        with self.reading() as model:
+            return score_tokens(model, batch).logps_BT
+
+    def reading(self) -> AbstractContextManager[torch.nn.Module]:
+        """A context in which a forward pass of the model that it yields is one of the reference, without gradient."""
         raise NotImplementedError
 
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
@@ -113,9 +118,10 @@ class FrozenCopy(Reference):
         self._unwrap = unwrap
         self._forward = forward
 
-    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[torch.nn.Module]:
         with self._forward(), without_dropout(self._unwrap(self.model)):
-            return score_tokens(self.model, batch).logps_BT
+            yield self.model
 
     @torch.no_grad()
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
@@ -145,7 +151,8 @@ class AdapterOff(Reference):
         self._forward = forward
         self.outside: dict[str, torch.Tensor] = {}
 
-    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[torch.nn.Module]:
         model = self._unwrap(self.model)
         # The policy's adapter is read again before anybody calls `backward`; else its gradients would be None.
         with (
@@ -154,7 +161,7 @@ class AdapterOff(Reference):
             _standing_in(parameters_by_name(model), self.outside),
             reading_adapter(model, self.adapter),
         ):
-            return score_tokens(self.model, batch).logps_BT
+            yield self.model
 
     def keep_start(self) -> list[str]:
         model = self._unwrap(self.model)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -29,6 +27,7 @@ from .overridden import overridden
 from .precompute import StoresReference
 from .prepare import PreparesRows
 from .rows import noting_policy, refuse_without_special_tokens
+from .saving import SavesPolicy
 from .user_functions import ChecksUserFunctions
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return self._prepare_inputs(batch)
 
 
-class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
+class TrainerHost(PreparesRows, StoresReference, SavesPolicy, NamedTrainer):
     """What the package's trainers need from their TRL parent, under public names.
 
     Mixed in front of a TRL trainer class, which is named by `trl_class`.
@@ -310,36 +309,6 @@ class TrainerHost(PreparesRows, StoresReference, NamedTrainer):
 
     def _reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
-
-    # -- saving ------------------------------------------------------------------------------------------------
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        policy = self.accelerator.unwrap_model(self.model if model is None else model)
-        dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        # PEFT loads an adapter in float32; that of a quantized model was bfloat16 before the interruption.
-        for name, parameter in policy.named_parameters():
-            dtype = dtypes.get(name, parameter.dtype)
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if is_peft_model(self.model) and REFERENCE_ADAPTER in self.model.peft_config:
-            kept = [name for name in self.model.peft_config if name != REFERENCE_ADAPTER]
-            save = functools.partial(self.model.save_pretrained, selected_adapters=kept)
-            with overridden(self.model, save_pretrained=save):
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
-        else:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
-
-    def before_checkpoint(self, checkpoint_dir: str) -> None:
-        """Hook: write what belongs into a checkpoint and TRL does not know about."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # First, so that a checkpoint with a trainer state is never one without the files of this hook.
-        folder = f"checkpoint-{self.state.global_step}"
-        self.before_checkpoint(os.path.join(self._get_output_dir(trial=trial), folder))
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
 
 def card_identity(trainer: NamedTrainer) -> dict[str, Any]:

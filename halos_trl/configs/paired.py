@@ -9,13 +9,13 @@ from typing import ClassVar
 import trl
 
 from .checks import check_sync, defaults_of, is_number, is_share, require, require_not_negative, require_positive
-from .shared import REFERENCE_FIELDS, SYNC_HELP, ForwardConfig, HumanlineConfig, RowsConfig
+from .shared import REFERENCE_FIELDS, SYNC_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
 
 _TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
 
 
 @dataclass
-class DPOConfig(ForwardConfig, HumanlineConfig, RowsConfig, trl.DPOConfig):
+class DPOConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.DPOConfig):
     """`trl.DPOConfig` plus humanline; every field means what it means there."""
 
     sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})

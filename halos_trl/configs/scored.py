@@ -8,12 +8,12 @@ from typing import ClassVar
 import trl
 
 from .checks import check_sync, defaults_of, require, require_count, require_not_negative, require_positive
-from .shared import ASSISTANT_HELP, ForwardConfig, HumanlineConfig, RowsConfig
+from .shared import ASSISTANT_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
 from .unpaired import KTO_LOSS_FIELDS
 
 
 @dataclass
-class _ScoredConfig(ForwardConfig, HumanlineConfig, RowsConfig, trl.KTOConfig):
+class _ScoredConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
     """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
 
     _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS

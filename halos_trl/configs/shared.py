@@ -29,7 +29,7 @@ class CompletionConfig:
 
 
 @dataclass
-class HumanlineConfig(CompletionConfig):
+class HumanlineConfig:
     """Humanline, which every method takes (arXiv:2509.24207).
 
     Parameters:

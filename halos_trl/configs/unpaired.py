@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import trl
 
 from .checks import check_sync, require, require_not_negative, require_positive
-from .shared import SYNC_HELP, ForwardConfig, HumanlineConfig, RowsConfig
+from .shared import SYNC_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
 
 KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
 
 
 @dataclass
-class KTOConfig(ForwardConfig, HumanlineConfig, RowsConfig, trl.KTOConfig):
+class KTOConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
     """`trl.KTOConfig` plus humanline, with shuffling on.
 
     The KL partners are taken from inside the optimizer step, so any order of training is fine:
