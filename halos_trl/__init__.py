@@ -14,6 +14,7 @@ from .configs import (
     SimPOConfig,
     SLiCConfig,
 )
+from .data.feedback import load_feedback
 from .humanline import Humanline
 from .patching import TRLPatch, patch_trl
 from .trainers import (
@@ -102,6 +103,7 @@ __all__ = [
     "get_quantization_config",
     "init_zero_verbose",
     "is_conversational",
+    "load_feedback",
     "load_reward_model",
     "maybe_apply_chat_template",
     "maybe_extract_prompt",

@@ -1,0 +1,277 @@
+"""The formats of feedback items: which one an item has, and what it says, in one form for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ..row_texts import prompt_problem, side_problem
+from ..row_values import Problem, label_problem, score_problem, shown
+from .files import Item, Object
+
+Text = str | list[dict[str, Any]]
+
+
+class Completion(NamedTuple):
+    """One completion, and what its item says about it alone."""
+
+    text: Text
+    score: float | None = None
+    label: bool | None = None
+    sample_id: str | None = None
+
+
+class Judged(NamedTuple):
+    """What an item says: completions of a prompt, and pairs of them (positions; the first is preferred)."""
+
+    prompt: Text
+    completions: tuple[Completion, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+    ties: int = 0
+    """Pairs of equal scores that are marked as no preference."""
+
+
+class Format(NamedTuple):
+    """A kind of item: its keys, and how to read it."""
+
+    name: str
+    needs: tuple[str, ...]
+    read: Callable[[Object], Judged]
+    scores: tuple[str, ...] = ()
+    """The keys of its scores, which all items of a file have, or none."""
+
+
+# -- HALOs' formats --------------------------------------------------------------------------------------------------
+
+
+def _sample(value: Object) -> Judged:
+    """HALOs stores the text of a sample; `instruction` is the prompt in files for AlpacaEval."""
+    prompt = value["prompt"] if "prompt" in value else [{"role": "user", "content": value["instruction"]}]
+    return Judged(prompt, (Completion(_turns(value["output"]), None, None, _sample_id(value)),))
+
+
+def _binary(value: Object) -> Judged:
+    label = bool(_checked(value["label"], label_problem))
+    return Judged(
+        value["prompt"],
+        (Completion(_turns(value["output"]), _score(value, "reward"), label, _sample_id(value)),),
+    )
+
+
+def _scalar(value: Object) -> Judged:
+    score = _checked(value["reward"], score_problem)
+    return Judged(value["prompt"], (Completion(_turns(value["output"]), float(score), None, _sample_id(value)),))
+
+
+def _pairwise(value: Object) -> Judged:
+    """`label` 1: A is preferred. HALOs' labels give 0 to a pair of equal scores, which is no preference."""
+    label = bool(_checked(value["label"], label_problem))
+    scores = [_score(value, key) for key in ("reward_A", "reward_B")]
+    sides = tuple(
+        Completion(_turns(value[f"output_{side}"]), score, None, _sample_id(value, f"sample_id_{side}"))
+        for side, score in zip("AB", scores, strict=True)
+    )
+    if not label and scores[0] is not None and scores[0] == scores[1]:
+        return Judged(value["prompt"], sides, ties=1)
+    return Judged(value["prompt"], sides, ((0, 1) if label else (1, 0),))
+
+
+# -- rows of TRL -----------------------------------------------------------------------------------------------------
+
+
+def _pair_row(value: Object) -> Judged:
+    rejected = value["rejected"]
+    others = rejected if _is_list_of_completions(rejected) else [rejected]
+    scores = [_score(value, "score_chosen"), *_scores_of_rejected(value, len(others))]
+    completions = tuple(
+        Completion(text, score) for text, score in zip([value["chosen"], *others], scores, strict=True)
+    )
+    return Judged(value["prompt"], completions, tuple((0, i) for i in range(1, len(completions))))
+
+
+def _scores_of_rejected(value: Object, count: int) -> list[float | None]:
+    scores = value.get("score_rejected")
+    scores = scores if isinstance(scores, list) else [scores] * count
+    if len(scores) != count:
+        raise ValueError(f"has {count} completions in `rejected` and {len(scores)} scores in `score_rejected`.")
+    return [None if score is None else float(_checked(score, score_problem)) for score in scores]
+
+
+def _labelled_row(value: Object) -> Judged:
+    label = bool(_checked(value["label"], label_problem))
+    return Judged(
+        value["prompt"], (Completion(value["completion"], _score(value, "score"), label, _sample_id(value)),)
+    )
+
+
+def _scored_row(value: Object) -> Judged:
+    score = float(_checked(value["score"], score_problem))
+    return Judged(value["prompt"], (Completion(value["completion"], score, None, _sample_id(value)),))
+
+
+def _group_row(value: Object) -> Judged:
+    completions, scores = value["completions"], value["scores"]
+    ids = value.get("sample_ids") or [None] * len(completions or ())
+    lists = (completions, scores, ids)
+    if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
+        raise ValueError(
+            f"has `completions` {shown(completions)} and `scores` {shown(scores)}; give two lists of one length."
+        )
+    return Judged(
+        value["prompt"],
+        tuple(
+            Completion(text, float(_checked(score, score_problem)), None, None if i is None else str(i))
+            for text, score, i in zip(completions, scores, ids, strict=True)
+        ),
+    )
+
+
+def _sft_row(value: Object) -> Judged:
+    return Judged(value["prompt"], (Completion(value["completion"], None, None, _sample_id(value)),))
+
+
+_BY_TYPE = {
+    form.name: form
+    for form in (
+        Format("sample", ("output",), _sample),
+        Format("binary_feedback", ("prompt", "output", "label"), _binary, ("reward",)),
+        Format("pairwise_feedback", ("prompt", "output_A", "output_B", "label"), _pairwise, ("reward_A", "reward_B")),
+        Format("scalar_feedback", ("prompt", "output", "reward"), _scalar, ("reward",)),
+    )
+}
+_BY_KEYS = (
+    Format("pairs", ("prompt", "chosen", "rejected"), _pair_row, ("score_chosen", "score_rejected")),
+    Format("groups", ("prompt", "completions", "scores"), _group_row, ("scores",)),
+    Format("labelled", ("prompt", "completion", "label"), _labelled_row, ("score",)),
+    Format("scored", ("prompt", "completion", "score"), _scored_row, ("score",)),
+    Format("completions", ("prompt", "completion"), _sft_row),
+)
+
+
+def format_of(item: Item) -> Format:
+    """The format of an item: by its `type` where it has one, else by its keys. Raises ValueError for no known one."""
+    value = item.value
+    if "type" in value:
+        known = _BY_TYPE.get(value["type"]) if isinstance(value["type"], str) else None
+        if known is None:
+            raise ValueError(
+                f"{item.where} has `type` {shown(value['type'])}; known are {', '.join(map(repr, _BY_TYPE))}."
+            )
+        return known
+    for form in _BY_KEYS:
+        if value.keys() >= set(form.needs):
+            return form
+    raise ValueError(
+        f"{item.where} is of no known format: it has no `type`, and the keys {sorted(value)}. Known are items with a "
+        f"`type` of {', '.join(map(repr, _BY_TYPE))}, and rows with "
+        f"{'; '.join(', '.join(f'`{key}`' for key in form.needs) for form in _BY_KEYS)}."
+    )
+
+
+def judged(item: Item, form: Format) -> Judged:
+    """What an item of a format says. Raises ValueError, with the item named, for what it lacks or cannot mean."""
+    value = item.value
+    missing = [key for key in form.needs if key not in value]
+    if form.name == "sample" and not {"prompt", "instruction"} & value.keys():
+        missing = ["prompt", *missing]
+    if missing:
+        raise ValueError(
+            f"{item.where} lacks {', '.join(f'`{key}`' for key in missing)}; items of format {form.name!r} have "
+            f"{', '.join(f'`{key}`' for key in form.needs)}. It has the keys {sorted(value)}."
+        )
+    try:
+        found = form.read(value)
+        _check_texts(found, is_chat=form.name in _BY_TYPE)
+    except ValueError as error:
+        raise ValueError(f"{item.where} {error}") from None
+    return found
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _checked(value: Any, problem_of: Callable[[Any], Problem]) -> Any:
+    problem = problem_of(value)
+    if problem is not None:
+        raise ValueError(problem)
+    return value
+
+
+def _score(value: Object, key: str) -> float | None:
+    """A score that may be missing or null."""
+    score = value.get(key)
+    return None if score is None else float(_checked(score, score_problem))
+
+
+def _sample_id(value: Object, key: str = "sample_id") -> str | None:
+    found = value.get(key)
+    return None if found is None else str(found)
+
+
+def _turns(output: Any) -> Any:
+    return [{"role": "assistant", "content": output}] if isinstance(output, str) else output
+
+
+def _is_list_of_completions(value: Any) -> bool:
+    """Of several rejected completions, where a list of turns is a single one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, str | list) for part in value)
+
+
+def _check_texts(found: Judged, is_chat: bool) -> None:
+    problem = prompt_problem(found.prompt) or _user_problem(found.prompt, is_chat) or _turns_problem(found.prompt)
+    if problem is None:
+        texts = [completion.text for completion in found.completions]
+        column = "output" if is_chat else "completion"
+        problem = _first(side_problem(text, found.prompt, column, True) or _turns_problem(text) for text in texts)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _first(problems: Any) -> Problem:
+    return next(filter(None, problems), None)
+
+
+def _user_problem(prompt: Text, is_chat: bool) -> Problem:
+    if isinstance(prompt, str):
+        form = "[{'role': 'user', 'content': '...'}]"
+        return f"has the text {shown(prompt)} as prompt. Write a conversation: {form}." if is_chat else None
+    if any(turn["role"] == "user" for turn in prompt):
+        return None
+    roles = [turn["role"] for turn in prompt]
+    return f"has a prompt without a user turn (roles: {roles}). Add the turn that the completion answers."
+
+
+def _turns_problem(text: Text) -> Problem:
+    """Turns are of text here; every other field has to be text as well, so that all rows have one schema."""
+    if isinstance(text, str):
+        return _encoding_problem(text)
+    for turn in text:
+        for key, value in turn.items():
+            if value is not None and not isinstance(value, str):
+                return (
+                    f"has a turn whose `{key}` is of type {type(value).__name__}: {shown(turn)}. Feedback files hold "
+                    "turns of text; load other conversations with `datasets.load_dataset`."
+                )
+            if value is not None and (problem := _encoding_problem(value)):
+                return problem
+    return None
+
+
+def _encoding_problem(text: str) -> Problem:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return (
+            f"has half of a surrogate pair, {json.dumps(text[error.start])}, which is no character. An emoji was cut "
+            "in two; remove the rest of it."
+        )
+    return None
+
+
+def known_types() -> Sequence[str]:
+    """The values of `type` that HALOs' files have."""
+    return tuple(_BY_TYPE)
+
+
+__all__ = ["Completion", "Format", "Judged", "Text", "format_of", "judged", "known_types"]

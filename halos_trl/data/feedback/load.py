@@ -1,0 +1,189 @@
+"""`load_feedback`: from files of feedback to a dataset of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+
+from ..labelling import PairMode
+from .files import open_file
+from .formats import Completion, Judged, Text
+from .plan import PURPOSES, Plan, Purpose, Rules, plan_rows
+from .prompts import Duplicates, FeedbackIndex, index_feedback
+from .selection import Selection, check_selection, select_rows
+
+CONTROL_TOKENS = ("<|good|>", "<|bad|>")
+"""HALOs' control tokens for conditional SFT: before desirable and undesirable completions."""
+
+_LAYOUT = 1  # of the rows; part of the name under which `datasets` keeps them
+
+
+def load_feedback(
+    path_or_paths: str | Path | Sequence[str | Path],
+    for_: Purpose = "paired",
+    split: str | None = None,
+    *,
+    pair_mode: PairMode = "max",
+    pair_threshold: float | str = 0.0,
+    label_threshold: float | str = "median",
+    max_per_prompt: int | None = None,
+    frac_unique_desirable: float | None = None,
+    frac_unique_undesirable: float | None = None,
+    seed: int = 0,
+    duplicates: Duplicates = "error",
+    control_tokens: tuple[str, str] = CONTROL_TOKENS,
+    cache_dir: str | Path | None = None,
+) -> Dataset:
+    """Rows for a trainer from files of feedback: HALOs' formats, or rows of TRL, as a JSON array or JSON Lines.
+
+    Items of equal prompts (roles and contents) are merged over all files; prompts keep the order in which they first
+    appear. `for_` says what the rows are:
+
+    - "paired": `prompt`, `chosen`, `rejected`. The pairs of the files, and pairs by score of completions in none.
+    - "unpaired": `prompt`, `completion`, `label`. Labelled completions; the sides of each pair; labels by score.
+    - "group": `prompt` with the lists `completions` and `scores`. Without scores, labels and pairs count +1 and -1.
+    - "sft": `prompt`, `completion`. The first desirable completion, else the best one by score, else the one that is
+      preferred most often; of samples without judgement, all.
+    - "csft": as "unpaired", with a control token before each completion and no `label`.
+
+    Every row has `sample_ids` (None where the file has none) and `sources` ("file#item", items counted from 0), one
+    for each completion; pairs also `score_chosen` and `score_rejected`, labelled rows `score`, where the files have
+    scores.
+
+    `split`: only items of this `split` and those without one. `pair_mode`, `pair_threshold` and `label_threshold` are
+    those of `halos_trl.data.labelling`, for completions that have only scores. `max_per_prompt`: at most so many rows
+    of a prompt (completions of a group), drawn with `seed`. `frac_unique_desirable` and `frac_unique_undesirable`:
+    such a part of the different completions with that label, each once. `duplicates`: what happens to an item that
+    repeats another one in all fields: "error", "drop" or "keep". `control_tokens`: before desirable and undesirable
+    completions. `cache_dir`: where `datasets` keeps the rows, which are memory-mapped (its own cache).
+
+    Raises ValueError, before any row is made, for what cannot be read or meant; it names the file and the item.
+    """
+    paths = [path_or_paths] if isinstance(path_or_paths, str | Path) else list(path_or_paths)
+    _check_arguments(paths, for_, duplicates)
+    selection = Selection(max_per_prompt, frac_unique_desirable, frac_unique_undesirable, seed)
+    check_selection(selection, for_)
+    index = index_feedback(paths, split, duplicates)
+    plan = plan_rows(index, for_, Rules(pair_mode, pair_threshold, label_threshold, seed))
+    plan = select_rows(plan, index, selection, for_)
+    features = _features(index, plan, for_)
+    tokens = control_tokens if for_ == "csft" else None
+    return Dataset.from_generator(
+        _rows,
+        features=features,
+        gen_kwargs={"index": index, "plan": plan, "columns": tuple(features), "control_tokens": tokens},
+        fingerprint=_fingerprint(index, plan, features, tokens),
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+
+
+def _check_arguments(paths: list[Any], for_: Any, duplicates: Any) -> None:
+    if not paths:
+        raise ValueError("No file of feedback is named. Pass a path, or a list of paths.")
+    for path in paths:
+        if not isinstance(path, str | Path):
+            raise TypeError(f"{path!r} is no path but of type {type(path).__name__}. Pass a path, or a list of paths.")
+    if for_ not in PURPOSES:
+        raise ValueError(f"`for_` is {for_!r}; expected one of {', '.join(map(repr, PURPOSES))}.")
+    if duplicates not in ("error", "drop", "keep"):
+        raise ValueError(f"`duplicates` is {duplicates!r}; expected 'error', 'drop' or 'keep'.")
+
+
+# -- the rows --------------------------------------------------------------------------------------------------------
+
+
+def _features(index: FeedbackIndex, plan: Plan, for_: Purpose) -> Features:
+    text: Any = Value("string")
+    if index.is_chat:
+        text = List({key: Value("string") for key in _ordered(index.turn_keys)})
+    score, texts = Value("float64"), List(Value("string"))
+    own: dict[str, Any] = {
+        "paired": {"chosen": text, "rejected": text},
+        "unpaired": {"completion": text, "label": Value("bool")},
+        "group": {"completions": List(text), "scores": List(score)},
+        "sft": {"completion": text},
+        "csft": {"completion": text},
+    }[for_]
+    scores = {"paired": ("score_chosen", "score_rejected"), "unpaired": ("score",)}.get(for_, ())
+    if plan.has_scores:
+        own |= dict.fromkeys(scores, score)
+    return Features({"prompt": text, **own, "sample_ids": texts, "sources": texts})
+
+
+def _ordered(turn_keys: set[str]) -> list[str]:
+    return ["role", "content", *sorted(turn_keys - {"role", "content"})]
+
+
+def _rows(
+    index: FeedbackIndex, plan: Plan, columns: tuple[str, ...], control_tokens: tuple[str, str] | None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a plan, with their texts read from the files."""
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_file(path)) for path in index.files]
+        for row in range(len(plan)):
+            numbers, scores = zip(*plan.completions(row), strict=True)
+            items = [index.completion_item[number] for number in numbers]
+            read = {item: index.formats[index.item_file[item]].read(index.value(files, item)) for item in set(items)}
+            found = [
+                read[item].completions[index.completion_slot[number]]
+                for item, number in zip(items, numbers, strict=True)
+            ]
+            values = _values(read[items[0]], found, scores, plan.label[row])
+            values["sources"] = [index.where(item) for item in items]
+            if control_tokens is not None:
+                token = control_tokens[0 if plan.label[row] else 1]
+                values["completion"] = _with_control_token(values["completion"], token)
+            yield {column: _with_keys(values[column], index.turn_keys) for column in columns}
+
+
+def _values(first: Judged, found: list[Completion], scores: Sequence[float], label: int) -> dict[str, Any]:
+    known = [None if score != score else score for score in scores]
+    texts = [completion.text for completion in found]
+    return {
+        "prompt": first.prompt,
+        "chosen": texts[0],
+        "rejected": texts[-1],
+        "completion": texts[0],
+        "completions": texts,
+        "label": bool(label),
+        "score": known[0],
+        "score_chosen": known[0],
+        "score_rejected": known[-1],
+        "scores": known,
+        "sample_ids": [completion.sample_id for completion in found],
+    }
+
+
+def _with_control_token(completion: Text, token: str) -> Text:
+    """HALOs puts it before the content of the last turn."""
+    if isinstance(completion, str):
+        return token + completion
+    *before, last = completion
+    return [*before, {**last, "content": token + (last["content"] or "")}]
+
+
+def _with_keys(value: Any, keys: set[str]) -> Any:
+    """Turns with all keys that the turns of any row have, which the columns of a dataset need; None for the others."""
+    if len(keys) <= 2 or not isinstance(value, list):
+        return value
+    if all(isinstance(part, dict) for part in value):
+        return [{key: turn.get(key) for key in keys} for turn in value]
+    return [_with_keys(part, keys) for part in value]
+
+
+def _fingerprint(index: FeedbackIndex, plan: Plan, features: Features, control_tokens: tuple[str, str] | None) -> str:
+    """The same for the same rows only: `datasets` loads rows of a known fingerprint from its cache."""
+    seen = hashlib.blake2b(digest_size=16)
+    seen.update(json.dumps([_LAYOUT, index.files, str(features), control_tokens]).encode())
+    for column in (index.item_digest, plan.label, plan.first, plan.completion, plan.score):
+        seen.update(column.tobytes())
+    return seen.hexdigest()
+
+
+__all__ = ["CONTROL_TOKENS", "load_feedback"]

@@ -1,0 +1,286 @@
+"""What feedback files say about each prompt, merged over items and files.
+
+Only positions, hashes, scores and labels are held in memory, a few dozen bytes for each completion; texts stay in the
+files. The first reading checks each item, so that nothing is made of files that hold a fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+from datasets.utils import tqdm
+
+from .files import Item, Object, item_at, open_file, read_items
+from .formats import Format, Judged, format_of, judged
+
+logger = logging.getLogger(__name__)
+
+Duplicates = Literal["error", "drop", "keep"]
+
+
+class Entry(NamedTuple):
+    """A completion of a prompt, and what the items say about it."""
+
+    completion: int
+    """Its number in the `FeedbackIndex`."""
+    score: float | None
+    label: bool | None
+    alone: bool
+    """Whether an item judges it on its own, not only beside another completion."""
+
+
+class Prompt(NamedTuple):
+    """A prompt with all that the files say about it."""
+
+    entries: tuple[Entry, ...]
+    pairs: tuple[tuple[int, int], ...]
+    """Positions in `entries`, the preferred one first."""
+
+
+class FeedbackIndex:
+    """The items of several files by prompt: built by `index_feedback`."""
+
+    def __init__(self, files: Sequence[str]):
+        self.files = tuple(files)
+        self.formats: list[Format] = []
+        self.dropped: list[int] = []
+        self.ties = 0
+        self.turn_keys: set[str] = set()
+        self.is_chat: bool | None = None
+        self.skipped_splits: set[str] = set()
+        # By item.
+        self.item_file, self.item_index = array("l"), array("q")
+        self.item_offset, self.item_size = array("q"), array("q")
+        self.item_prompt, self.item_digest = array("q"), array("q")
+        self.item_completions, self.item_pairs = array("q"), array("q")  # where its own begin
+        self.item_has_pairs = array("b")
+        # By completion: its item, position in the item, hash of its text, score (NaN: none), label (-1: none).
+        self.completion_item, self.completion_slot = array("q"), array("b")
+        self.completion_digest = array("q")
+        self.score, self.label = array("d"), array("b")
+        # By pair: numbers of completions.
+        self.better, self.worse = array("q"), array("q")
+        self._prompts: dict[bytes, int] = {}
+
+    # -- built by one reading ------------------------------------------------------------------------------------
+
+    def add(self, file: int, item: Item, found: Judged) -> None:
+        """Add what an item says."""
+        number = len(self.item_file)
+        key = _digest(found.prompt, 16)
+        self.item_file.append(file)
+        self.item_index.append(item.index)
+        self.item_offset.append(item.offset)
+        self.item_size.append(item.size)
+        self.item_prompt.append(self._prompts.setdefault(key, len(self._prompts)))
+        self.item_digest.append(_number(item.value))
+        self.item_completions.append(len(self.completion_item))
+        self.item_pairs.append(len(self.better))
+        self.item_has_pairs.append(bool(found.pairs or found.ties))
+        first = len(self.completion_item)
+        for slot, completion in enumerate(found.completions):
+            self.completion_item.append(number)
+            self.completion_slot.append(slot)
+            self.completion_digest.append(_number(completion.text))
+            self.score.append(math.nan if completion.score is None else completion.score)
+            self.label.append(-1 if completion.label is None else completion.label)
+        for better, worse in found.pairs:
+            self.better.append(first + better)
+            self.worse.append(first + worse)
+        self.ties += found.ties
+
+    # -- read by prompt ------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.item_file)
+
+    def where(self, item: int) -> str:
+        """An item as errors and rows name it."""
+        return f"{self.files[self.item_file[item]]}#{self.item_index[item]}"
+
+    def value(self, files: Sequence[IO[bytes]], item: int) -> Object:
+        """An item, read again from the opened `files`."""
+        return item_at(files[self.item_file[item]], self.item_offset[item], self.item_size[item])
+
+    def prompts(self) -> Iterator[Prompt]:
+        """Every prompt, in the order of first appearance.
+
+        Equal completions of a prompt are one where they stand in pairs or in files of different formats. In files of
+        one format they stay apart, for a model may give the same text twice.
+        """
+        items = np.delete(np.arange(len(self)), self.dropped)
+        of_prompt = np.asarray(self.item_prompt)[items]
+        items = items[np.argsort(of_prompt, kind="stable")]
+        bounds = np.flatnonzero(np.diff(np.sort(of_prompt))) + 1
+        start = 0
+        for end in (*bounds.tolist(), len(items)):
+            yield self._merged(items[start:end].tolist())
+            start = end
+
+    def _completions_of(self, item: int) -> range:
+        starts = self.item_completions
+        return range(starts[item], starts[item + 1] if item + 1 < len(starts) else len(self.completion_item))
+
+    def _pairs_of(self, item: int) -> list[tuple[int, int]]:
+        starts = self.item_pairs
+        of_item = slice(starts[item], starts[item + 1] if item + 1 < len(starts) else None)
+        return list(zip(self.better[of_item], self.worse[of_item], strict=True))
+
+    def _merged(self, items: list[int]) -> Prompt:
+        entries: list[Entry] = []
+        judged_by: list[set[str]] = []  # for each entry, the formats of the items that judge it on its own
+        equal: dict[int, list[int]] = {}  # positions of the entries of one text
+        position: dict[int, int] = {}
+        # Completions on their own come first, so that those of pairs find them.
+        for item in sorted(items, key=lambda item: self.item_has_pairs[item]):
+            form = self.formats[self.item_file[item]].name
+            for number in self._completions_of(item):
+                entry = self._entry(number)
+                known = equal.setdefault(self.completion_digest[number], [])
+                at = next((i for i in known if not entry.alone or form not in judged_by[i]), None)
+                if at is None:
+                    at = len(entries)
+                    known.append(at)
+                    entries.append(entry)
+                    judged_by.append(set())
+                if entry.alone:
+                    judged_by[at].add(form)
+                entries[at] = _joined(entries[at], entry)
+                position[number] = at
+        found = [(position[a], position[b]) for item in items for a, b in self._pairs_of(item)]
+        return Prompt(tuple(entries), tuple(found))
+
+    def _entry(self, number: int) -> Entry:
+        score, label = self.score[number], self.label[number]
+        alone = not self.item_has_pairs[self.completion_item[number]]
+        return Entry(number, None if score != score else score, None if label < 0 else bool(label), alone)
+
+
+def _joined(entry: Entry, other: Entry) -> Entry:
+    """What two items say about one completion; the first has the say where both do."""
+    return entry._replace(
+        score=other.score if entry.score is None else entry.score,
+        label=other.label if entry.label is None else entry.label,
+    )
+
+
+def index_feedback(
+    paths: Sequence[str | Path], split: str | None = None, duplicates: Duplicates = "error"
+) -> FeedbackIndex:
+    """Read files of feedback and check each item.
+
+    `split`: only items of this `split`, and those without one. `duplicates` says what happens to an item that equals
+    an earlier one in all its fields: "error", "drop" or "keep".
+
+    Raises ValueError that names file and item for what cannot be read.
+    """
+    index = FeedbackIndex([str(path) for path in paths])
+    sizes = [_size(path) for path in paths]
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="Reading feedback") as bar:
+        for number, path in enumerate(paths):
+            done = 0
+            for item, form, found in _checked_items(path):
+                if not done:
+                    index.formats.append(form)
+                bar.update(item.offset + item.size - done)
+                done = item.offset + item.size
+                _check_schema(index, item, found)
+                if split is not None and item.value.get("split", split) != split:
+                    index.skipped_splits.add(str(item.value["split"]))
+                    continue
+                index.add(number, item, found)
+    if not len(index):
+        raise ValueError(
+            f"No item of {', '.join(index.files)} has split {split!r}; there are {sorted(index.skipped_splits)}. Name "
+            "one of them, or None for all items."
+        )
+    if duplicates != "keep":
+        _drop_duplicates(index, duplicates == "error")
+    return index
+
+
+def _size(path: str | Path) -> int:
+    with open_file(path) as file:
+        return file.seek(0, 2)
+
+
+def _checked_items(path: str | Path) -> Iterator[tuple[Item, Format, Judged]]:
+    """The items of a file, all of one format, and either all with scores or all without."""
+    form: Format | None = None
+    first_scored: bool | None = None
+    for item in read_items(path):
+        found_form = format_of(item)
+        if form is None:
+            form = found_form
+        elif found_form.name != form.name:
+            raise ValueError(
+                f"{item.where} is of format {found_form.name!r}, and the items before it of {form.name!r}. Split the "
+                "file into one for each format, and pass them together."
+            )
+        found = judged(item, form)
+        scored = [completion.score is not None for completion in found.completions]
+        first_scored = scored[0] if first_scored is None else first_scored
+        if any(one != first_scored for one in scored):
+            keys = " and ".join(f"`{key}`" for key in form.scores)
+            raise ValueError(
+                f"{item.where} {'lacks' if first_scored else 'has'} {keys}, and the items before it "
+                f"{'have' if first_scored else 'lack'} it. Score all items of a file or none."
+            )
+        yield item, form, found
+
+
+def _check_schema(index: FeedbackIndex, item: Item, found: Judged) -> None:
+    """All rows have prompts of text, or all have conversations."""
+    is_chat = not isinstance(found.prompt, str)
+    if index.is_chat is None:
+        index.is_chat = is_chat
+    if is_chat != index.is_chat:
+        forms = ("text", "a conversation")
+        raise ValueError(
+            f"{item.where} has {forms[is_chat]} as prompt, and the items before it {forms[index.is_chat]}. Load them "
+            "apart, or write all prompts in one form."
+        )
+    if is_chat:
+        for text in (found.prompt, *(completion.text for completion in found.completions)):
+            for turn in text:
+                index.turn_keys.update(turn)  # type: ignore[arg-type]
+
+
+def _drop_duplicates(index: FeedbackIndex, is_error: bool) -> None:
+    digests = np.asarray(index.item_digest)
+    order = np.argsort(digests, kind="stable")
+    repeats = np.flatnonzero(np.diff(digests[order]) == 0)  # equal neighbours, the earlier item first
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open_file(path)) for path in index.files] if len(repeats) else []
+        for first, second in zip(order[repeats].tolist(), order[repeats + 1].tolist(), strict=True):
+            if index.value(files, first) != index.value(files, second):
+                continue
+            if is_error:
+                raise ValueError(
+                    f"{index.where(second)} repeats {index.where(first)} in all its fields. If a file was named or "
+                    "written twice, pass `duplicates='drop'` to load such items once; or `'keep'` where a model gave "
+                    "the same completion several times and the items have no `sample_id`."
+                )
+            index.dropped.append(second)
+    if index.dropped:
+        logger.warning(f"Dropped {len(index.dropped)} of {len(index)} items that repeat an earlier one in all fields.")
+
+
+def _digest(value: Any, size: int) -> bytes:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=size).digest()
+
+
+def _number(value: Any) -> int:
+    return int.from_bytes(_digest(value, 8), "little", signed=True)
+
+
+__all__ = ["Duplicates", "Entry", "FeedbackIndex", "Prompt", "index_feedback"]

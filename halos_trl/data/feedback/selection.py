@@ -1,0 +1,92 @@
+"""Fewer rows than the files give: so many per prompt, such a part of the different completions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import NamedTuple
+
+import numpy as np
+
+from .plan import Plan, Purpose
+from .prompts import FeedbackIndex
+
+
+class Selection(NamedTuple):
+    """What to keep. None: everything."""
+
+    max_per_prompt: int | None = None
+    frac_unique_desirable: float | None = None
+    frac_unique_undesirable: float | None = None
+    seed: int = 0
+
+
+def check_selection(selection: Selection, for_: Purpose) -> None:
+    """Raise ValueError for numbers that select nothing, and for parts of labels where there are none."""
+    limit = selection.max_per_prompt
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(
+            f"`max_per_prompt` is {limit!r}; expected a whole number of at least 1, or None for no limit."
+        )
+    for name in ("frac_unique_desirable", "frac_unique_undesirable"):
+        fraction = getattr(selection, name)
+        if fraction is None:
+            continue
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
+            raise ValueError(f"`{name}` is {fraction!r}; expected a number from 0 to 1, or None for all rows.")
+        if for_ not in ("unpaired", "csft"):
+            raise ValueError(
+                f"`{name}` selects labelled completions, and {for_!r} rows have no labels. Leave it out, or limit the "
+                "rows of a prompt with `max_per_prompt`."
+            )
+
+
+def select_rows(plan: Plan, index: FeedbackIndex, selection: Selection, for_: Purpose) -> Plan:
+    """The rows that `selection` keeps, in their order. Draws depend on its seed only."""
+    draws = random.Random(selection.seed)
+    if selection.max_per_prompt is not None:
+        plan = (_shorter_groups if for_ == "group" else _fewer_rows)(plan, selection.max_per_prompt, draws)
+    fractions = (selection.frac_unique_undesirable, selection.frac_unique_desirable)
+    if fractions != (None, None):
+        plan = plan.select(_unique_part(plan, index, fractions, draws))
+    if not len(plan):
+        raise ValueError("The selection keeps no row. Raise `frac_unique_desirable` or `frac_unique_undesirable`.")
+    return plan
+
+
+def _fewer_rows(plan: Plan, limit: int, draws: random.Random) -> Plan:
+    bounds = [0, *(np.flatnonzero(np.diff(np.asarray(plan.prompt))) + 1).tolist(), len(plan)]
+    kept: list[int] = []
+    for start, end in itertools.pairwise(bounds):
+        rows = range(start, end)
+        kept += rows if len(rows) <= limit else sorted(draws.sample(rows, limit))
+    return plan.select(kept)
+
+
+def _shorter_groups(plan: Plan, limit: int, draws: random.Random) -> Plan:
+    shorter = Plan()
+    for row in range(len(plan)):
+        members = plan.completions(row)
+        kept = range(len(members)) if len(members) <= limit else sorted(draws.sample(range(len(members)), limit))
+        shorter.extend(plan.prompt[row], plan.label[row], [members[i] for i in kept])
+    return shorter
+
+
+def _unique_part(
+    plan: Plan, index: FeedbackIndex, fractions: tuple[float | None, float | None], draws: random.Random
+) -> list[int]:
+    """Rows to keep: for each label with a fraction, that part of the different completions, each of them once."""
+    kept: list[int] = []
+    for label, fraction in enumerate(fractions):
+        rows = np.flatnonzero(np.asarray(plan.label) == label).tolist()
+        if fraction is not None:
+            different: dict[tuple[int, int], int] = {}
+            for row in rows:
+                digest = index.completion_digest[plan.completions(row)[0][0]]
+                different.setdefault((plan.prompt[row], digest), row)
+            rows = draws.sample(list(different.values()), round(fraction * len(different)))
+        kept += rows
+    return sorted(kept)
+
+
+__all__ = ["Selection", "check_selection", "select_rows"]
