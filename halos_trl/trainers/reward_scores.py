@@ -57,32 +57,35 @@ class RewardModelScores:
         tokenize = RowTokenizer(self.processing_class, "scored", ("completion",), whole=True)
         ids = [tokenize(dataset[i], i)["completion_ids"] for i in own]
         self._report_truncation(ids)
-        shares = gather_object([self._scores(ids, state.device)])
+        shares = gather_object([self.of_ids(ids)])
         scores = [0.0] * len(dataset)
         for process, share in enumerate(shares):
             scores[process :: state.num_processes] = share
         return scores
 
     @property
-    def _limit(self) -> int:
+    def limit(self) -> int:
+        """The tokens that the reward model takes; of longer rows it scores the beginning."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min(self.processing_class.model_max_length, positions or self.processing_class.model_max_length)
 
     def _report_truncation(self, ids: list[list[int]]) -> None:
-        longer = sum(len(row) > self._limit for row in ids)
+        longer = sum(len(row) > self.limit for row in ids)
         if longer:
             logger.warning(
-                f"{longer} of {len(ids)} rows are longer than the {self._limit} tokens that the reward model takes. "
+                f"{longer} of {len(ids)} rows are longer than the {self.limit} tokens that the reward model takes. "
                 "It scores their beginning. Shorten them, or use a reward model with a longer context."
             )
 
     @torch.no_grad()
-    def _scores(self, ids: list[list[int]], device: torch.device) -> list[float]:
+    def of_ids(self, ids: list[list[int]]) -> list[float]:
+        """One score for each list of token ids (prompt and completion), in order, computed on this process."""
+        device = PartialState().device
         home, was_training = self.model.device, self.model.training
         self.model.to(device).eval()
         scores: list[float] = []
         for start in range(0, len(ids), self.batch_size):
-            rows = [row[: self._limit] for row in ids[start : start + self.batch_size]]
+            rows = [row[: self.limit] for row in ids[start : start + self.batch_size]]
             batch = self.processing_class.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
             logits = self.model(**batch.to(device)).logits
             if logits.ndim != 2:
