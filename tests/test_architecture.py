@@ -30,6 +30,7 @@ MAY_IMPORT = MATHEMATICS | {
     "configs": {"humanline", "_trl"},
     "model_card": {"_trl"},
     "trainers": {*MATHEMATICS, "data", "sharded", "value_head", "_trl", "reference", "configs", "model_card"},
+    "scoring": {"data", "spelling", "trainers"},
     "toy": set(),
     "merge": {"_trl", "model_card", "value_head"},
     "spelling": set(),

@@ -40,8 +40,10 @@ class Preference(NamedTuple):
 
 def score_problem(score: object) -> str | None:
     """What is wrong with a value as a score, in words; None for a finite number."""
+    if score is None:
+        return "it is missing"
     if isinstance(score, bool) or not isinstance(score, numbers.Real):
-        return f"{score!r} is {'missing' if score is None else 'a ' + type(score).__name__}, not a number"
+        return f"{score!r} is of type {type(score).__name__}, not a number"
     return None if math.isfinite(score) else f"{score!r} is not a finite number"
 
 

@@ -1,0 +1,9 @@
+"""Scores for completions: from a reward model, a Python function, or a judge behind an HTTP interface.
+
+A scorer is called with samples and their positions, and yields a `Verdict` for each as it comes, in any order.
+"""
+
+from .samples import Sample
+from .verdict import Scorer, Verdict
+
+__all__ = ["Sample", "Scorer", "Verdict"]

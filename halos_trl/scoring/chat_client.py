@@ -1,0 +1,206 @@
+"""A client of OpenAI's chat interface that waits, tries again, and never shows its key."""
+
+from __future__ import annotations
+
+import email.utils
+import http.client
+import json
+import logging
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, Any]]
+
+_TRY_AGAIN = {408, 409, 425, 429}  # and 5xx
+_REFUSED = {400, 413, 422}
+_LONGEST_WAIT = 600.0  # seconds
+_WORTH_A_WORD = 10.0  # seconds
+
+
+class RefusedError(ValueError):
+    """The server refused one request for what it holds."""
+
+
+class _FailedError(Exception):
+    """A try that may succeed when it is repeated, and what the server says of when."""
+
+    def __init__(self, problem: str, wait: float | None = None):
+        super().__init__(problem)
+        self.wait = wait
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would send the key to a place that nobody named."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+@dataclass
+class ChatClient:
+    """Asks one model of one server; may be used by several threads.
+
+    Parameters:
+        base_url: Up to and without `/chat/completions`, e.g. `http://localhost:8000/v1`.
+        model: The model's name there.
+        key: The API key, if the server needs one. It is only ever sent in the header of a request.
+        options: Further fields of each request, e.g. `{"temperature": 0}`.
+        timeout: Seconds until a server that sends nothing counts as a failed try.
+        retries: How often a failed try is repeated: after errors of the connection, the statuses 408, 409, 425, 429
+            and 5xx, and what is no chat completion.
+        delay: Seconds before the first repetition, twice as many before each later one, at most a minute, and at
+            random half of it less; or what the server's `Retry-After` says, at most ten minutes.
+
+    Raises ValueError for a URL that is no base URL.
+    """
+
+    base_url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    options: dict[str, Any] = field(default_factory=dict)
+    timeout: float = 120.0
+    retries: int = 7
+    delay: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.base_url = _checked_url(self.base_url)
+        if self.key is not None and (not self.key.isascii() or not self.key.isprintable() or " " in self.key):
+            raise ValueError("The API key holds a space, a line break or a character that no key has. Check it.")
+        self._stopped = threading.Event()
+        self._opener = urllib.request.build_opener(_NoRedirect)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the replies depend on. The key is not part of it."""
+        return {"judge_url": self.base_url, "judge_model": self.model, "judge_options": self.options}
+
+    def start(self) -> None:
+        """Undo `stop`."""
+        self._stopped.clear()
+
+    def stop(self) -> None:
+        """Let waiting threads give up, and no failed try be repeated."""
+        self._stopped.set()
+
+    def reply(self, messages: Messages, purpose: str) -> str | None:
+        """The text of the reply; None if the model gave none.
+
+        Raises `RefusedError` for the statuses 400, 413 and 422, and ValueError, with `purpose` in it, for any other
+        error that no repetition mends.
+        """
+        body = json.dumps({**self.options, "model": self.model, "messages": messages}).encode()
+        for number in range(self.retries + 1):
+            try:
+                return self._reply(body)
+            except _FailedError as failed:
+                problem = str(failed)
+                if number == self.retries or self._stopped.is_set():
+                    break
+                wait = self.wait(number, failed.wait)
+                level = logging.WARNING if wait >= _WORTH_A_WORD else logging.INFO
+                logger.log(level, f"Asking about {purpose} again in {wait:.1f} s: {problem}")
+                if self._stopped.wait(wait):
+                    break
+        raise ValueError(
+            f"{self._url} could not be asked about {purpose} in {number + 1} tries: {problem}. Run the same command "
+            "again to go on from there."
+        )
+
+    @property
+    def _url(self) -> str:
+        return f"{self.base_url}/chat/completions"
+
+    def wait(self, number: int, told: float | None) -> float:
+        """Seconds before the repetition with this number, from 0; `told` is what the server says."""
+        if told is not None:
+            return min(max(told, 0.0), _LONGEST_WAIT)
+        return min(self.delay * 2**number, 60.0) * random.uniform(0.5, 1.0)
+
+    def _reply(self, body: bytes) -> str | None:
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "halos_trl"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self._url, body, headers, method="POST")
+        try:
+            with self._opener.open(request, timeout=self.timeout) as response:
+                return _content(response.read(), self._hidden)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._error_of(error.code, error.headers.get("Retry-After"), _body(error)) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError, timeouts, dropped connections
+            reason = getattr(error, "reason", error)
+            raise _FailedError(
+                f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__
+            ) from None
+
+    def _error_of(self, status: int, retry_after: str | None, body: str) -> Exception:
+        problem = self._hidden(f"status {status}: {_shortened(body)}")
+        if status in _TRY_AGAIN or status >= 500:
+            return _FailedError(problem, _seconds(retry_after))
+        if status in _REFUSED:
+            return RefusedError(problem)
+        remedy = {
+            401: "Check the API key.",
+            403: "Check the API key and what it may use.",
+            404: "Check the base URL (it ends where `/chat/completions` begins) and the model's name.",
+        }.get(status, "Name the address that it redirects to." if 300 <= status < 400 else "Check the base URL.")
+        return ValueError(f"{self._url} answers with {problem}. {remedy}")
+
+    def _hidden(self, text: str) -> str:
+        return text.replace(self.key, "<the API key>") if self.key else text
+
+
+def _checked_url(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ValueError(
+            f"The judge's base URL is {url!r}; expected one like `http://localhost:8000/v1`, without `?` and `#`."
+        )
+    if parts.username or parts.password:
+        raise ValueError("The judge's base URL holds a password. Pass the key in an environment variable instead.")
+    return url.rstrip("/").removesuffix("/chat/completions")
+
+
+def _body(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _content(body: bytes, hidden: Any) -> str | None:
+    try:
+        content = json.loads(body)["choices"][0]["message"].get("content")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _FailedError(hidden(f"no chat completion, but {_shortened(body.decode(errors='replace'))!r}")) from None
+    return content if isinstance(content, str) else None
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a `Retry-After` header: seconds, or a date."""
+    if retry_after is None:
+        return None
+    try:
+        return float(retry_after)
+    except ValueError:
+        pass
+    try:
+        return email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError:
+        return None
+
+
+__all__ = ["ChatClient", "RefusedError"]

@@ -1,0 +1,176 @@
+"""Scores from a Python function, such as a verifier."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..data.labelling import score_problem
+from ..spelling import did_you_mean
+from .samples import Sample
+from .verdict import Verdict
+
+Function = Callable[..., Any]
+
+_PLAIN, _BATCHED = "completion", "completions"
+
+
+class FunctionScorer:
+    """Calls `function(prompt=..., completion=..., <column>=..., ...)` for each sample.
+
+    The function is given by name, `module:function` or `file.py:function`. It receives those of the row's columns that
+    its parameters name, all of them where it takes `**kwargs`. `prompt` is as in the row; `completion` is the text, or
+    the list of messages of a completion of several turns. A function with a parameter `completions` is called as TRL
+    calls its reward functions, with lists of one element (`prompts`, `completions` in the form of the row, and the
+    columns), and returns a list of one score. None leaves a sample unscored.
+
+    Raises ValueError for a name that cannot be resolved. While scoring: ValueError, naming the row, where the function
+    raises (the exception is the `__cause__`) or returns anything but a finite number or None.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self.function, source = _resolve(name)
+        self._parameters = _parameters(self.function, name)
+        self._batched = _BATCHED in self._parameters and _PLAIN not in self._parameters
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        self.settings: dict[str, Any] = {"function": name, "function_source": _digest(source)}
+
+    def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
+        for position, sample in todo:
+            score = self._score(sample)
+            yield Verdict(position, score, "the function returned None" if score is None else None)
+
+    def _score(self, sample: Sample) -> float | None:
+        arguments = self._arguments(sample)
+        try:
+            score = self.function(**arguments)
+        except Exception as error:
+            raise ValueError(
+                f"`{self.name}` raised {type(error).__name__} for {sample.where}: {error}. Mend the function or the "
+                "row, and run the command again: it goes on from there."
+            ) from error
+        if self._batched:
+            score = self._single(score, sample)
+        if score is None:
+            return None
+        if problem := score_problem(score):
+            hint = " Convert it with `float(...)`." if isinstance(score, bool | str) else ""
+            raise ValueError(f"The score that `{self.name}` returned for {sample.where} is wrong: {problem}.{hint}")
+        return float(score)
+
+    def _single(self, scores: Any, sample: Sample) -> Any:
+        if isinstance(scores, list | tuple) and len(scores) == 1:
+            return scores[0]
+        raise ValueError(
+            f"`{self.name}` returned {scores!r} for {sample.where}. A function of `completions` returns a list with "
+            "one score for each of them; it was given one."
+        )
+
+    def _arguments(self, sample: Sample) -> dict[str, Any]:
+        if self._batched:
+            columns = {name: [value] for name, value in sample.columns.items()}
+            given = columns | {"prompts": [sample.prompt], "completions": [sample.completion]}
+        else:
+            given = sample.columns | {"prompt": sample.prompt, "completion": sample.text}
+        missing = [
+            name
+            for name, parameter in self._parameters.items()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and name not in given
+        ]
+        if missing:
+            raise ValueError(
+                f"`{self.name}` has a parameter `{missing[0]}`, which {sample.where} does not hold.{_names(given)}"
+                f"{did_you_mean(missing[0], given)}"
+            )
+        return given if self._takes_all else {k: v for k, v in given.items() if k in self._parameters}
+
+
+def _names(given: dict[str, Any]) -> str:
+    return f" It offers {', '.join(f'`{name}`' for name in sorted(given))}."
+
+
+def _resolve(name: str) -> tuple[Function, str | None]:
+    """The function, and the file that its module stands in."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise ValueError(
+            f"The function is {name!r}; expected `module:function` or `file.py:function`, e.g. "
+            "`rewards.py:is_correct`."
+        )
+    module = _from_file(place, name) if place.endswith(".py") else _from_module(place, name)
+    function = getattr(module, attribute, None)
+    if function is None:
+        public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise ValueError(f"{place} has no function `{attribute}`.{did_you_mean(attribute, public)}")
+    if not callable(function):
+        raise ValueError(f"`{name}` is of type {type(function).__name__}, not a function.")
+    return function, getattr(module, "__file__", None)
+
+
+def _from_file(path: str, name: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise ValueError(f"The function is {name!r}, but there is no file {path}.")
+    # Under its own name, so that the file can define dataclasses and be imported by what it starts.
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None  # a `.py` file has both
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    _find_modules_in(Path(path).parent)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _from_module(module: str, name: str) -> ModuleType:
+    _find_modules_in(Path.cwd())
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        hint = (
+            f" For a file, write `{module.replace('.', '/')}.py:{name.rpartition(':')[2]}`."
+            if isinstance(error, ModuleNotFoundError) and error.name == module
+            else ""
+        )
+        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}.{hint}") from error
+
+
+def _find_modules_in(folder: Path) -> None:
+    """As `python file.py` does; also later, when the function is called."""
+    if str(folder.resolve()) not in sys.path:
+        sys.path.insert(0, str(folder.resolve()))
+
+
+def _parameters(function: Function, name: str) -> dict[str, inspect.Parameter]:
+    try:
+        parameters = dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"The parameters of `{name}` cannot be read ({error}). Wrap it in a `def`.") from None
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not takes_all and not {_PLAIN, _BATCHED} & parameters.keys():
+        raise ValueError(
+            f"`{name}` takes ({', '.join(parameters)}). It is called by keyword: name one of its parameters "
+            "`completion`, and others `prompt` or columns of the rows."
+        )
+    return parameters
+
+
+def _digest(source: str | None) -> str | None:
+    """Of the file, so that scores of a changed function are not taken for those of this one."""
+    if source is None or not Path(source).is_file():
+        return None
+    return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
+
+
+__all__ = ["FunctionScorer"]

@@ -1,0 +1,165 @@
+"""Scores from a language model behind an HTTP interface of OpenAI's form (`POST <base URL>/chat/completions`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+from .chat_client import ChatClient, RefusedError
+from .samples import Sample
+from .verdict import Verdict
+
+TEMPLATE = """\
+Judge how good the response to the following conversation is. Consider whether it does what was asked, is correct, \
+complete, clear, and no longer than needed.
+
+<conversation>
+{prompt}
+</conversation>
+
+<response>
+{completion}
+</response>
+
+Give reasons in a few sentences. Then end with a line of the form
+
+Score: <a number from 0 (useless) to 10 (could not be better)>
+"""
+
+PATTERN = r"(?i)\bscore\b[*_:=\s]*(-?\d+(?:\.\d+)?)"
+"""Finds the score in a reply: its first group in the last place that matches."""
+
+_BOUNDS = (0.0, 10.0)  # of the scores that TEMPLATE asks for
+_NUMBER_ALONE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_REFUSALS = 10  # in a row and without any reply before: no single sample's fault
+
+
+@dataclass(frozen=True)
+class JudgePrompt:
+    """What the judge is asked, and how its reply is read.
+
+    `{prompt}`, `{completion}` and `{<column>}` in `template` are replaced by the sample's texts, any other braces are
+    left alone. `pattern` is a regular expression whose first group is the score. Raises ValueError for a template
+    without `{completion}` and a pattern without group.
+    """
+
+    template: str = TEMPLATE
+    pattern: str = PATTERN
+
+    def __post_init__(self) -> None:
+        if "{completion}" not in self.template:
+            raise ValueError("The judge's template has no `{completion}`, so the judge would not see what it judges.")
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"The judge's pattern {self.pattern!r} is no regular expression: {error}.") from None
+        if not groups:
+            raise ValueError(f"The judge's pattern {self.pattern!r} has no group for the score, e.g. `Score: (\\d+)`.")
+
+    def text(self, sample: Sample) -> str:
+        values = sample.columns | {"prompt": sample.prompt, "completion": sample.text}
+        return _PLACEHOLDER.sub(lambda m: _as_text(values[m[1]]) if m[1] in values else m[0], self.template)
+
+    def score(self, reply: str | None) -> float | None:
+        """The score in a reply; None where there is none, or one that the built-in template does not allow."""
+        found = [match[1] for match in re.finditer(self.pattern, reply or "")]
+        alone = _NUMBER_ALONE.fullmatch(reply or "") if self.pattern == PATTERN else None
+        try:
+            score = float(found[-1] if found else alone[1] if alone else "none")
+        except (TypeError, ValueError):
+            return None
+        low, high = _BOUNDS if self.template == TEMPLATE else (-1e12, 1e12)
+        return score if low <= score <= high else None
+
+
+def _as_text(value: Any) -> str:
+    """Messages as the judge reads them: a single turn as its text, several with the role before each."""
+    if not (isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)):
+        return str(value)
+    texts = [str(turn.get("content") or "") for turn in value]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(value, texts, strict=True))
+
+
+@dataclass
+class JudgeScorer:
+    """Asks a judge about each sample, `concurrency` at a time, and yields the verdicts as they come.
+
+    A reply without a readable score leaves its sample unscored, and so does a request that the server refuses for
+    what it holds (status 400, 413 or 422), unless it refuses the first ten or all. Raises ValueError where the server
+    cannot be used; what was answered until then, and the requests under way, have been yielded before.
+    """
+
+    client: ChatClient
+    prompt: JudgePrompt = field(default_factory=JudgePrompt)
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ValueError(f"The judge's concurrency is {self.concurrency}; expected at least 1.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.client.settings | {"judge_template": self.prompt.template, "judge_pattern": self.prompt.pattern}
+
+    def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
+        refused: list[Verdict] = []  # held back until the server has answered one request
+        answered = False
+        for verdict, is_refusal in self._answers(iter(todo)):
+            answered = answered or not is_refusal
+            refused.append(verdict)
+            if answered:
+                yield from refused
+                refused = []
+            elif len(refused) == _REFUSALS:
+                break
+        if refused:
+            raise ValueError(
+                f"The judge refused all of the first {len(refused)} requests. The first one: {refused[0].reason}. "
+                "Check the model's name, the options and the template."
+            )
+
+    def _answers(self, todo: Iterator[tuple[int, Sample]]) -> Iterator[tuple[Verdict, bool]]:
+        """Verdicts, and whether each is the server's refusal. Requests under way are waited for before an error."""
+        failure: BaseException | None = None
+        pending: set[Future[tuple[Verdict, bool]]] = set()
+        self.client.start()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                while failure is None or pending:
+                    while failure is None and len(pending) < self.concurrency and (item := next(todo, None)):
+                        pending.add(pool.submit(self._ask, *item))
+                    if not pending:
+                        break
+                    try:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    except KeyboardInterrupt as interrupt:
+                        failure = failure or interrupt
+                        self.client.stop()
+                        continue
+                    for future in done:
+                        if error := future.exception():
+                            failure = failure or error
+                            self.client.stop()
+                        else:
+                            yield future.result()
+            finally:
+                self.client.stop()
+        if failure is not None:
+            raise failure
+
+    def _ask(self, position: int, sample: Sample) -> tuple[Verdict, bool]:
+        try:
+            reply = self.client.reply([{"role": "user", "content": self.prompt.text(sample)}], sample.where)
+        except RefusedError as refusal:
+            return Verdict(position, None, f"the server refused the request: {refusal}"), True
+        score = self.prompt.score(reply)
+        return Verdict(position, score, "the judge's reply holds no score" if score is None else None, reply), False
+
+
+__all__ = ["PATTERN", "TEMPLATE", "JudgePrompt", "JudgeScorer"]
