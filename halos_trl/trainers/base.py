@@ -14,7 +14,7 @@ from .._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, TokenTable, edits_base_wei
 from ..configs import REFERENCE_FIELDS, defaults_of
 from ..humanline import log_ratios
 from ..metrics import Sums, loss_sums, total, unclamped_sums
-from ..records import LossOutput
+from ..records import LossOutput, check_output
 from ..reference import (
     AdapterOff,
     FrozenAdapter,
@@ -26,6 +26,7 @@ from ..reference import (
 )
 from ..sharded import parameters_by_name, shape_of
 from .checkpoints import ResumableTrainer, begin_checkpoint
+from .loss import BatchTables, batch_loss, mean_loss
 from .saved_reference import (
     lasting_settings,
     refuse_other_settings,
@@ -253,7 +254,42 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
         hold_reference(self)  # of what somebody has unfrozen since
         self.is_at_start = False
 
-    # -- one forward -------------------------------------------------------------------------------------------
+    # -- the loss of a batch: what `loss.py` calls ---------------------------------------------------------------
+
+    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
+        return batch_loss(self, model, inputs, return_outputs)
+
+    def mean_loss(self, tables: BatchTables) -> torch.Tensor:
+        """The loss of a batch by itself, from its tables."""
+        return mean_loss(self, tables)
+
+    def record(self, tables: BatchTables) -> Any:
+        """Hook: what `loss` gets."""
+        raise NotImplementedError
+
+    loss: Callable[[Any], LossOutput]
+    """Hook: the method itself, a function of its record."""
+
+    def checked(self, output: Any, record: Any) -> LossOutput:
+        """What `loss` returned for this record. Raises ValueError unless it is one loss for each row or pair."""
+        return check_output(output, len(record[0]))
+
+    def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
+        """Hook: what is logged of a batch."""
+        raise NotImplementedError
+
+    def reference_logps(self, batch: dict[str, Any], prepared: Any) -> torch.Tensor | None:
+        """Log-probs `(B, T)` of the reference in nats; `prepared` is what `prepare_step` made for this batch."""
+        return self.reference.log_probs(batch)
+
+    def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Index of the rows without those that accelerate repeats to fill the last evaluation batch; None for all."""
+        # A batch of pairs holds the chosen completions first, then the rejected ones.
+        size = len(batch["completion_mask"]) // len(self.sides)
+        kept = self.real_rows(size)
+        if kept == size:
+            return None
+        return torch.cat([torch.arange(side * size, side * size + kept) for side in range(len(self.sides))])
 
     def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
         """Raise before a NaN or infinity can reach the weights."""

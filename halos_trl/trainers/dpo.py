@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .. import losses
 from .._trl import Method
 from ..configs import DPO_LOSS_FIELDS, DPOConfig, defaults_of
 from ..records import LossOutput, PairedLogps
+from .loss import BatchTables
 from .paired import PairedPreferenceTrainer
-from .step import weighted, without_share
 
 _DEFAULTS = defaults_of(DPOConfig)
 
@@ -75,14 +77,10 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
         if type(self).loss is DPOTrainer.loss:  # a loss of one's own may read any option
             _refuse_without_effect(args)
 
-    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
-        if not self.uses_trl_loss:
-            return super().batch_loss(model, inputs, return_outputs)
-        tokens = self.policy_tokens(model, inputs)
-        reference_BT = self.reference.log_probs(inputs)
-        self.refuse_non_finite(tokens, reference_BT)
-        loss = weighted(self.trl_loss(without_share(inputs), tokens, reference_BT), inputs)
-        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
+    def mean_loss(self, tables: BatchTables) -> torch.Tensor:
+        if self.uses_trl_loss:
+            return self.trl_loss(tables.batch, tables.tokens, tables.reference_BT)
+        return super().mean_loss(tables)
 
     def loss(self, record: PairedLogps) -> LossOutput:
         return losses.dpo(record, beta=self.args.beta, humanline=self.args.humanline_clamp)

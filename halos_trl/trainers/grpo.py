@@ -11,15 +11,15 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 
 from .. import losses
-from .._trl import Method, TokenTable
+from .._trl import Method
 from ..advantages import group_advantages
 from ..configs import GRPOConfig
 from ..data.checks import Rows
 from ..data.groups import GROUP
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput
+from .loss import BatchTables
 from .scored import ScoredTrainer
-from .step import weighted
 
 logger = get_logger(__name__)
 
@@ -77,21 +77,15 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
             sequence_level=self.args.sequence_level,
         )
 
-    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
-        inputs = self.without_repeats(inputs)
-        tokens = self.policy_tokens(model, inputs)
-        reference_BT = self.reference.log_probs(inputs)
-        self.refuse_non_finite(tokens, reference_BT)
-        output = self.loss(GroupLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, inputs["advantage"]))
-        self.record_metrics(self._sums(output, inputs, tokens) | self.scored_sums(inputs, tokens, reference_BT))
-        self.count_tokens(inputs)
-        loss = weighted(self.mean_over_tokens(output, tokens), inputs)
-        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
+    def record(self, tables: BatchTables) -> GroupLogps:
+        advantages_B = tables.of_rows(tables.batch["advantage"])
+        return GroupLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, advantages_B)
 
-    def _sums(self, output: LossOutput, batch: dict[str, Any], tokens: TokenTable) -> Sums:
+    def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
         names = {"kl": "kl", "weighted_advantage": "weighted_advantage", "clip_fraction": "clipfrac"}
-        sums = self.token_means(output, names, tokens.mask_BT)
-        return sums | {"advantages/abs": total(batch["advantage"].abs(), tokens.mask_BT.any(-1))}
+        mask_BT = tables.tokens.mask_BT
+        sums = self.token_means(output, names, mask_BT) | self.scored_sums(tables)
+        return sums | {"advantages/abs": total(tables.of_rows(tables.batch["advantage"]).abs(), mask_BT.any(-1))}
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         super().check_arguments(args, model, ref_model)

@@ -23,10 +23,10 @@ from ..metrics import Sums, total
 from ..records import LossOutput, PolicyStep
 from ..sharded import whole
 from ..value_head import VALUE_HEAD_FILE, load_value_head
+from .loss import BatchTables
 from .reward_scores import RewardModelScores
 from .rollout import Rollout, SavedRollout, digest, load_rollouts, roll_out, rollout_file, save_rollouts
 from .scored import ScoredTrainer
-from .step import share_in, weighted
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -153,6 +153,12 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             )
         return list(self._saved.rollouts)
 
+    def prepare_batch(self, batch: dict[str, Any]) -> Rollout:
+        return self.roll_out([self.without_repeats(batch)])[0]
+
+    def reference_logps(self, batch: dict[str, Any], prepared: Rollout) -> torch.Tensor:
+        return prepared.old_policy
+
     @property
     def _rollout_settings(self) -> dict[str, Any]:
         return {"gamma": self.args.gamma, "lam": self.args.lam}
@@ -202,27 +208,18 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             humanline=self.args.humanline_clamp,
         )
 
-    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
-        inputs = self.without_repeats(inputs)
-        share = share_in(inputs)
-        rollout: Rollout = self.roll_out([inputs])[0] if share is None else share.prepared
-        tokens = self.policy_tokens(model, inputs)
-        self.refuse_non_finite(tokens, None)
-        record = PolicyStep(
-            policy=tokens.logps_BT,
+    def record(self, tables: BatchTables) -> PolicyStep:
+        rollout = Rollout(*map(tables.of_rows, tables.prepared))
+        return PolicyStep(
+            policy=tables.tokens.logps_BT,
             old_policy=rollout.old_policy,
-            mask=tokens.mask_BT,
-            values=known(tokens.values_BT),
+            mask=tables.tokens.mask_BT,
+            values=known(tables.tokens.values_BT),
             advantages=rollout.advantages,
             discounted_future_rewards=rollout.discounted_future_rewards,
         )
-        output = self.loss(record)
-        self.record_metrics(self._sums(output, record) | self.scored_sums(inputs, tokens, rollout.old_policy))
-        self.count_tokens(inputs)
-        loss = weighted(self.mean_over_tokens(output, tokens), inputs)
-        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
 
-    def _sums(self, output: LossOutput, record: PolicyStep) -> Sums:
+    def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
         names = {
             "policy_loss": "policy_loss",
             "critic_loss": "critic_loss",
@@ -230,9 +227,10 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             "clip_fraction": "clipfrac",
             "values": "values_mean",
         }
-        ratios_BT, _ = log_ratios(record.policy, record.old_policy, record.mask, self.args.humanline_clamp)
-        seqratio = total(finite_exp(ratios_BT.sum(-1)), record.mask.any(-1))
-        return self.token_means(output, names, record.mask) | {"seqratio": seqratio}
+        mask_BT = tables.tokens.mask_BT
+        ratios_BT, _ = log_ratios(tables.tokens.logps_BT, tables.reference_BT, mask_BT, self.args.humanline_clamp)
+        seqratio = total(finite_exp(ratios_BT.sum(-1)), mask_BT.any(-1))
+        return self.token_means(output, names, mask_BT) | self.scored_sums(tables) | {"seqratio": seqratio}
 
     def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
         super().refuse_non_finite(policy, reference_BT)

@@ -12,7 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers.trainer_utils import seed_worker
 
-from .._trl import CheckedCollator, ScoredHost, TokenTable
+from .._trl import CheckedCollator, ScoredHost
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
 from ..data.groups import GROUP, ScoreRows, scored_rows
@@ -21,6 +21,7 @@ from ..metrics import Sums, total
 from ..records import LossOutput
 from ..reference import Reference
 from .base import AlignmentTrainer, ConfigT
+from .loss import BatchTables
 
 logger = get_logger(__name__)
 
@@ -113,10 +114,8 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         """The weight of a micro-batch in its step: the number of its completion tokens."""
         return batch["completion_mask"][:, 1:].sum()
 
-    def mean_over_tokens(self, output: LossOutput, tokens: TokenTable) -> torch.Tensor:
-        """The loss of a batch by itself; 0, with a gradient of 0, where it has no completion token."""
-        count = tokens.mask_BT.sum()
-        return self.with_aux_loss(output.losses.sum() / count.clamp(min=1), tokens)
+    def checked(self, output: Any, record: Any) -> LossOutput:
+        return output
 
     def own_size(self, batch: dict[str, Any]) -> Any:
         return self.batch_size(self.without_repeats(batch))
@@ -128,12 +127,13 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         tokens = mask_BT.sum()
         return {logged: (output.metrics[name].double() * tokens, tokens) for logged, name in names.items()}
 
-    def scored_sums(self, batch: dict[str, Any], tokens: TokenTable, reference_BT: torch.Tensor) -> Sums:
+    def scored_sums(self, tables: BatchTables) -> Sums:
         """What both methods log about a batch: the scores, the forward pass, the clamp."""
-        sums = {"scores": total(batch["score"], tokens.mask_BT.any(-1))} | self.token_sums(tokens)
-        clamp = self.args.humanline_clamp
+        tokens, clamp = tables.tokens, self.args.humanline_clamp
+        sums = {"scores": total(tables.of_rows(tables.batch["score"]), tokens.mask_BT.any(-1))}
+        sums |= self.token_sums(tokens)
         if clamp is not None:
-            ratios_BT, _ = log_ratios(tokens.logps_BT, reference_BT, tokens.mask_BT)
+            ratios_BT, _ = log_ratios(tokens.logps_BT, tables.reference_BT, tokens.mask_BT)
             sums["unclamped"] = unclamped_counts(ratios_BT, clamp)
         return sums
 

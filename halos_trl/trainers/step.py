@@ -80,6 +80,10 @@ class StepAsBatch(StartChecks):
         """Hook: what has to be computed from the whole step before its first loss, for each micro-batch."""
         return [None] * len(batches)
 
+    def prepare_batch(self, batch: dict[str, Any]) -> Any:
+        """The same for a batch that belongs to no step, e.g. one of an evaluation."""
+        return self.prepare_step([batch])[0]
+
     def batch_size(self, batch: dict[str, Any]) -> Any:
         """Number of examples (rows or pairs) in a collated batch."""
         raise NotImplementedError

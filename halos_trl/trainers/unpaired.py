@@ -10,15 +10,15 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from .._trl import TokenTable, UnpairedHost, score_tokens
+from .._trl import UnpairedHost, score_tokens
 from ..configs import KTO_LOSS_FIELDS, KTOConfig
 from ..data import kl_partners
 from ..data.checks import Rows, check_unpaired_rows
 from ..losses import kto_kl
 from ..metrics import Sums, logps_sums, side_sums
-from ..records import LossOutput, UnpairedLogps, check_output
+from ..records import LossOutput, UnpairedLogps
 from .base import AlignmentTrainer, ConfigT
-from .step import share_in, weighted
+from .loss import BatchTables
 
 logger = get_logger(__name__)
 
@@ -40,31 +40,17 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         """The losses `(B,)` of a micro-batch, in row order, and its rewards."""
         raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
 
-    def batch_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False) -> Any:
-        tokens = self.policy_tokens(model, inputs)
-        reference_BT = self.reference.log_probs(inputs)
-        self.refuse_non_finite(tokens, reference_BT)
-        desirable_B = inputs["label"].bool()
-        kept = self.real_rows(len(desirable_B))
-        if kept < len(desirable_B):
-            index_B = torch.arange(kept, device=desirable_B.device)
-            tokens, reference_BT, desirable_B = tokens.rows(index_B), reference_BT[index_B], desirable_B[index_B]
-        record = UnpairedLogps(tokens.logps_BT, reference_BT, tokens.mask_BT, desirable_B)
-        share = share_in(inputs)
-        self.kl = self.estimate_kl([inputs]) if share is None else share.prepared
-        output = check_output(self.loss(record), kept)
-        self.record_metrics(self.loss_sums(output) | self._sums(tokens, desirable_B))
-        self.record_metrics(self.clamp_sums(tokens, reference_BT, desirable_B))
-        self.count_tokens(inputs)
-        loss = output.losses.sum() / max(kept, 1)
-        loss = weighted(self.with_aux_loss(loss, tokens), inputs)
-        return (loss, self.logits_for_metrics(model, inputs)) if return_outputs else loss
+    def record(self, tables: BatchTables) -> UnpairedLogps:
+        self.kl = tables.prepared
+        desirable_B = tables.of_rows(tables.batch["label"].bool())
+        return UnpairedLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, desirable_B)
 
-    def _sums(self, tokens: TokenTable, desirable_B: torch.Tensor) -> Sums:
-        sums = self.token_sums(tokens) | logps_sums(tokens.logps_BT, desirable_B)
+    def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
+        tokens, desirable_B = tables.tokens, tables.of_rows(tables.batch["label"].bool())
+        sums = self.loss_sums(output) | self.token_sums(tokens) | logps_sums(tokens.logps_BT, desirable_B)
         if tokens.mean_logits_BT is not None:
             sums |= side_sums("logits", tokens.mean_logits_BT, tokens.mask_BT, desirable_B)
-        return sums
+        return sums | self.clamp_sums(tokens, tables.reference_BT, desirable_B)
 
     def batch_size(self, batch: dict[str, Any]) -> int:
         return batch["label"].shape[0]

@@ -1,0 +1,92 @@
+"""From a collated batch to its loss, in the same way for every method.
+
+    batch -> policy and reference -> record -> loss -> metrics -> mean -> weight in the optimizer step
+
+The functions here are that way. What differs between methods are the hooks of a trainer that they call: `record`,
+`loss`, `checked` and `metric_sums`, and `prepare_batch` for what is computed before the forward passes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .._trl import TokenTable
+from ..logprobs import apply_mask
+from .step import share_in, weighted, without_share
+
+if TYPE_CHECKING:
+    from .base import AlignmentTrainer
+
+
+class BatchTables(NamedTuple):
+    """A collated batch, and what the models say about it.
+
+    `reference_BT` holds log-probs in nats like `tokens.logps_BT`, or is None without a reference. `prepared` is what
+    the method computed beforehand: KTO's KL estimate, PPO's rollout.
+    """
+
+    batch: dict[str, Any]
+    tokens: TokenTable
+    reference_BT: Any
+    prepared: Any = None
+    index_B: torch.Tensor | None = None
+    """Which rows of the batch stand in the tables; None for all."""
+
+    def rows(self, index_B: torch.Tensor | None) -> BatchTables:
+        """Some of the rows; all of them for None."""
+        if index_B is None:
+            return self
+        index_B = index_B.to(self.tokens.logps_BT.device)
+        reference_BT = None if self.reference_BT is None else self.reference_BT[index_B]
+        return self._replace(tokens=self.tokens.rows(index_B), reference_BT=reference_BT, index_B=index_B)
+
+    def of_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor, one entry for each row of the batch, that belongs to the rows of the tables."""
+        return values if self.index_B is None else values[self.index_B]
+
+
+def batch_loss(
+    trainer: AlignmentTrainer[Any], model: Any, inputs: dict[str, Any], return_outputs: bool = False
+) -> Any:
+    """The loss of a collated batch, weighted by its share of the optimizer step, as `compute_loss` returns it.
+
+    A function of the batch, the weights and the random state: a second call gives the same loss.
+    """
+    share, batch = share_in(inputs), without_share(inputs)
+    prepared = trainer.prepare_batch(batch) if share is None else share.prepared
+    tables = batch_tables(trainer, model, batch, prepared)
+    loss = weighted(trainer.mean_loss(tables), inputs)
+    return (loss, trainer.logits_for_metrics(model, batch)) if return_outputs else loss
+
+
+def batch_tables(trainer: AlignmentTrainer[Any], model: Any, batch: dict[str, Any], prepared: Any) -> BatchTables:
+    """The forward passes. Raises ValueError where a model gives NaN or infinite log-probs."""
+    tokens = trainer.policy_tokens(model, batch)
+    reference_BT = trainer.reference_logps(batch, prepared)
+    trainer.refuse_non_finite(tokens, reference_BT)
+    return BatchTables(batch, tokens, reference_BT, prepared)
+
+
+def mean_loss(trainer: AlignmentTrainer[Any], tables: BatchTables) -> torch.Tensor:
+    """The method's loss of a batch by itself, averaged over its rows or tokens; its metrics are recorded.
+
+    The mean is 0, with a gradient of 0, where there is nothing to average over.
+    """
+    own = tables.rows(trainer.own_rows(tables.batch))
+    record = trainer.record(own)
+    output = trainer.checked(trainer.loss(record), record)
+    trainer.record_metrics(trainer.metric_sums(output, own))
+    trainer.count_tokens(tables.batch)
+    return trainer.with_aux_loss(mean(output.losses, own.tokens.mask_BT), tables.tokens)
+
+
+def mean(losses: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Mean of losses `(B,)` over rows or pairs, or of losses `(B, T)` over completion tokens."""
+    if losses.ndim == 1:
+        return losses.sum() / max(len(losses), 1)
+    return apply_mask(losses, mask_BT).sum() / mask_BT.sum().clamp(min=1)
+
+
+__all__ = ["BatchTables", "batch_loss", "batch_tables", "mean", "mean_loss"]
