@@ -8,7 +8,7 @@ from architectures import ARCHITECTURES, NOT_PACKED, build
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from halos_trl.forward.layout import Span, shared_prompt_layout
+from halos_trl.forward.layout import Span, shared_prompt_layout, table
 from halos_trl.forward.packing import give_packing, packing_of
 from halos_trl.forward.score import score_tokens
 
@@ -55,8 +55,8 @@ def test_layout_of_two_prompts():
     assert layout.wanted.tolist() == [2, 3, 6, 2, 4, 5]
     assert layout.labels.tolist() == [8, 9, 4, 10, 11, 12]
     assert layout.spans == [Span(0, 3, 0, 0), Span(3, 4, 0, 3), Span(4, 6, 0, 3), Span(6, 7, 0, 0)]
-    table = layout.table(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
-    assert table.tolist() == [[0, 0, 1, 2, 0], [3, 0, 0, 0, 0], [0, 0, 4, 5, 6]]
+    numbers = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert table(numbers, layout.mask_BT).tolist() == [[0, 0, 1, 2, 0], [3, 0, 0, 0, 0], [0, 0, 4, 5, 6]]
 
 
 def test_tokens_behind_the_last_wanted_one_are_left_out():
@@ -70,7 +70,7 @@ def test_tokens_behind_the_last_wanted_one_are_left_out():
 def test_batch_without_a_completion_keeps_one_token():
     layout = layout_of([([5, 6, 7], []), ([3], [])])
     assert layout.input_ids.tolist() == [[5]] and len(layout.wanted) == 0
-    assert layout.table(torch.zeros(0)).tolist() == [[0, 0], [0, 0]]
+    assert table(torch.zeros(0), layout.mask_BT).tolist() == [[0, 0], [0, 0]]
 
 
 def test_padding_on_the_left_gives_the_same_row():
@@ -124,8 +124,8 @@ def test_tables_and_gradients_are_those_of_padded_rows(shapes, attention, checkp
     for name in ("logps_BT", "entropy_BT", "mean_logits_BT", "is_top1_BT"):
         ours, theirs = (getattr(t, name).double().where(t.mask_BT, 0.0) for t in tables)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
-    for table in tables:
-        (table.logps_BT * weights).sum().backward()
+    for tokens in tables:
+        (tokens.logps_BT * weights).sum().backward()
     for (name, p), q in zip(model.named_parameters(), packed.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 1e-6 * p.grad.norm(), name
 

@@ -14,7 +14,7 @@ from transformers.integrations import is_wandb_available
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
-from ..forward.packing import give_packing
+from ..forward.packing import compiled_rows, give_packing
 from ..forward.score import TokenTable, model_inputs, score_tokens
 from ..metrics import RunningMeans, Sums, finite
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
@@ -214,8 +214,7 @@ class TrainerHost(PreparesRows, StoresReference, SavesPolicy, NamedTrainer):
         check_optimizer_parameters(optimizers[0], self.model)
         if not has_router_logits(self.model):
             self.aux_loss_enabled = False
-        compiled = "`torch_compile=True` would compile a layout that is another one in each batch"
-        give_packing([self.model, self.ref_model], args.packed, compiled if args.torch_compile else None)
+        give_packing([self.model, self.ref_model], args.packed, compiled_rows(args))
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""

@@ -12,7 +12,7 @@ import transformers
 from accelerate.utils import is_peft_model
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..forward.packing import only_wanted
+from ..forward.heads import only_wanted
 from ..value_head import NAME as VALUE_HEAD
 from ..value_head import ValueHead, load_value_head, save_value_head, taken_off
 from .scored import ScoredHost

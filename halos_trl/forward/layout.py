@@ -1,15 +1,17 @@
 """How the sequences of a micro-batch become one row of unique tokens, and how its results return to their rows.
 
 Rows that share a prompt become one run: the prompt once, then each completion without its last token, which predicts
-nothing. All runs stand in one row without padding. Position ids restart with each run and with each completion, so a
-token has the position that it has in its own row.
+nothing. Rows that are scored as a whole share the beginning that they have in common. All runs stand in one row,
+without padding. Position ids restart with each run and with each completion, so a token has the position that it has
+in its own row.
 
 Shape legend: `B` rows and `S` positions of the padded batch, `N` unique tokens, `M` wanted positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,48 +43,56 @@ class Layout:
     Attributes:
         input_ids (`Tensor` of shape `(1, N)`): the unique tokens.
         position_ids (`Tensor` of shape `(1, N)`): each token's position in its own row.
-        wanted (`Tensor` of shape `(M,)`): index into the packed row of each position whose prediction is wanted, in
-            the order of the padded batch.
-        labels (`Tensor` of shape `(M,)`): the token that each of them predicts.
-        mask_BT (`Tensor` of shape `(B, S - 1)`): bool, True at the wanted positions of the padded batch.
         spans (`list[Span]`): what attends to what.
-        padded_tokens (`int`): tokens of the padded batch, `B * S`.
+        wanted (`Tensor` of shape `(M,)`): index into the packed row of each position whose output is wanted, in the
+            order of the padded batch.
 
     It is one object, and not a dict of tensors, so that no wrapper of accelerate's moves or casts what it holds.
     """
 
-    def __init__(
-        self, input_ids: Tensor, position_ids: Tensor, wanted: Tensor, labels: Tensor, mask_BT: Tensor,
-        spans: list[Span], padded_tokens: int,
-    ):  # fmt: skip
+    def __init__(self, input_ids: Tensor, position_ids: Tensor, spans: list[Span], wanted: Tensor):
         self.input_ids = input_ids
         self.position_ids = position_ids
-        self.wanted = wanted
-        self.labels = labels
-        self.mask_BT = mask_BT
         self.spans = spans
-        self.padded_tokens = padded_tokens
+        self.wanted = wanted
         self.plans: dict[object, object] = {}
         """What a back-end of the attention made of the spans, kept for the next layer."""
         self.seen_by: set[int] = set()
         """Attention modules that this layout has reached."""
 
-    def table(self, values: Tensor) -> Tensor:
-        """`(M,)` numbers at the wanted positions -> `(B, S - 1)`, 0 elsewhere. Differentiable."""
-        mask_BT = self.mask_BT.to(values.device)
-        return values.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values[: len(self.wanted)])
+
+class TokenLayout(Layout):
+    """A layout whose wanted positions are those that predict a completion token.
+
+    Attributes:
+        labels (`Tensor` of shape `(M,)`): the token that each wanted position predicts.
+        mask_BT (`Tensor` of shape `(B, S - 1)`): bool, True at the wanted positions of the padded batch.
+    """
+
+    def __init__(
+        self, input_ids: Tensor, position_ids: Tensor, spans: list[Span], wanted: Tensor, labels: Tensor,
+        mask_BT: Tensor,
+    ):  # fmt: skip
+        super().__init__(input_ids, position_ids, spans, wanted)
+        self.labels = labels
+        self.mask_BT = mask_BT
 
 
-def shared_prompt_layout(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Layout:
+def table(values_M: Tensor, mask_BT: Tensor) -> Tensor:
+    """`(M,)` numbers at the `M` True positions of a mask -> `(B, T)`, 0 elsewhere. Differentiable."""
+    mask_BT = mask_BT.to(values_M.device)
+    # `masked_scatter` keeps a batch without a wanted position connected to the model.
+    return values_M.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_M)
+
+
+def shared_prompt_layout(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> TokenLayout:
     """The packed row of a padded batch; all arguments `(B, S)`, of which `completion_mask` marks the wanted tokens.
 
     The prompt of a row is everything in front of its first wanted token; rows with equal prompts share it. What stands
     behind a row's last wanted token, and a row without one, has no effect on any result and is left out.
     """
-    device = input_ids.device
     mask_BT = completion_mask[:, 1:].bool()
     ids, attended, wanted = (t.tolist() for t in (input_ids, attention_mask, completion_mask))
-    packed, positions = _Packed(), [[0] * len(row) for row in ids]
     runs: dict[tuple[int, ...], list[_Row]] = {}
     for b, (row, real, want) in enumerate(zip(ids, attended, wanted, strict=True)):
         where = [s for s, a in enumerate(real) if a]
@@ -90,30 +100,80 @@ def shared_prompt_layout(input_ids: Tensor, attention_mask: Tensor, completion_m
         if scored:
             prompt = tuple(row[s] for s in where[: scored[0]])
             runs.setdefault(prompt, []).append(_Row(b, where[: scored[-1]], len(prompt)))
-    for prompt, members in runs.items():
-        start = packed.add(prompt, 0, (0, 0))
-        for b, where, first in members:
-            own = packed.add([ids[b][s] for s in where[first:]], first, (start, start + first))
-            for k, s in enumerate(where):
-                positions[b][s] = start + k if k < first else own + k - first
-    if not packed.ids:  # the model has to run all the same, as on the other processes
-        packed.add(ids[0][:1], 0, (0, 0))
-    return Layout(
-        torch.tensor([packed.ids], device=device),
-        torch.tensor([packed.positions], device=device),
-        torch.tensor(positions, device=device)[:, :-1][mask_BT],
-        input_ids[:, 1:][mask_BT],
-        mask_BT,
-        packed.spans,
-        input_ids.numel(),
+    packed, positions = _pack(ids, runs.values())
+    device = input_ids.device
+    return TokenLayout(
+        *packed.tensors(device),
+        wanted=torch.tensor(positions, device=device)[:, :-1][mask_BT],
+        labels=input_ids[:, 1:][mask_BT],
+        mask_BT=mask_BT,
     )
+
+
+def shared_prefix_layout(input_ids: Tensor, attention_mask: Tensor, last: Sequence[int]) -> Layout:
+    """The packed row of a padded batch `(B, S)` of which column `last[b]` of each row `b` is wanted.
+
+    Rows share the tokens that they begin with, in groups that save as many tokens as possible. What stands behind a
+    row's wanted token has no effect on it and is left out.
+    """
+    ids, attended = input_ids.tolist(), attention_mask.tolist()
+    where = [[s for s in range(stop + 1) if real[s] or s == stop] for real, stop in zip(attended, last, strict=True)]
+    sequences = [tuple(row[s] for s in columns) for row, columns in zip(ids, where, strict=True)]
+    groups = _shared_prefixes(sequences)
+    packed, positions = _pack(ids, [[_Row(b, where[b], shared) for b in members] for members, shared in groups])
+    wanted = [positions[b][stop] for b, stop in enumerate(last)]
+    return Layout(*packed.tensors(input_ids.device), wanted=torch.tensor(wanted, device=input_ids.device))
+
+
+def _shared_prefixes(sequences: Sequence[tuple[int, ...]]) -> list[tuple[list[int], int]]:
+    """Groups of sequences and the number of first tokens that each group shares.
+
+    Of all ways to cut the sorted sequences into groups, the one that saves most tokens.
+    """
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    ordered = [sequences[i] for i in order]
+    common = [_common(a, b) for a, b in itertools.pairwise(ordered)]
+    best = [(0, 0, 0)]  # for the first n sequences: tokens saved, where the last group begins, what it shares
+    for stop in range(1, len(ordered) + 1):
+        shared = len(ordered[stop - 1])
+        choices = [(best[stop - 1][0], stop - 1, shared)]
+        for start in range(stop - 2, -1, -1):
+            shared = min(shared, common[start])
+            choices.append((best[start][0] + shared * (stop - start - 1), start, shared))
+        best.append(max(choices))
+    groups, stop = [], len(ordered)
+    while stop:
+        _, start, shared = best[stop]
+        groups.append((order[start:stop], shared))
+        stop = start
+    return groups[::-1]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 class _Row(NamedTuple):
     number: int
     where: list[int]
-    """Columns of the padded batch that hold its tokens, without those behind the last position that predicts."""
-    prompt: int
+    """Columns of the padded batch that hold the tokens that have to go through the model."""
+    shared: int
+    """How many of them the rows of its run have in common."""
+
+
+def _pack(ids: list[list[int]], runs: Iterable[list[_Row]]) -> tuple[_Packed, list[list[int]]]:
+    """The packed row of these runs, and the place in it of each token of the padded batch."""
+    packed, positions = _Packed(), [[0] * len(row) for row in ids]
+    for members in runs:
+        number, where, shared = members[0]
+        start = packed.add([ids[number][s] for s in where[:shared]], 0, (0, 0))
+        for number, where, _ in members:
+            own = packed.add([ids[number][s] for s in where[shared:]], shared, (start, start + shared))
+            for k, s in enumerate(where):
+                positions[number][s] = start + k if k < shared else own + k - shared
+    if not packed.ids:  # the model has to run all the same, as on the other processes
+        packed.add(ids[0][:1], 0, (0, 0))
+    return packed, positions
 
 
 class _Packed:
@@ -129,3 +189,7 @@ class _Packed:
         if tokens:
             self.spans.append(Span(start, len(self.ids), *context))
         return start
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, list[Span]]:
+        """Token ids and position ids, both `(1, N)`, and the spans."""
+        return torch.tensor([self.ids], device=device), torch.tensor([self.positions], device=device), self.spans

@@ -1,10 +1,9 @@
-"""Whether a model is given packed rows, and the check that it gives the same log-probs with them."""
+"""Whether a model is given packed rows, and the check that it gives the same results with them."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,14 +14,16 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from .attention import PREFIX, PackedForwardError, register
+from .heads import read_wanted_hidden
 
 logger = get_logger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference of a token's log-prob between packed and padded rows in float32 and float64, nats."""
+"""Largest difference between packed and padded rows in float32 and float64: of a token's log-prob, in nats, or of a
+sequence's score, relative to the scores' size where that is above 1."""
 
 LOW_PRECISION_TOLERANCE = 0.05
-"""The same in half precision, for the mean over the tokens: single tokens differ more by rounding alone."""
+"""The same in half precision, for the mean over the batch: single results differ more by rounding alone."""
 
 _INPUTS = {"input_ids", "attention_mask"}
 
@@ -31,7 +32,7 @@ class Packing:
     """What is known about packed rows for one model.
 
     Args:
-        model: the causal LM, which keeps this object as an attribute, and so do its copies.
+        model: the language or reward model, which keeps this object as an attribute, and so do its copies.
         wrapped: the same in its PEFT model, if it has one.
         obstacle: a reason outside of the model not to pack.
         mode: `"on"`, `"off"` or `"auto"`: packed where the model gives the same numbers.
@@ -61,11 +62,19 @@ class Packing:
             self.give_up(f"its batches bring {sorted(others)}, which a packed row has no place for")
         return not others
 
+    def serves(self, inputs: dict[str, Any], difference: Callable[[], tuple[Tensor, int]]) -> bool:
+        """Whether these model inputs go through the model as a packed row; the first ones are compared (`decide`)."""
+        if not self.takes(inputs):
+            return False
+        if self.is_open:
+            self.decide(difference)
+        return self.active
+
     def decide(self, difference: Callable[[], tuple[Tensor, int]]) -> None:
         """Compare packed with padded rows, all processes together, and say so where they differ.
 
-        `difference` answers how far they are apart at each wanted token, and how many layers saw the packed row. A
-        batch without a wanted token decides nothing.
+        `difference` answers how far the results are apart at each wanted position, and how many layers saw the packed
+        row. A batch without a wanted position decides nothing.
         """
         reason, tokens = None, 0
         try:
@@ -76,7 +85,7 @@ class Packing:
         verdict = torch.tensor([float(reason is not None), float(tokens)], device=PartialState().device)
         failed, seen = reduce(verdict, reduction="sum").tolist()
         if failed:
-            self.give_up(reason or "another process found that it gives other log-probs with them")
+            self.give_up(reason or "another process found that it gives other results with them")
         elif seen:
             self.is_open, self.active = False, True
 
@@ -92,7 +101,7 @@ class Packing:
         measure, limit = (difference.mean(), LOW_PRECISION_TOLERANCE) if rounds else (difference.max(), TOLERANCE)
         if measure <= limit:
             return None
-        return f"its log-probs differ by {measure.item():.2g} nats between packed and padded rows"
+        return f"its results differ by {measure.item():.2g} between packed and padded rows"
 
     def give_up(self, reason: str) -> None:
         """Padded rows from here on. Raises ValueError where packed ones were asked for."""
@@ -107,15 +116,28 @@ class Packing:
         )
 
 
-def give_packing(models: Iterable[torch.nn.Module | None], mode: str, obstacle: str | None = None) -> None:
-    """Decide for each causal LM whether its rows are packed; `obstacle` is a reason not to that lies outside of it.
+def give_packing(
+    models: Iterable[torch.nn.Module | None],
+    mode: str,
+    obstacle: str | None = None,
+    read_wanted: Callable[[PreTrainedModel], str | None] = read_wanted_hidden,
+) -> None:
+    """Decide for each model whether its rows are packed.
 
-    Raises ValueError as `Packing` does.
+    `obstacle` is a reason not to that lies outside of the models. `read_wanted` lets a model's head read the wanted
+    positions alone, and answers why it cannot: `read_wanted_hidden` of a causal LM, `read_wanted_scores` of a sequence
+    classifier. Raises ValueError as `Packing` does.
     """
-    for model in models:
-        if model is not None:
-            causal_lm = language_model(model)
-            causal_lm.halos_packing = Packing(causal_lm, model, mode, obstacle)  # type: ignore[assignment, arg-type]
+    for wrapped in models:
+        if wrapped is not None:
+            model: Any = language_model(wrapped)
+            reason = obstacle or read_wanted(model)
+            model.halos_packing = Packing(model, wrapped, mode, reason)
+
+
+def compiled_rows(args: Any) -> str | None:
+    """Why the rows of a run with these training arguments are not packed; None where they may be."""
+    return "`torch_compile=True` would compile a layout that is another one in each batch" * args.torch_compile or None
 
 
 def packing_of(model: torch.nn.Module) -> Packing | None:
@@ -124,7 +146,7 @@ def packing_of(model: torch.nn.Module) -> Packing | None:
 
 
 def language_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal LM inside wrappers of engines, compilers and PEFT."""
+    """The causal LM or sequence classifier inside wrappers of engines, compilers and PEFT."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
@@ -135,7 +157,7 @@ def _rounds(model: PreTrainedModel) -> bool:
 
 
 def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
-    """Make a causal LM understand packed rows; returns why it cannot, or None. Other rows run as before."""
+    """Make a model's attention understand packed rows; returns why it cannot, or None. Other rows run as before."""
     reason = _known_obstacle(model, wrapped)
     if reason is not None:
         return reason
@@ -144,10 +166,6 @@ def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
         model.set_attn_implementation(register(implementation))
         if not model.config._attn_implementation.startswith(PREFIX):
             return "its attention does not come from transformers' `AttentionInterface`"
-    if not getattr(model, "halos_keeps_wanted", False):
-        model.halos_keeps_wanted = True  # type: ignore[assignment]
-        # In front of other hooks: a value head reads the same positions.
-        model.base_model.register_forward_hook(_keep_wanted, prepend=True)
     return None
 
 
@@ -168,30 +186,22 @@ def _known_obstacle(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | N
     )
 
 
-_wanted: ContextVar[Tensor | None] = ContextVar("wanted", default=None)
+@torch.no_grad()
+def both_ways(
+    model: torch.nn.Module, padded: Callable[[], Tensor], packed: Callable[[], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What `padded()` and `packed()` return, without dropout and without gradient.
 
-
-@contextlib.contextmanager
-def wanted_positions(wanted: Tensor) -> Iterator[None]:
-    """Inside, the backbone hands on its hidden states at these positions of the packed row alone."""
-    token = _wanted.set(wanted)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
-
-
-def only_wanted() -> bool:
-    """Whether hidden states have been reduced to the positions whose prediction is wanted."""
-    return _wanted.get() is not None
-
-
-def _keep_wanted(module: Any, args: Any, output: Any) -> Any:
-    wanted = _wanted.get()
-    if wanted is not None:
-        hidden = output.last_hidden_state
-        output.last_hidden_state = hidden[:, wanted.to(hidden.device)]
-    return output
+    Raises PackedForwardError where the model fails on the packed row.
+    """
+    with without_dropout(model):
+        expected = padded()
+        try:
+            return expected, packed()
+        except (PackedForwardError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the code of a model does with arguments that it does not know
+            raise PackedForwardError(f"it fails on a packed row ({type(error).__name__}: {error})") from error
 
 
 @contextlib.contextmanager

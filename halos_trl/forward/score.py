@@ -6,15 +6,17 @@ made.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .attention import PackedForwardError, packed_forward
-from .layout import Layout, shared_prompt_layout
-from .packing import packing_of, wanted_positions, without_dropout
+from .attention import packed_forward
+from .heads import reads_wanted, wanted_positions
+from .layout import TokenLayout, shared_prompt_layout, table
+from .packing import both_ways, language_model, packing_of
 
 STEP_SHARE = "halos_trl_step_share"
 """Under this name a training batch holds what it has to know about its optimizer step."""
@@ -60,12 +62,8 @@ def score_tokens(model: torch.nn.Module, batch: dict[str, Any], *, output_router
     Rows are packed where the model's `Packing` says so; its first batch decides, by a comparison with padded rows.
     """
     packing = packing_of(model)
-    if packing is not None and packing.takes(model_inputs(batch)):
-        if packing.is_open:
-            packing.decide(lambda: _difference(model, batch))
-        if packing.active:
-            return _packed(model, batch, output_router_logits)
-    return _padded(model, batch, output_router_logits)
+    packed = packing is not None and packing.serves(model_inputs(batch), lambda: _difference(model, batch))
+    return (_packed if packed else _padded)(model, batch, output_router_logits)
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
 _layouts: Any = WeakTensorKeyDictionary()
 
 
-def layout_of(batch: dict[str, Any]) -> Layout:
+def layout_of(batch: dict[str, Any]) -> TokenLayout:
     """The batch's layout, made once for all forward passes over it."""
     mask = batch["completion_mask"]
     if mask not in _layouts:
@@ -88,7 +86,7 @@ def layout_of(batch: dict[str, Any]) -> Layout:
 def _packed(model: torch.nn.Module, batch: dict[str, Any], output_router_logits: bool) -> TokenTable:
     layout = layout_of(batch)
     inputs: dict[str, Any] = {"output_router_logits": True} if output_router_logits else {}
-    with packed_forward(), wanted_positions(layout.wanted):
+    with packed_forward(), wanted_positions(torch.zeros_like(layout.wanted), layout.wanted):
         outputs = model(
             input_ids=layout.input_ids,
             position_ids=layout.position_ids,
@@ -98,53 +96,51 @@ def _packed(model: torch.nn.Module, batch: dict[str, Any], output_router_logits:
             fused_lm_head=True,
             **inputs,
         )
-
-    def table(values_1M: Tensor | None) -> Tensor | None:
-        return None if values_1M is None else layout.table(values_1M[0])
-
-    return _table_of(outputs, table, layout.mask_BT)
+    return _wanted_table(outputs, layout.mask_BT)
 
 
 def _padded(model: torch.nn.Module, batch: dict[str, Any], output_router_logits: bool) -> TokenTable:
-    inputs = model_inputs(batch)
-    if output_router_logits:
-        inputs["output_router_logits"] = True
+    inputs = model_inputs(batch) | ({"output_router_logits": True} if output_router_logits else {})
     mask_BT = batch["completion_mask"][:, 1:].bool()
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    outputs = model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
-
-    def table(values: Tensor | None) -> Tensor | None:
+    # The replicas of `DataParallel` run in threads of their own, each on a part of the rows.
+    if not reads_wanted(language_model(model)) or isinstance(model, torch.nn.DataParallel):
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        outputs = model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
         # Prompt-learning adapters prepend virtual tokens.
-        return None if values is None else values[:, -mask_BT.shape[1] :]
+        return _table_of(outputs, lambda values_BS: values_BS[:, -mask_BT.shape[1] :], mask_BT)
+    rows, positions = mask_BT.nonzero(as_tuple=True)
+    with wanted_positions(rows, positions - batch["input_ids"].shape[1]):  # from the end, for the same reason
+        labels = batch["input_ids"][:, 1:][mask_BT]
+        outputs = model(**inputs, use_cache=False, shift_labels=labels[None], fused_lm_head=True)
+    return _wanted_table(outputs, mask_BT)
 
-    return _table_of(outputs, table, mask_BT)
+
+def _wanted_table(outputs: Any, mask_BT: Tensor) -> TokenTable:
+    return _table_of(outputs, lambda values_1M: table(values_1M[0], mask_BT), mask_BT)
 
 
-def _table_of(outputs: Any, table: Any, mask_BT: Tensor) -> TokenTable:
+def _table_of(outputs: Any, as_table: Callable[[Tensor], Tensor], mask_BT: Tensor) -> TokenTable:
+    def column(values: Tensor | None) -> Tensor | None:
+        return None if values is None else as_table(values)
+
     return TokenTable(
-        table(outputs.log_probs),
+        as_table(outputs.log_probs),
         mask_BT,
-        table(outputs.entropy),
-        table(outputs.mean_logits),
-        table(outputs.is_top1),
+        column(outputs.entropy),
+        column(outputs.mean_logits),
+        column(outputs.is_top1),
         outputs.aux_loss,
-        table(getattr(outputs, "state_values", None)),
-        table(outputs.log_sum_sq_probs),
+        column(getattr(outputs, "state_values", None)),
+        column(outputs.log_sum_sq_probs),
     )
 
 
-@torch.no_grad()
 def _difference(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
     """How far packed and padded rows are apart at each wanted token, nats, and how many layers saw the packed row."""
     layout = layout_of(batch)
-    with without_dropout(model):
-        padded_BT = _padded(model, batch, False).logps_BT
-        try:
-            packed_BT = _packed(model, batch, False).logps_BT
-        except (PackedForwardError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever the code of a model does with arguments that it does not know
-            raise PackedForwardError(f"it fails on a packed row ({type(error).__name__}: {error})") from error
+    padded_BT, packed_BT = both_ways(
+        model, lambda: _padded(model, batch, False).logps_BT, lambda: _packed(model, batch, False).logps_BT
+    )
     return (packed_BT - padded_BT)[layout.mask_BT].abs().float(), len(layout.seen_by)
 
 

@@ -1,0 +1,124 @@
+"""Heads that read the wanted positions alone: hooks which a model runs inside its own forward pass.
+
+Inside, since engines that split parameters have a head's weights whole nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_INSTALLED = "halos_reads_wanted"
+
+
+# -- language models: hidden states --------------------------------------------------------------------------------
+
+_wanted: ContextVar[tuple[Tensor, ...] | None] = ContextVar("wanted", default=None)
+
+
+@contextlib.contextmanager
+def wanted_positions(*index: Tensor) -> Iterator[None]:
+    """Inside, the backbone hands on its hidden states `(1, M, H)` at these positions alone.
+
+    `index` is the batch index and the position of each, both `(M,)`. Positions may count from the end.
+    """
+    token = _wanted.set(index)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def only_wanted() -> bool:
+    """Whether hidden states are those of the wanted positions."""
+    return _wanted.get() is not None
+
+
+def reads_wanted(model: torch.nn.Module) -> bool:
+    """Whether `read_wanted_hidden` or `read_wanted_scores` was called for a model."""
+    return getattr(model, _INSTALLED, False)
+
+
+def read_wanted_hidden(causal_lm: PreTrainedModel) -> str | None:
+    """Let LM head and value head read the positions of `wanted_positions` alone; returns why they cannot, or None."""
+    if causal_lm.base_model is causal_lm:
+        return "its backbone and its head are one module"
+    if not reads_wanted(causal_lm):
+        setattr(causal_lm, _INSTALLED, True)
+        # In front of other hooks: a value head reads the same positions.
+        causal_lm.base_model.register_forward_hook(_keep_wanted, prepend=True)
+    return None
+
+
+def _keep_wanted(module: Any, args: Any, output: Any) -> Any:
+    wanted = _wanted.get()
+    if wanted is not None:
+        hidden_BSH = output.last_hidden_state
+        output.last_hidden_state = hidden_BSH[tuple(index.to(hidden_BSH.device) for index in wanted)][None]
+    return output
+
+
+# -- reward models: scores -----------------------------------------------------------------------------------------
+
+
+class _Scores:
+    """The scores of a forward pass on their way from the head to the model's output."""
+
+    def __init__(self, wanted: Tensor):
+        self.wanted = wanted
+        self.logits: Tensor | None = None
+
+
+_scores: ContextVar[_Scores | None] = ContextVar("scores", default=None)
+
+
+@contextlib.contextmanager
+def wanted_scores(wanted: Tensor) -> Iterator[None]:
+    """Inside, a reward model answers the logits `(M, labels)` at these positions of a packed row."""
+    token = _scores.set(_Scores(wanted))
+    try:
+        yield
+    finally:
+        _scores.reset(token)
+
+
+def read_wanted_scores(classifier: PreTrainedModel) -> str | None:
+    """Let a sequence classifier answer `wanted_scores`; returns why it cannot, or None."""
+    head = getattr(classifier, "score", None)
+    if not isinstance(head, torch.nn.Module):
+        return "it has no head `score` that reads single positions"
+    if not reads_wanted(classifier):
+        setattr(classifier, _INSTALLED, True)
+        head.register_forward_hook(_note_scores)
+        # In front of an engine's hooks, which look for gradients in what the model answers.
+        classifier.register_forward_hook(_answer_scores, prepend=True)
+    return None
+
+
+def _note_scores(module: Any, args: Any, output: Tensor) -> None:
+    scores = _scores.get()
+    if scores is not None:
+        scores.logits = output[0, scores.wanted.to(output.device)]
+
+
+def _answer_scores(module: Any, args: Any, output: Any) -> Any:
+    scores = _scores.get()
+    if scores is not None:
+        output.logits = scores.logits
+    return output
+
+
+__all__ = [
+    "only_wanted",
+    "read_wanted_hidden",
+    "read_wanted_scores",
+    "reads_wanted",
+    "wanted_positions",
+    "wanted_scores",
+]
