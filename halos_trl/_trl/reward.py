@@ -13,6 +13,8 @@ from trl.trainer.utils import get_config_model_id
 
 from ..data.checks import columns_of, plain_rows, plain_splits
 from ..data.tokens import RowTokenizer
+from ..forward.heads import read_wanted_scores
+from ..forward.packing import compiled_rows, give_packing
 from .arguments import check_optimizer_parameters, check_types
 from .dropout import switch_off_dropout
 from .host import NamedTrainer
@@ -54,6 +56,11 @@ class RewardHost(SamplesByLength, NamedTrainer, HostTrainer):
         with noting_policy(self, model), overridden(host, disable_dropout_in_model=switch_off_dropout):
             super().__init__(model, args, data_collator, *datasets, *trl_args, **trl_kwargs)
         check_optimizer_parameters(given.arguments.get("optimizers", (None, None))[0], self.model)
+        give_packing([self.model], args.packed, compiled_rows(args), read_wanted_scores)
+
+    def host_loss(self, outputs: Any, batch: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
+        """TRL's loss and metrics of what a model has answered for a batch."""
+        return super().compute_loss(lambda **inputs: outputs, batch, return_outputs, num_items_in_batch)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = plain_rows(dataset, dataset_name)

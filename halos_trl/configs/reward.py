@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import trl
 
 from .checks import require_not_negative
-from .shared import RowsConfig
+from .shared import ForwardConfig, RowsConfig
 
 
 @dataclass
-class BradleyTerryConfig(RowsConfig, trl.RewardConfig):
+class BradleyTerryConfig(ForwardConfig, RowsConfig, trl.RewardConfig):
     """`trl.RewardConfig`; HALOs' Bradley-Terry loss has no parameters of its own."""
 
     def __post_init__(self) -> None:

@@ -134,7 +134,7 @@ class ForwardConfig:
     Parameters:
         packed (`str`, *optional*, defaults to `"auto"`):
             `"auto"`: completions of one prompt share its tokens, and nothing is padded, wherever the model gives the
-            same log-probs; the first batch is compared with padded rows, and a model that differs is given those.
+            same results; the first batch is compared with padded rows, and a model that differs is given those.
             `"on"`: an error where it cannot be done. `"off"`: padded rows.
     """
 
@@ -142,7 +142,7 @@ class ForwardConfig:
         default="auto",
         metadata={
             "help": "Compute the prompt of several completions once, and no padding: `auto` (wherever the model gives "
-            "the same log-probs; checked on the first batch), `on` (an error where it cannot), `off`.",
+            "the same results; checked on the first batch), `on` (an error where it cannot), `off`.",
             "choices": ["auto", "on", "off"],
         },
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +37,17 @@ class Packing:
         wrapped: the same in its PEFT model, if it has one.
         obstacle: a reason outside of the model not to pack.
         mode: `"on"`, `"off"` or `"auto"`: packed where the model gives the same numbers.
+        reduce_sum: sums a tensor over the processes that have to decide alike.
 
     Raises ValueError with `"on"` for a model that cannot be given packed rows.
     """
 
-    def __init__(self, model: PreTrainedModel, wrapped: torch.nn.Module, mode: str, obstacle: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, wrapped: torch.nn.Module, mode: str, obstacle: str | None,
+        reduce_sum: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
         self.mode = mode
+        self.reduce_sum = reduce_sum
         self.name = type(model).__name__
         self.layers = model.config.get_text_config().num_hidden_layers
         self.rounds = _rounds(model)
@@ -83,7 +89,7 @@ class Packing:
         except PackedForwardError as error:
             reason = str(error)
         verdict = torch.tensor([float(reason is not None), float(tokens)], device=PartialState().device)
-        failed, seen = reduce(verdict, reduction="sum").tolist()
+        failed, seen = self.reduce_sum(verdict).tolist()
         if failed:
             self.give_up(reason or "another process found that it gives other results with them")
         elif seen:
@@ -121,18 +127,19 @@ def give_packing(
     mode: str,
     obstacle: str | None = None,
     read_wanted: Callable[[PreTrainedModel], str | None] = read_wanted_hidden,
+    reduce_sum: Callable[[Tensor], Tensor] = partial(reduce, reduction="sum"),
 ) -> None:
     """Decide for each model whether its rows are packed.
 
     `obstacle` is a reason not to that lies outside of the models. `read_wanted` lets a model's head read the wanted
     positions alone, and answers why it cannot: `read_wanted_hidden` of a causal LM, `read_wanted_scores` of a sequence
-    classifier. Raises ValueError as `Packing` does.
+    classifier. All processes decide alike, through `reduce_sum`. Raises ValueError as `Packing` does.
     """
     for wrapped in models:
         if wrapped is not None:
             model: Any = language_model(wrapped)
             reason = obstacle or read_wanted(model)
-            model.halos_packing = Packing(model, wrapped, mode, reason)
+            model.halos_packing = Packing(model, wrapped, mode, reason, reduce_sum)
 
 
 def compiled_rows(args: Any) -> str | None:

@@ -128,7 +128,7 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             given, missing = ("reward_model", "reward_processing_class")[:: 1 if tokenizer is None else -1]
             raise ValueError(f"`{given}` was passed without `{missing}`. Pass both: a model and its own tokenizer.")
         if reward_model is not None and tokenizer is not None:
-            self.score_rows = RewardModelScores(reward_model, tokenizer, args.reward_batch_size)
+            self.score_rows = RewardModelScores(reward_model, tokenizer, args.reward_batch_size, args.packed)
 
     def check_rows(self, dataset: Rows, name: str) -> Dataset:
         checked = super().check_rows(dataset, name)

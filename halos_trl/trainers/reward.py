@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 from .._trl import Method, RewardHost
 from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
+from ..forward.rewards import score_sequences
 from . import reward_head
 from .checkpoints import ResumableTrainer
 from .step import StepAsBatch, weighted, without_share
@@ -108,8 +109,9 @@ class BradleyTerryTrainer(ResumableTrainer, StepAsBatch, RewardHost):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        result = super().compute_loss(model, without_share(inputs), return_outputs, num_items_in_batch)
-        loss, outputs = result if return_outputs else (result, None)
+        batch = without_share(inputs)
+        outputs = score_sequences(model, batch)
+        loss = self.host_loss(outputs, batch, False, num_items_in_batch)
         self.refuse_non_finite_loss(loss)
         loss = weighted(loss, inputs)
         return (loss, outputs) if return_outputs else loss

@@ -10,9 +10,17 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.tokens import RowTokenizer
+from ..forward.heads import read_wanted_scores
+from ..forward.packing import give_packing
+from ..forward.rewards import score_sequences
 from .reward_head import refuse_random_head
 
 logger = get_logger(__name__)
+
+
+def _alone(sums: torch.Tensor) -> torch.Tensor:
+    # Processes score different numbers of batches, and nothing in their forward passes waits for the others.
+    return sums
 
 
 class RewardModelScores:
@@ -20,12 +28,15 @@ class RewardModelScores:
 
     The reward model has its own tokenizer and chat template, which may differ from the policy's. Completions do not
     change, so each is scored once, before training, and the model is not needed afterwards. The rows are shared out
-    over the processes.
+    over the processes, in runs, so that completions of one prompt come into one batch and share its tokens.
 
     Raises ValueError for a model without padding token, with another number of labels, or whose head is random.
     """
 
-    def __init__(self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, batch_size: int = 32):
+    def __init__(
+        self, model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, batch_size: int = 32,
+        packed: str = "auto",
+    ):  # fmt: skip
         if isinstance(model, str):
             raise ValueError(
                 f"`reward_model` is {model!r}; expected a model. Load it, e.g. with `halos_trl.load_reward_model`."
@@ -48,20 +59,18 @@ class RewardModelScores:
         self.model = model
         self.processing_class = processing_class
         self.batch_size = batch_size
+        give_packing([model], packed, read_wanted=read_wanted_scores, reduce_sum=_alone)
 
     def __call__(self, dataset: Dataset) -> list[float]:
         """One score for each row of `prompt` and `completion`, in order, on every process."""
         state = PartialState()
-        own = range(state.process_index, len(dataset), state.num_processes)
+        share = -(-len(dataset) // state.num_processes)
+        own = range(len(dataset))[share * state.process_index :][:share]
         # As the reward trainer sees rows, with this model's own tokenizer and template.
         tokenize = RowTokenizer(self.processing_class, "scored", ("completion",), whole=True)
         ids = [tokenize(dataset[i], i)["completion_ids"] for i in own]
         self._report_truncation(ids)
-        shares = gather_object([self.of_ids(ids)])
-        scores = [0.0] * len(dataset)
-        for process, share in enumerate(shares):
-            scores[process :: state.num_processes] = share
-        return scores
+        return gather_object(self.of_ids(ids))
 
     @property
     def limit(self) -> int:
@@ -87,7 +96,7 @@ class RewardModelScores:
         for start in range(0, len(ids), self.batch_size):
             rows = [row[: self.limit] for row in ids[start : start + self.batch_size]]
             batch = self.processing_class.pad({"input_ids": rows}, padding_side="right", return_tensors="pt")
-            logits = self.model(**batch.to(device)).logits
+            logits = score_sequences(self.model, dict(batch.to(device))).logits
             if logits.ndim != 2:
                 raise ValueError(
                     f"The reward model ({type(self.model).__name__}) gives logits of shape {tuple(logits.shape)}; "
