@@ -122,12 +122,15 @@ class Packing:
         )
 
 
+_sum_over_processes = partial(reduce, reduction="sum")
+
+
 def give_packing(
     models: Iterable[torch.nn.Module | None],
     mode: str,
     obstacle: str | None = None,
     read_wanted: Callable[[PreTrainedModel], str | None] = read_wanted_hidden,
-    reduce_sum: Callable[[Tensor], Tensor] = partial(reduce, reduction="sum"),
+    reduce_sum: Callable[[Tensor], Tensor] = _sum_over_processes,
 ) -> None:
     """Decide for each model whether its rows are packed.
 
