@@ -41,6 +41,7 @@ MAY_IMPORT = MATHEMATICS | {
         "model_card",
     },
     "scoring": {"data", "spelling", "trainers"},
+    "online": {"humanline", "_trl", "reference", "configs", "trainers"},
     "toy": set(),
     "merge": {"_trl", "model_card", "value_head"},
     "spelling": set(),

@@ -47,11 +47,13 @@ from .adapters import (
     add_reference_adapter,
     edits_base_weights,
     reading_adapter,
+    refuse_unfit_adapters,
     restored_by_switch,
     saved_with_adapter,
 )
 from .dropout import rates_in_config
 from .host import Method, NamedTrainer, TrainerHost, card_identity, run_urls
+from .online import OnlineHost
 from .overridden import overridden
 from .paired import PairedHost
 from .reward import RewardHost
@@ -67,6 +69,7 @@ __all__ = [
     "CheckedCollator",
     "Method",
     "NamedTrainer",
+    "OnlineHost",
     "PairedHost",
     "RewardHost",
     "ScoredHost",
@@ -82,6 +85,7 @@ __all__ = [
     "overridden",
     "rates_in_config",
     "reading_adapter",
+    "refuse_unfit_adapters",
     "restored_by_switch",
     "run_urls",
     "saved_with_adapter",

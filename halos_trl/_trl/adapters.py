@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -22,6 +23,18 @@ REFERENCE_ADAPTER = "ref"
 """Name of the frozen adapter that holds the reference; TRL uses the same one for pretrained adapters."""
 
 POLICY_ADAPTER = "default"
+
+
+def refuse_unfit_adapters(model: Any) -> None:
+    """Raises ValueError for a `PeftModel` in which the policy's adapter is not where it is looked for."""
+    adapters = [] if isinstance(model, str) or not is_peft_model(model) else list(model.peft_config)
+    active = list(model.active_adapters) if adapters else []
+    if adapters and (active != [POLICY_ADAPTER] or REFERENCE_ADAPTER in adapters):
+        raise ValueError(
+            f"The PeftModel has adapters {adapters}, of which {active} is active. The active one is trained and "
+            f"must be called {POLICY_ADAPTER!r}; {REFERENCE_ADAPTER!r} is kept for the reference. Load it with "
+            f"`PeftModel.from_pretrained(base, folder, adapter_name={POLICY_ADAPTER!r}, is_trainable=True)`."
+        )
 
 
 def add_reference_adapter(peft_model: PeftModel) -> None:

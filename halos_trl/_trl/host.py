@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers.integrations import is_wandb_available
 from trl.models.utils import disable_gradient_checkpointing
@@ -17,7 +16,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 from ..forward.packing import compiled_rows, give_packing
 from ..forward.score import TokenTable, model_inputs, score_tokens
 from ..metrics import RunningMeans, Sums, finite
-from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER
+from .adapters import refuse_unfit_adapters
 from .arguments import check_optimizer_parameters, check_types
 from .construct import built_our_way, own_reference_adapter
 from .finite import FiniteUpdates
@@ -218,14 +217,7 @@ class TrainerHost(PreparesRows, StoresReference, SavesPolicy, NamedTrainer):
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         """Hook: refuse combinations that cannot work, before anything is loaded."""
-        adapters = [] if isinstance(model, str) or not is_peft_model(model) else list(model.peft_config)
-        active = list(model.active_adapters) if adapters else []
-        if adapters and (active != [POLICY_ADAPTER] or REFERENCE_ADAPTER in adapters):
-            raise ValueError(
-                f"The PeftModel has adapters {adapters}, of which {active} is active. The active one is trained and "
-                f"must be called {POLICY_ADAPTER!r}; {REFERENCE_ADAPTER!r} is kept for the reference. Load it with "
-                f"`PeftModel.from_pretrained(base, folder, adapter_name={POLICY_ADAPTER!r}, is_trainable=True)`."
-            )
+        refuse_unfit_adapters(model)
         own = {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
         if ref_model is not None and any(id(parameter) in own for parameter in ref_model.parameters()):
             raise ValueError(
