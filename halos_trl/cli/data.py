@@ -10,24 +10,32 @@ from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
 
 from .. import model_card
+from ..data.feedback import feedback_splits, is_feedback_file, load_feedback
+from ..data.feedback.plan import Purpose
+from ..data.feedback.prompts import Duplicates
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
-def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> datasets.DatasetDict:
-    """Splits of a hub dataset, a local file, a folder of such, a `save_to_disk` folder, or a TRL mixture."""
+def load_data(
+    script_args: ScriptArguments,
+    mixture: DatasetMixtureConfig,
+    for_: Purpose | None = None,
+    *,
+    evaluates: bool = False,
+) -> datasets.DatasetDict:
+    """Splits of a hub dataset, a local file, a folder of such, a `save_to_disk` folder, or a TRL mixture.
+
+    `for_`: which rows become of a file in one of HALOs' formats, which is recognized by its content; None leaves it as
+    it is. `evaluates`: of such a file, read the test split too.
+    """
     if mixture.datasets:
         return get_dataset(mixture)
     name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
     path = Path(name)
-    if path.exists() and script_args.dataset_config:
-        raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
-    if not path.exists() and is_path(name):
-        raise ValueError(f"`--dataset_name {name}` is a local path, but there is no such file or folder.")
-    if path.is_file() and path.suffix not in _READERS:
-        raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"`--dataset_name {name}` is an empty file.")
+    _check_local(path, name, script_args)
+    if for_ is not None and is_feedback_file(path):
+        return _feedback(script_args, for_, evaluates)
     try:
         if path.is_file():
             return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), streaming=streaming)
@@ -41,11 +49,35 @@ def load_data(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> da
         raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
 
 
+def _check_local(path: Path, name: str, script_args: ScriptArguments) -> None:
+    if path.exists() and script_args.dataset_config:
+        raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
+    if not path.exists() and is_path(name):
+        raise ValueError(f"`--dataset_name {name}` is a local path, but there is no such file or folder.")
+    if path.is_file() and path.suffix not in _READERS:
+        raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"`--dataset_name {name}` is an empty file.")
+
+
+def _feedback(script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:
+    """The splits of a file of feedback. As in HALOs, items without `split` belong to every split of the file."""
+    name, test = str(script_args.dataset_name), script_args.dataset_test_split
+    splits = [script_args.dataset_train_split]
+    if evaluates and test in feedback_splits(name):
+        splits.append(test)
+    duplicates: Duplicates = getattr(script_args, "dataset_duplicates", "error")
+    data = datasets.DatasetDict({split: load_feedback(name, for_, split, duplicates=duplicates) for split in splits})
+    return _streamed(data) if script_args.dataset_streaming else data
+
+
 def _from_disk(folder: str, streaming: bool) -> Any:
     saved = datasets.load_from_disk(folder)
     splits = saved if isinstance(saved, datasets.DatasetDict) else datasets.DatasetDict({"train": saved})
-    if not streaming:
-        return splits
+    return _streamed(splits) if streaming else splits
+
+
+def _streamed(splits: datasets.DatasetDict) -> datasets.IterableDatasetDict:
     return datasets.IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
 
 

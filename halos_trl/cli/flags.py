@@ -16,6 +16,8 @@ from accelerate import PartialState
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from .. import toy
+from ..data.feedback.plan import Purpose
+from ..data.feedback.prompts import Duplicates
 from ..spelling import did_you_mean
 from ..trainers.checkpoints import last_complete_checkpoint, problem_of
 from .data import check_splits, dataset_names, is_path, load_data
@@ -40,6 +42,10 @@ TOY_DEFAULTS: dict[str, Any] = {
 }
 
 
+# What a file in one of HALOs' formats is read for, by the kind of feedback that a method takes.
+_PURPOSES: dict[str, Purpose] = {"unpaired": "unpaired", "paired": "paired", "scored": "group"}
+
+
 @dataclass
 class HalosScriptArguments(ScriptArguments):
     """TRL's script arguments and ours.
@@ -47,6 +53,9 @@ class HalosScriptArguments(ScriptArguments):
     Parameters:
         dataset_name (`str`, *optional*):
             Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow), folder of such files, or folder of `save_to_disk`.
+            JSON files in one of HALOs' formats are recognized by their content.
+        dataset_duplicates (`str`, *optional*, defaults to `"error"`):
+            What to do with items of such a file that repeat another one in all fields: "error", "drop" or "keep".
         merge_adapter (`bool`, *optional*, defaults to `False`):
             After training an adapter, also save the merged model to `<output_dir>-merged` (and push it to
             `<hub_model_id>-merged` with `--push_to_hub`).
@@ -55,8 +64,8 @@ class HalosScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow), folder of such files with a split in each "
-            "name, or folder of `save_to_disk`. Excludes `datasets`."
+            "help": "Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow; HALOs' feedback files), folder of such "
+            "files with a split in each name, or folder of `save_to_disk`. Excludes `datasets`."
         },
     )
     dataset_config: str | None = field(
@@ -69,6 +78,13 @@ class HalosScriptArguments(ScriptArguments):
     dataset_streaming: bool = field(
         default=False,
         metadata={"help": "Stream the dataset of `dataset_name`; needs `max_steps`. For `datasets`: `streaming`."},
+    )
+    dataset_duplicates: Duplicates = field(
+        default="error",
+        metadata={
+            "help": "What to do with items of a HALOs file that repeat another one in all fields: `error`, `drop`, or "
+            "`keep`."
+        },
     )
     ignore_bias_buffers: bool = field(
         default=False,
@@ -119,7 +135,7 @@ def parse(
             data = toy.load_feedback_data(toy_kind)  # type: ignore[arg-type]
     else:
         _check_model_path(model_args)
-        data = load_data(script_args, mixture)
+        data = load_data(script_args, mixture, _PURPOSES[toy_kind], evaluates=training_args.eval_strategy != "no")
         script_args.used_datasets = dataset_names(script_args, mixture)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,

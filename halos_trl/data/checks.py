@@ -18,6 +18,9 @@ logger = get_logger(__name__)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
+SOURCES = "sources"
+"""The column in which `load_feedback` says from which file and item each completion of a row comes."""
+
 _DROP = "Or let `drop_invalid_rows=True` drop such rows and count them."
 
 
@@ -216,15 +219,15 @@ def check_each(
     """
     if not isinstance(dataset, Dataset):
         return _check_stream(dataset, name, check, drop_invalid, look_at)
-    problems: list[tuple[int, str]] = []
-    for i, row in enumerate(_rows(dataset, (*columns, *TEMPLATE_COLUMNS))):
+    problems: list[tuple[int, str, str]] = []
+    for i, row in enumerate(_rows(dataset, (*columns, *TEMPLATE_COLUMNS, SOURCES))):
         problem = check(row)
         if problem is None:
             look_at(row, i)
         elif drop_invalid:
-            problems.append((i, problem))
+            problems.append((i, source_of(row), problem))
         else:
-            raise ValueError(f"{_of_row(i, name, problem)} {_DROP}")
+            raise ValueError(f"{_of_row(i, name, row, problem)} {_DROP}")
     return _without(dataset, name, problems) if problems else dataset
 
 
@@ -234,14 +237,17 @@ def _rows(dataset: Dataset, columns: Iterable[str]) -> Iterator[Row]:
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def _without(dataset: Dataset, name: str, problems: list[tuple[int, str]]) -> Dataset:
-    first, problem = problems[0]
+def _without(dataset: Dataset, name: str, problems: list[tuple[int, str, str]]) -> Dataset:
+    first, source, problem = problems[0]
     if len(problems) == len(dataset):
-        raise ValueError(f"Each row of the {name} dataset would be dropped. {_of_row(first, name, problem)}")
+        raise ValueError(
+            f"Each row of the {name} dataset would be dropped. Row {first} of the {name} dataset{source} {problem}"
+        )
     logger.warning(
-        f"Dropped {len(problems)} of {len(dataset)} rows of the {name} dataset. The first, row {first}, {problem}"
+        f"Dropped {len(problems)} of {len(dataset)} rows of the {name} dataset. The first, row {first}{source}, "
+        f"{problem}"
     )
-    dropped = {i for i, _ in problems}
+    dropped = {i for i, *_ in problems}
     return dataset.select([i for i in range(len(dataset)) if i not in dropped])
 
 
@@ -260,11 +266,12 @@ def _check_stream(
                 look_at(row, i)
             return True
         if not drop_invalid:
-            raise ValueError(f"{_of_row(i, name, problem)} {_DROP}")
+            raise ValueError(f"{_of_row(i, name, row, problem)} {_DROP}")
         dropped += is_new
         if is_new and _is_power_of_two(dropped):
             logger.warning(
-                f"Dropped {dropped} rows of the streamed {name} dataset so far. The last, row {i}, {problem}"
+                f"Dropped {dropped} rows of the streamed {name} dataset so far. The last, row {i}{source_of(row)}, "
+                f"{problem}"
             )
         return False
 
@@ -276,8 +283,16 @@ def _check_stream(
     return checked
 
 
-def _of_row(i: int, name: str, problem: str) -> str:
-    return f"Row {i} of the {name} dataset {problem}"
+def _of_row(i: int, name: str, row: Row, problem: str) -> str:
+    return f"Row {i} of the {name} dataset{source_of(row)} {problem}"
+
+
+def source_of(row: Row) -> str:
+    """Where a row of `load_feedback` comes from, in brackets; nothing for other rows."""
+    sources = row.get(SOURCES)
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        return ""
+    return f" ({', '.join(dict.fromkeys(sources))})"
 
 
 # -- values that stand for others ----------------------------------------------------------------------------------

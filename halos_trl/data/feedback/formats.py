@@ -82,7 +82,7 @@ def _pairwise(value: Object) -> Judged:
 
 def _pair_row(value: Object) -> Judged:
     rejected = value["rejected"]
-    others = rejected if _is_list_of_completions(rejected) else [rejected]
+    others = rejected if is_list_of_completions(rejected) else [rejected]
     scores = [_score(value, "score_chosen"), *_scores_of_rejected(value, len(others))]
     completions = tuple(
         Completion(text, score) for text, score in zip([value["chosen"], *others], scores, strict=True)
@@ -213,7 +213,7 @@ def _turns(output: Any) -> Any:
     return [{"role": "assistant", "content": output}] if isinstance(output, str) else output
 
 
-def _is_list_of_completions(value: Any) -> bool:
+def is_list_of_completions(value: Any) -> bool:
     """Of several rejected completions, where a list of turns is a single one."""
     return isinstance(value, list) and bool(value) and all(isinstance(part, str | list) for part in value)
 
@@ -274,4 +274,4 @@ def known_types() -> Sequence[str]:
     return tuple(_BY_TYPE)
 
 
-__all__ = ["Completion", "Format", "Judged", "Text", "format_of", "judged", "known_types"]
+__all__ = ["Completion", "Format", "Judged", "Text", "format_of", "is_list_of_completions", "judged", "known_types"]

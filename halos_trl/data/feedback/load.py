@@ -12,8 +12,8 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from ..labelling import PairMode
-from .files import open_file
-from .formats import Completion, Judged, Text
+from .files import open_file, read_items
+from .formats import Completion, Judged, Text, is_list_of_completions, known_types
 from .plan import PURPOSES, Plan, Purpose, Rules, plan_rows
 from .prompts import Duplicates, FeedbackIndex, index_feedback
 from .selection import Selection, check_selection, select_rows
@@ -81,6 +81,26 @@ def load_feedback(
         fingerprint=_fingerprint(index, plan, features, tokens),
         cache_dir=None if cache_dir is None else str(cache_dir),
     )
+
+
+def is_feedback_file(path: str | Path) -> bool:
+    """Whether a file is for `load_feedback` rather than for `datasets.load_dataset`, by its first item: of a format of
+    HALOs, or with a list of rejected completions.
+    """
+    if Path(path).suffix not in (".json", ".jsonl") or not Path(path).is_file():
+        return False
+    try:
+        value = next(read_items(path)).value
+    except ValueError:
+        return False
+    return value.get("type") in known_types() or (
+        {"prompt", "chosen"} <= value.keys() and is_list_of_completions(value.get("rejected"))
+    )
+
+
+def feedback_splits(path: str | Path) -> set[str]:
+    """The values of `split` in a file of feedback."""
+    return {str(item.value["split"]) for item in read_items(path) if "split" in item.value}
 
 
 def _check_arguments(paths: list[Any], for_: Any, duplicates: Any) -> None:
@@ -186,4 +206,4 @@ def _fingerprint(index: FeedbackIndex, plan: Plan, features: Features, control_t
     return seen.hexdigest()
 
 
-__all__ = ["CONTROL_TOKENS", "load_feedback"]
+__all__ = ["CONTROL_TOKENS", "feedback_splits", "is_feedback_file", "load_feedback"]

@@ -141,12 +141,13 @@ def _labelled(index: FeedbackIndex, rules: Rules) -> Plan:
     plan = Plan()
     unlabelled: list[int] = []
     for number, prompt in enumerate(index.prompts()):
-        outside = set(_outside_of_pairs(prompt))
+        outside = _outside_of_pairs(prompt)
         _check_judged(index, outside, "unpaired")
+        by_score = {entry.completion for entry in outside if entry.label is None}
         for entry in prompt.entries:
-            if entry.label is None and entry in outside:
+            if entry.completion in by_score:
                 unlabelled.append(len(plan))
-            if entry.label is not None or entry in outside:
+            if entry.label is not None or entry.completion in by_score:
                 plan.append(Row(number, (entry,), entry.label))
         for pair in prompt.pairs:
             for side, label in zip(pair, (True, False), strict=True):
