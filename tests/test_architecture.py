@@ -45,7 +45,7 @@ MAY_IMPORT = MATHEMATICS | {
     "toy": set(),
     "merge": {"_trl", "model_card", "value_head"},
     "spelling": set(),
-    "cli": {"spelling", *MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
+    "cli": {"scoring", "spelling", *MATHEMATICS, "data", "_trl", "configs", "model_card", "merge", "trainers", "toy"},
     "patching": {"configs", "trainers"},
     "__init__": {*MATHEMATICS, "_trl", "configs", "trainers", "data", "patching"},
 }

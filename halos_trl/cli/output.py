@@ -29,18 +29,22 @@ class OutputFile:
         settings: Everything that the content depends on: JSON values by name. Keep out what does not change the
             content (a batch size of no influence, a URL's key), and add a `fingerprint` of the inputs.
         overwrite: Begin anew, whatever is there.
+        reopen: Go on with a finished file of the same settings too.
 
     Attributes:
         count: Items in the file, those of earlier runs included.
         resumed: Whether an earlier run began the file.
 
-    Raises ValueError where the file exists and is finished, was not begun by this class, was begun with other
-    settings (each is named), or is being written by another process.
+    Raises ValueError where the file exists and is finished (without `reopen`), was not begun by this class, was begun
+    with other settings (each is named), or is being written by another process.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False):
+    def __init__(
+        self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool = False, reopen: bool = False
+    ):
         self.path = Path(path)
         self.settings = json.loads(json.dumps(dict(settings)))
+        self._reopen = reopen
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
@@ -71,7 +75,7 @@ class OutputFile:
             return
         if not self.path.exists() or (self.path.stat().st_size == 0 and not begun["finished"]):
             return
-        if begun["finished"]:
+        if begun["finished"] and not self._reopen:
             raise ValueError(
                 f"`{self.path}` exists and is finished. Name another output, or pass `--overwrite` to replace it."
             )
@@ -112,6 +116,12 @@ class OutputFile:
             self._save(finished=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
+
+
+def begun_with(path: str | Path) -> dict[str, Any] | None:
+    """The settings that a file was begun with; None where no `OutputFile` has been."""
+    begun = _read_settings(Path(path))
+    return None if begun is None else begun["settings"]
 
 
 def is_finished(path: str | Path) -> bool:
@@ -177,4 +187,4 @@ def _cut_to_whole_lines(path: Path) -> int:
     return count
 
 
-__all__ = ["OutputFile", "differences", "fingerprint", "is_finished", "read_items"]
+__all__ = ["OutputFile", "begun_with", "differences", "fingerprint", "is_finished", "read_items"]

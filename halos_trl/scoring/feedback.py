@@ -127,7 +127,8 @@ def _halos_items(samples: Sequence[Sample], scores: Sequence[float], rule: Rule)
 
 
 def _identified(sample: Sample) -> dict[str, Any]:
-    return {"prompt_id": sample.group, "prompt": sample.prompt}
+    split = sample.columns.get("split")
+    return {"prompt_id": sample.group, "prompt": sample.prompt} | ({} if split is None else {"split": split})
 
 
 # -- both ------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,13 @@ Function = Callable[..., Any]
 _PLAIN, _BATCHED = "completion", "completions"
 
 
+class RewardFunctionError(ValueError):
+    """A reward function raised: `__cause__` is its exception."""
+
+    keep_traceback = True
+    """The command shows it, rather than the message alone."""
+
+
 class FunctionScorer:
     """Calls `function(prompt=..., completion=..., <column>=..., ...)` for each sample.
 
@@ -31,8 +38,8 @@ class FunctionScorer:
     calls its reward functions, with lists of one element (`prompts`, `completions` in the form of the row, and the
     columns), and returns a list of one score. None leaves a sample unscored.
 
-    Raises ValueError for a name that cannot be resolved. While scoring: ValueError, naming the row, where the function
-    raises (the exception is the `__cause__`) or returns anything but a finite number or None.
+    Raises ValueError for a name that cannot be resolved. While scoring, naming the row: `RewardFunctionError`
+    where the function raises, ValueError where it returns anything but a finite number or None.
     """
 
     def __init__(self, name: str):
@@ -53,9 +60,9 @@ class FunctionScorer:
         try:
             score = self.function(**arguments)
         except Exception as error:
-            raise ValueError(
+            raise RewardFunctionError(
                 f"`{self.name}` raised {type(error).__name__} for {sample.where}: {error}. Mend the function or the "
-                "row, and run the command again: it goes on from there."
+                "row."
             ) from error
         if self._batched:
             score = self._single(score, sample)
@@ -173,4 +180,4 @@ def _digest(source: str | None) -> str | None:
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]
 
 
-__all__ = ["FunctionScorer"]
+__all__ = ["FunctionScorer", "RewardFunctionError"]

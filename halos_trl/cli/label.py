@@ -1,0 +1,292 @@
+"""`halos-trl label`: from samples to feedback. Scores are appended to a file as they come, labels made at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..data.labelling import binary_threshold, group_positions, score_problem
+from ..scoring.feedback import Rule, feedback_rows
+from ..scoring.samples import Sample, Samples, read_samples
+from ..scoring.verdict import Scorer, Verdict
+from .label_flags import LabelArguments
+from .output import OutputFile, begun_with
+
+
+@dataclass
+class LabelReport:
+    """What a run did, in numbers."""
+
+    output: Path
+    rows: int
+    """Of the output."""
+    samples: int
+    empty: int
+    """Samples left out because their completion is empty; they are not among `samples`."""
+    scores: list[float]
+    unscored: Counter[str]
+    """Samples without score, by reason."""
+    rule: Rule
+    groups: int
+    """Different prompts."""
+    single: int
+    """Prompts with one scored sample only, which gives no pair."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.samples} samples of {self.groups} prompts: {len(self.scores)} scored{self._mean()}."]
+        if self.empty:
+            lines.append(f"{self.empty} samples left out: their completion is empty.")
+        lines += [f"{count} samples left out: {reason}." for reason, count in self.unscored.most_common()]
+        lines.append(f"Wrote {self.rows} {self._what()} to {self.output}.")
+        return "\n".join(lines)
+
+    def _mean(self) -> str:
+        if not self.scores:
+            return ""
+        mean = sum(self.scores) / len(self.scores)
+        return f", {min(self.scores):.4g} to {max(self.scores):.4g}, mean {mean:.4g}"
+
+    def _what(self) -> str:
+        rule = self.rule
+        if rule.kind == "binary":
+            bound = binary_threshold(self.scores, "median" if rule.threshold is None else rule.threshold)
+            desirable = sum(score >= bound for score in self.scores)
+            return f"labels (threshold {bound:.6g}: {desirable} desirable, {self.rows - desirable} undesirable)"
+        if rule.kind == "pairwise":
+            without = f", {self.single} prompts with a single sample give none" if self.single else ""
+            return f"pairs ({rule.pair_mode}, difference above {float(rule.threshold or 0):g}{without})"
+        return "scores" if rule.kind == "scalar" else "groups"
+
+
+def label(arguments: LabelArguments) -> LabelReport:
+    """Score samples, make feedback of the scores, and write it.
+
+    Scores are appended to `<output>.scores` as they come, so that a run that was stopped goes on where it was when it
+    is called again with the same settings. Raises ValueError for anything that cannot work; nothing is written to the
+    output before all samples are scored.
+    """
+    output = _checked_output(arguments)
+    scorer = _scorer(arguments)
+    found = read_samples(_rows(arguments))
+    if not found.samples:
+        raise ValueError(f"{', '.join(arguments.samples)}: there are no samples with a completion.")
+    if scorer is None:
+        verdicts = [Verdict(i, _given_score(sample)) for i, sample in enumerate(found.samples)]
+        return _write(arguments, output, found, verdicts)
+    with _scores_file(arguments, output, scorer, found.samples) as file:
+        verdicts = _score(scorer, found.samples, file)
+        return _write(arguments, output, found, verdicts)
+
+
+# -- settings --------------------------------------------------------------------------------------------------------
+
+
+def _checked_output(arguments: LabelArguments) -> Path:
+    if not arguments.samples:
+        raise ValueError("There is nothing to label. Name files of samples with `--samples`.")
+    if arguments.output is None:
+        raise ValueError("Name the file to write with `--output`, e.g. `--output feedback.jsonl`.")
+    output = Path(arguments.output)
+    if output.suffix not in (".json", ".jsonl"):
+        raise ValueError(
+            f"`--output {output}` ends in {output.suffix!r}; expected `.jsonl` (JSON Lines) or `.json` (an array)."
+        )
+    if output.exists() and not arguments.overwrite:
+        raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or name another file.")
+    if any(Path(name).resolve() == output.resolve() for name in arguments.samples):
+        raise ValueError(f"`--output {output}` is one of the inputs. Name another file.")
+    if arguments.format == "halos" and arguments.feedback == "groups":
+        raise ValueError("HALOs has no files of groups. Write `--feedback scalar`, which it groups itself.")
+    _check_threshold(arguments)
+    return output
+
+
+def _check_threshold(arguments: LabelArguments) -> None:
+    """Before anything is scored."""
+    rule = _rule(arguments)
+    if rule.kind in ("scalar", "groups"):
+        if rule.threshold is not None:
+            raise ValueError(f"`--threshold` has no effect on `--feedback {rule.kind}`. Leave it out.")
+        return
+    first = Sample("", [{"role": "user", "content": ""}], "", 0)
+    feedback_rows([first], [0.0], rule, "trl")
+
+
+def _rule(arguments: LabelArguments) -> Rule:
+    return Rule(arguments.feedback, arguments.threshold, arguments.pair_mode, arguments.seed)  # type: ignore[arg-type]
+
+
+def _scorer(arguments: LabelArguments) -> Scorer | None:
+    """Its module is imported only here, since a reward model needs much that the others do not."""
+    chosen = [n for n in ("reward_model", "reward_function", "judge_model") if getattr(arguments, n) is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"Both `--{chosen[0]}` and `--{chosen[1]}` are given. Samples are scored by one of them.")
+    if arguments.reward_model is not None:
+        from ..scoring.reward_model import RewardModelScorer
+
+        return RewardModelScorer(arguments.reward_model, arguments.batch_size, arguments.max_length, arguments.dtype)
+    if arguments.reward_function is not None:
+        from ..scoring.function import FunctionScorer
+
+        return FunctionScorer(arguments.reward_function)
+    return _judge(arguments) if arguments.judge_model is not None else None
+
+
+def _judge(arguments: LabelArguments) -> Scorer:
+    from ..scoring.chat_client import ChatClient
+    from ..scoring.judge import PATTERN, TEMPLATE, JudgePrompt, JudgeScorer
+
+    try:
+        options = json.loads(arguments.judge_options)
+    except ValueError as error:
+        raise ValueError(f"`--judge_options {arguments.judge_options}` is not JSON: {error}.") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"`--judge_options {arguments.judge_options}` is no JSON object.")
+    template = TEMPLATE
+    if arguments.judge_template is not None:
+        try:
+            template = Path(arguments.judge_template).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"`--judge_template {arguments.judge_template}` cannot be read: {error}.") from None
+    client = ChatClient(
+        arguments.judge_url,
+        str(arguments.judge_model),
+        os.environ.get(arguments.judge_key_variable) or None,
+        options,
+        timeout=arguments.judge_timeout,
+        retries=arguments.judge_retries,
+    )
+    return JudgeScorer(client, JudgePrompt(template, arguments.judge_pattern or PATTERN), arguments.judge_concurrency)
+
+
+# -- the input -------------------------------------------------------------------------------------------------------
+
+
+def _rows(arguments: LabelArguments) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name in arguments.samples:
+        if Path(name).suffix in (".json", ".jsonl"):
+            yield from _file_rows(name)
+        else:
+            yield from _dataset_rows(name, arguments)
+
+
+def _file_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from ..data.feedback.files import read_items
+
+    for item in read_items(name):
+        yield item.where, item.value
+
+
+def _dataset_rows(name: str, arguments: LabelArguments) -> Iterator[tuple[str, dict[str, Any]]]:
+    from trl import DatasetMixtureConfig, ScriptArguments
+
+    from .data import load_data
+
+    flags = ScriptArguments(dataset_name=name, dataset_config=arguments.dataset_config)
+    splits = load_data(flags, DatasetMixtureConfig())
+    if arguments.dataset_split not in splits:
+        raise ValueError(
+            f"`--dataset_split {arguments.dataset_split}`: {name} has the splits {', '.join(map(str, splits))}."
+        )
+    for number, row in enumerate(splits[arguments.dataset_split]):
+        yield f"Row {number} of {name} ({arguments.dataset_split})", row
+
+
+def _given_score(sample: Sample) -> float:
+    if sample.given_score is None:
+        raise ValueError(
+            f"{sample.where} has neither `reward` nor `score`, and nothing was named that gives scores. Pass "
+            "`--reward_function`, `--reward_model` or `--judge_model`."
+        )
+    if problem := score_problem(sample.given_score):
+        raise ValueError(f"{sample.where} has a wrong score: {problem}.")
+    return float(sample.given_score)
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores_file(arguments: LabelArguments, output: Path, scorer: Scorer, samples: Sequence[Sample]) -> OutputFile:
+    digest = hashlib.sha256()
+    for sample in samples:
+        content = [sample.prompt, sample.completion, sample.group, sample.columns]
+        digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
+    settings = {"samples": arguments.samples, "content": digest.hexdigest()[:16], **scorer.settings}
+    path = output.with_name(f"{output.name}.scores")
+    # Scores cost more than labels: those of the same settings are kept when the output is replaced.
+    anew = arguments.overwrite and begun_with(path) != settings
+    return OutputFile(path, settings, overwrite=anew, reopen=True)
+
+
+def _score(scorer: Scorer, samples: Sequence[Sample], file: OutputFile) -> list[Verdict]:
+    """A verdict for each sample, in order: those in the file, and the missing ones, which are added to it."""
+    verdicts = {item["position"]: Verdict(**item) for item in file.items()} if file.count else {}
+    todo = [(position, sample) for position, sample in enumerate(samples) if position not in verdicts]
+    with tqdm(total=len(samples), initial=len(verdicts), desc="scoring", unit="sample") as bar:
+        for verdict in scorer(todo):
+            if verdict.score is not None and (problem := score_problem(verdict.score)):
+                raise ValueError(f"The score of {samples[verdict.position].where} is wrong: {problem}.")
+            file.write(
+                {name: value for name, value in verdict._asdict().items() if value is not None or name == "score"}
+            )
+            verdicts[verdict.position] = verdict
+            bar.update()
+    return [verdicts[position] for position in range(len(samples))]
+
+
+# -- the output ------------------------------------------------------------------------------------------------------
+
+
+def _write(arguments: LabelArguments, output: Path, found: Samples, verdicts: list[Verdict]) -> LabelReport:
+    scored = [(found.samples[v.position], v.score) for v in verdicts if v.score is not None]
+    unscored = Counter(_general(verdict.reason) for verdict in verdicts if verdict.score is None)
+    if not scored:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in unscored.most_common())
+        raise ValueError(f"None of the {len(verdicts)} samples was scored, so there is no feedback ({reasons}).")
+    samples, scores = [sample for sample, _ in scored], [score for _, score in scored]
+    rule = _rule(arguments)
+    rows = feedback_rows(samples, scores, rule, arguments.format)  # type: ignore[arg-type]
+    if not rows:
+        raise ValueError(
+            f"The {len(scores)} scores give no pair: prompts have a single scored sample, or scores that differ by no "
+            f"more than {float(rule.threshold or 0):g}. Sample more per prompt, or lower `--threshold`."
+        )
+    _write_rows(output, rows)
+    members = group_positions([sample.group for sample in samples])
+    return LabelReport(
+        output=output,
+        rows=len(rows),
+        samples=len(found.samples),
+        empty=found.empty,
+        scores=scores,
+        unscored=unscored,
+        rule=rule,
+        groups=len(group_positions([sample.group for sample in found.samples])),
+        single=sum(len(group) == 1 for group in members),
+    )
+
+
+def _general(reason: str | None) -> str:
+    """The reason without what differs from sample to sample."""
+    return str(reason).split(":")[0]
+
+
+def _write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "[\n" + ",\n".join(lines) + "\n]\n" if output.suffix == ".json" else "\n".join(lines) + "\n"
+    partial.write_text(text, "utf-8")
+    partial.replace(output)
+
+
+__all__ = ["LabelReport", "label"]
