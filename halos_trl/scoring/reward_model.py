@@ -16,8 +16,6 @@ from .verdict import Verdict
 
 logger = get_logger(__name__)
 
-_BATCHES = 16  # sorted by length together
-
 
 class RewardModelScorer:
     """Scores with an `AutoModelForSequenceClassification` of one label, or of HALOs' two: then the second.
@@ -46,14 +44,14 @@ class RewardModelScorer:
         self.settings: dict[str, Any] = {"reward_model": name_or_path, "max_length": max_length, "dtype": dtype}
 
     def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
-        size = _BATCHES * self._scores.batch_size
+        size = self._scores.batch_size
         longer = 0
+        # In the order of the input: the samples of a prompt come into one batch and share its tokens.
         for start in range(0, len(todo), size):
-            chunk = [(position, self._ids(sample)) for position, sample in todo[start : start + size]]
-            chunk.sort(key=lambda item: len(item[1]), reverse=True)
-            longer += sum(len(ids) > self._scores.limit for _, ids in chunk)
-            scores = self._scores.of_ids([ids for _, ids in chunk])
-            for (position, _), score in zip(chunk, scores, strict=True):
+            batch = todo[start : start + size]
+            ids = [self._ids(sample) for _, sample in batch]
+            longer += sum(len(row) > self._scores.limit for row in ids)
+            for (position, _), score in zip(batch, self._scores.of_ids(ids), strict=True):
                 yield Verdict(position, score)
         if longer:
             logger.warning(
