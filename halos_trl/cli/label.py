@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from trl import DatasetMixtureConfig, ScriptArguments
 
+from ..data.feedback.files import read_items
 from ..data.labelling import binary_threshold, group_positions, score_problem
 from ..scoring.feedback import Rule, feedback_rows
 from ..scoring.samples import Sample, Samples, read_samples
 from ..scoring.verdict import Scorer, Verdict
+from .data import load_data
 from .label_flags import LabelArguments
 from .output import OutputFile, begun_with
 
@@ -179,17 +182,11 @@ def _rows(arguments: LabelArguments) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _file_rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from ..data.feedback.files import read_items
-
     for item in read_items(name):
         yield item.where, item.value
 
 
 def _dataset_rows(name: str, arguments: LabelArguments) -> Iterator[tuple[str, dict[str, Any]]]:
-    from trl import DatasetMixtureConfig, ScriptArguments
-
-    from .data import load_data
-
     flags = ScriptArguments(dataset_name=name, dataset_config=arguments.dataset_config)
     splits = load_data(flags, DatasetMixtureConfig())
     if arguments.dataset_split not in splits:
