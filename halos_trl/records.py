@@ -169,19 +169,26 @@ def _check_tensor(where: str, value: object) -> Tensor:
     return value
 
 
-def check_output(output: object, rows: int) -> LossOutput:
-    """Refuse what a method's `loss` may get wrong: anything but a `LossOutput` of one loss per row and 0-d metrics.
+def check_output(output: object, shape: tuple[int, ...], advice: str) -> LossOutput:
+    """Refuse what a method's `loss` may get wrong: anything but a `LossOutput` with losses of this shape, rewards that
+    are tensors, and 0-d metrics.
 
-    Raises ValueError.
+    `advice` says what to do about losses of another shape. Raises ValueError.
     """
     if not isinstance(output, LossOutput):
         raise ValueError(f"`loss` returned {type(output).__name__}; expected a `halos_trl.records.LossOutput`.")
-    if not isinstance(output.losses, Tensor) or output.losses.shape != (rows,):
-        shape = getattr(output.losses, "shape", type(output.losses).__name__)
+    if not isinstance(output.losses, Tensor) or output.losses.shape != shape:
+        found = getattr(output.losses, "shape", type(output.losses).__name__)
         raise ValueError(
-            f"`loss` returned losses of shape {tuple(shape) if isinstance(shape, torch.Size) else shape}; expected "
-            f"({rows},), one loss for each row or pair. Sum or average over the tokens of a row inside `loss`."
+            f"`loss` returned losses of shape {tuple(found) if isinstance(found, torch.Size) else found}; expected "
+            f"{shape}, one loss for each {'row or pair' if len(shape) == 1 else 'token'}. {advice}"
         )
+    for side in ("chosen_rewards", "rejected_rewards"):
+        if not isinstance(getattr(output, side), Tensor):
+            raise ValueError(
+                f"`loss` returned `{side}` as {type(getattr(output, side)).__name__}; expected a detached tensor, an "
+                "empty one (`losses.detach().new_empty(0)`) where the method has no rewards."
+            )
     for name, value in output.metrics.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
             raise ValueError(

@@ -21,7 +21,7 @@ MATHEMATICS = {
     "metrics": {"records", "humanline"},
 }
 MAY_IMPORT = MATHEMATICS | {
-    "data": {"records"},
+    "data": {"records", "advantages"},
     "sharded": set(),
     "forward": set(),
     "value_head": {"sharded"},

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import paired_rows, perturbed, unpaired_rows, weights
+from policy_runs import scored
 
 import halos_trl
-from halos_trl import KTOConfig
-from halos_trl.records import PairedLogps, UnpairedLogps
+from halos_trl import GRPOConfig, GRPOTrainer, KTOConfig, ScoredTrainer
+from halos_trl.forward.score import score_tokens
+from halos_trl.records import GroupLogps, LossOutput, PairedLogps, UnpairedLogps
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +45,11 @@ def dummy_kto(tmp_path):
 @pytest.fixture
 def margin(tmp_path):
     return run_as_module(quoted("paired method"), "readme_margin", tmp_path)
+
+
+@pytest.fixture
+def weighted(tmp_path):
+    return run_as_module(quoted("scored method"), "readme_weighted", tmp_path)
 
 
 @pytest.fixture
@@ -121,7 +128,7 @@ def test_dummy_kto_under_humanline_and_with_an_adapter(model, tokenizer, make_co
     assert steps[0]["rewards/chosen"] == 0.0
 
 
-def test_flags_that_a_method_does_not_read_are_refused(fit, dummy_kto, margin):
+def test_flags_that_a_method_does_not_read_are_refused(fit, dummy_kto, margin, weighted):
     """They change nothing in these two losses, and would look as if they did."""
     for name, value in {"loss_type": "apo_zero_unpaired", "desirable_weight": 3.0, "undesirable_weight": 3.0}.items():
         with pytest.raises(ValueError, match=f"`{name}=.*has no effect: the loss of DummyKTOTrainer does not read"):
@@ -134,6 +141,9 @@ def test_flags_that_a_method_does_not_read_are_refused(fit, dummy_kto, margin):
             fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), **{name: True})
     with pytest.raises(ValueError, match="nothing says that the loss of MarginTrainer clamps"):
         fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), humanline=True)
+    for name, value in {"epsilon": 0.2, "epsilon_high": 0.3, "sequence_level": True}.items():
+        with pytest.raises(ValueError, match=f"`{name}=.*has no effect: the loss of WeightedTrainer does not read"):
+            fit(weighted.WeightedTrainer, weighted.WeightedConfig, scored(4), **{name: value})
 
 
 def test_what_was_said_of_a_loss_does_not_hold_for_the_one_that_replaces_it():
@@ -189,6 +199,99 @@ def test_paired_method_is_its_formula_and_trains(fit, margin):
     assert trainer.loss(record.swapped()).losses.tolist() == [4.5]  # 2 + 4 - 1.5
     first, *_, last = [e for e in trainer.state.log_history if "loss" in e]
     assert last["loss"] < first["loss"]
+
+
+def test_scored_method_is_its_formula(fit, weighted):
+    trainer = fit(weighted.WeightedTrainer, weighted.WeightedConfig, scored(4), train=False, temperature=2.0)
+    record = GroupLogps(
+        torch.tensor([[-1.0, -2.0], [-4.0, 9.0]]), None, torch.tensor([[1, 1], [1, 0]]), torch.tensor([2.0, -2.0])
+    )
+    output = trainer.loss(record)
+    expected = [math.e * 1.5, 4.0 / math.e]  # exp(A / 2) times the negative mean log-prob
+    torch.testing.assert_close(output.losses, torch.tensor(expected))
+    assert output.metrics["weight"].item() == pytest.approx((math.e + 1 / math.e) / 2)
+
+
+def test_scored_method_trains_and_logs_its_own_metrics(fit, weighted):
+    trainer = fit(weighted.WeightedTrainer, weighted.WeightedConfig, scored(8), max_steps=12)
+    assert trainer.ref_model is None
+    first, *_, last = [e for e in trainer.state.log_history if "loss" in e]
+    assert {"weight", "scores", "advantages/abs", "entropy"} <= set(first)
+    assert not {"kl", "clip_fraction", "rewards/chosen"} & set(first)
+    assert last["loss"] < first["loss"]
+
+
+SPLITS = [(12, 1), (3, 4), (2, 6)]
+"""Ways to make a step of at most 12 rows; of groups of 3, 5, 2 and 4 the last one leaves micro-batches empty."""
+
+
+def test_scored_losses_of_rows_are_averaged_over_the_rows_of_the_step(fit, weighted):
+    """Whatever the split, and where micro-batches have no row; and the mean of the definition in float64."""
+    settings = {"max_steps": 2, "train_sampling_strategy": "sequential"}
+    runs = [
+        fit(
+            weighted.WeightedTrainer, weighted.WeightedConfig, scored(4),
+            per_device_train_batch_size=size, gradient_accumulation_steps=n, **settings,
+        )
+        for size, n in SPLITS
+    ]  # fmt: skip
+    first, *others = [[(e["loss"], e["weight"]) for e in run.state.log_history if "loss" in e] for run in runs]
+    for run, lines in zip(runs[1:], others, strict=True):
+        torch.testing.assert_close(torch.tensor(lines), torch.tensor(first), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights(run.model), weights(runs[0].model), rtol=0, atol=1e-6)
+    start = fit(weighted.WeightedTrainer, weighted.WeightedConfig, scored(4), train=False)
+    losses = []
+    for index in next(iter(runs[0].get_train_dataloader().batch_sampler)):
+        row = start.train_dataset[index]
+        tokens = score_tokens(start.model, start.data_collator([row]))
+        mean = tokens.logps_BT.double().sum() / tokens.mask_BT.sum()
+        losses.append(-math.exp(row["advantage"]) * mean.item())
+    assert len(losses) == 12
+    assert first[0][0] == pytest.approx(sum(losses) / 12, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_without_tokens_never_sees_such_a_row(fit):
+    class Mean(ScoredTrainer):
+        averages_over = "rows"
+
+        def loss(self, record):
+            means_B = (record.policy * record.mask).sum(-1) / record.mask.sum(-1)
+            return LossOutput(-means_B, means_B[:0].detach(), means_B[:0].detach(), {"rows": means_B.mean().detach()})
+
+    trainer = fit(Mean, GRPOConfig, scored(3), per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert all(math.isfinite(e[name]) for e in trainer.state.log_history if "loss" in e for name in ("loss", "rows"))
+
+
+@pytest.mark.parametrize(
+    ("unit", "shape", "message"),
+    [
+        ("tokens", "rows", r"shape \(8,\); expected \(8, \d+\), one loss for each token.*`averages_over = 'rows'`"),
+        ("rows", "tokens", r"shape \(8, \d+\); expected \(8,\), one loss for each row.*`averages_over = 'tokens'`"),
+        ("sequences", "rows", "`averages_over` of Own is 'sequences'. Use 'tokens'"),
+    ],
+)
+def test_scored_losses_of_another_unit_are_refused(fit, unit, shape, message):
+    class Own(GRPOTrainer):
+        averages_over = unit
+
+        def loss(self, record):
+            output = super().loss(record)
+            return output if shape == "tokens" else output._replace(losses=output.losses.sum(-1))
+
+    with pytest.raises(ValueError, match=message):
+        fit(Own, GRPOConfig, scored(4, sizes=(4,)))
+
+
+def test_a_loss_of_ones_own_in_place_of_grpos_logs_its_own_metrics(fit):
+    class Own(GRPOTrainer):
+        def loss(self, record):
+            losses_BT = -record.policy * record.advantages[:, None]
+            none_B = losses_BT.detach().new_empty(0)
+            return LossOutput(losses_BT, none_B, none_B, {"mine": torch.tensor(3.0)})
+
+    trainer = fit(Own, GRPOConfig, scored(4), max_steps=1)
+    assert trainer.state.log_history[0]["mine"] == 3.0
+    assert "kl" not in trainer.state.log_history[0]
 
 
 def test_card_of_ones_own_method_claims_no_paper(fit, dummy_kto, margin, tmp_path):

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from halos_trl.advantages import group_advantages
 from halos_trl.data.group_sampler import FILLER, GroupBatchSampler, StepRows, pack
-from halos_trl.data.groups import group_numbers, prompt_key, scored_rows
-from halos_trl.trainers.grpo import with_advantages
+from halos_trl.data.groups import group_numbers, prompt_key, scored_rows, with_advantages
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=30)
 

@@ -15,10 +15,9 @@ from transformers import LlamaForSequenceClassification
 import halos_trl
 from halos_trl import cli, toy
 from halos_trl.data.checks import check_paired_rows, check_unpaired_rows
-from halos_trl.data.groups import scored_rows
+from halos_trl.data.groups import scored_rows, with_advantages
 from halos_trl.data.row_texts import split_prompt
 from halos_trl.data.row_values import score_problem
-from halos_trl.trainers.grpo import with_advantages
 
 TEXT_PAIR = {"prompt": "a", "chosen": " x", "rejected": " y"}
 PAIR = {"prompt": user("a"), "chosen": assistant("x"), "rejected": assistant("y")}

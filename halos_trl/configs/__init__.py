@@ -3,12 +3,13 @@
 from .checks import defaults_of
 from .paired import DPO_LOSS_FIELDS, CDPOConfig, DPOConfig, IPOConfig, SimPOConfig, SLiCConfig
 from .reward import BradleyTerryConfig
-from .scored import GRPOConfig, PPOConfig
+from .scored import GRPO_LOSS_FIELDS, GRPOConfig, PPOConfig
 from .shared import REFERENCE_FIELDS, HumanlineConfig
 from .unpaired import KTO_LOSS_FIELDS, KTOConfig
 
 __all__ = [
     "DPO_LOSS_FIELDS",
+    "GRPO_LOSS_FIELDS",
     "KTO_LOSS_FIELDS",
     "REFERENCE_FIELDS",
     "BradleyTerryConfig",

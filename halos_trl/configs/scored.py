@@ -11,6 +11,8 @@ from .checks import check_sync, defaults_of, require, require_count, require_not
 from .shared import ASSISTANT_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
 from .unpaired import KTO_LOSS_FIELDS
 
+GRPO_LOSS_FIELDS = ("epsilon", "epsilon_high", "sequence_level")
+
 
 @dataclass
 class _ScoredConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from trl import unpair_preference_dataset
 
+from ..advantages import group_advantages
 from .checks import (
     Row,
     Rows,
@@ -202,3 +205,23 @@ def _scores_of(dataset: Dataset, score_rows: ScoreRows | None) -> Sequence[float
     if score_rows is not None:
         return score_rows(dataset)
     return [1.0 if label else -1.0 for label in dataset["label"]]
+
+
+def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Dataset:
+    """Add `advantage`, each score relative to its whole group, in whatever batches the group will be trained."""
+    if {"advantage", "completion_ids"} <= set(dataset.column_names):
+        return dataset  # prepared before, and passed to `evaluate`
+    if "advantage" in dataset.column_names:
+        logger.warning(f"The {name} dataset has a column `advantage`. It is replaced: advantages come from scores.")
+        dataset = dataset.remove_columns("advantage")
+    groups = list(dataset[GROUP])
+    sizes = Counter(groups)
+    alone = sum(size == 1 for size in sizes.values())
+    if alone:
+        logger.warning(
+            f"{alone} of {len(sizes)} prompts of the {name} dataset have a single completion. Its advantage is 0, so "
+            "it only takes part in the KL penalty. Score more completions of these prompts, or drop them."
+        )
+    scores_B = torch.tensor(dataset["score"], dtype=torch.float64)
+    advantages_B = group_advantages(scores_B, groups, scale_by_std=scale_by_std)
+    return dataset.add_column("advantage", advantages_B.tolist())

@@ -1,4 +1,4 @@
-"""The trainers: two bases to extend, and the named methods."""
+"""The trainers: three bases to extend, and the named methods."""
 
 from .cdpo import CDPOTrainer
 from .dpo import DPOTrainer
@@ -8,6 +8,7 @@ from .kto import KTOTrainer
 from .paired import PairedPreferenceTrainer
 from .ppo import PPOTrainer
 from .reward import BradleyTerryTrainer, load_reward_model
+from .scored import ScoredTrainer
 from .simpo import SimPOTrainer
 from .slic import SLiCTrainer
 from .unpaired import UnpairedPreferenceTrainer
@@ -22,6 +23,7 @@ __all__ = [
     "PPOTrainer",
     "PairedPreferenceTrainer",
     "SLiCTrainer",
+    "ScoredTrainer",
     "SimPOTrainer",
     "UnpairedPreferenceTrainer",
     "load_reward_model",

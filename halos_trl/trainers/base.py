@@ -49,7 +49,8 @@ if TYPE_CHECKING:
         TrainerCallback,
     )
 
-_UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
+UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
+"""Metrics of a loss that are logged as sums over tokens instead, see `clamp_sums`."""
 
 
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
@@ -117,10 +118,10 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
     """Whether `loss` clamps log-ratios by `self.args.humanline_clamp`."""
 
     takes_options: ClassVar[tuple[str, ...]] = ()
-    """Which options of TRL's losses `loss` reads."""
+    """Which of `loss_fields` `loss` reads."""
 
-    trl_loss_fields: ClassVar[tuple[str, ...]] = ()
-    """The options of TRL's losses that the config brings along."""
+    loss_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields of the config that are options of some losses, so that not every loss reads them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -159,7 +160,7 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
 
     def _refuse_what_nobody_reads(self, args: Any) -> None:
         defaults = defaults_of(type(args))
-        unread = {name: f"the loss of {type(self).__name__} does not read it" for name in self.trl_loss_fields}
+        unread = {name: f"the loss of {type(self).__name__} does not read it" for name in self.loss_fields}
         unread = {name: why for name, why in unread.items() if name not in self.takes_options}
         if not self.needs_reference:
             unread |= {name: f"{type(self).__name__} compares with no reference" for name in REFERENCE_FIELDS}
@@ -272,7 +273,8 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
 
     def checked(self, output: Any, record: Any) -> LossOutput:
         """What `loss` returned for this record. Raises ValueError unless it is one loss for each row or pair."""
-        return check_output(output, len(record[0]))
+        advice = "Sum or average over the tokens of a row inside `loss`."
+        return check_output(output, (len(record[0]),), advice)
 
     def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
         """Hook: what is logged of a batch."""
@@ -306,7 +308,7 @@ class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
     def loss_sums(self, output: LossOutput) -> Sums:
         """Rewards and the method's own metrics."""
         # A micro-batch's unclamped fraction cannot be averaged; `clamp_sums` logs its parts instead.
-        return {name: sums for name, sums in loss_sums(output).items() if name not in _UNCLAMPED}
+        return {name: sums for name, sums in loss_sums(output).items() if name not in UNCLAMPED}
 
     def clamp_sums(self, tokens: TokenTable, reference_BT: torch.Tensor | None, is_chosen_B: torch.Tensor) -> Sums:
         """Under humanline: the unclamped fraction of all tokens, and of each side's."""

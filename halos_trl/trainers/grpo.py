@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from typing import TYPE_CHECKING, Any
-
-import torch
-from accelerate.logging import get_logger
-from datasets import Dataset
 
 from .. import losses
 from .._trl import Method
-from ..advantages import group_advantages
-from ..configs import GRPOConfig
-from ..data.checks import Rows
-from ..data.groups import GROUP
-from ..metrics import Sums, total
+from ..configs import GRPO_LOSS_FIELDS, GRPOConfig
 from ..records import GroupLogps, LossOutput
-from .loss import BatchTables
 from .scored import ScoredTrainer
-
-logger = get_logger(__name__)
 
 
 class GRPOTrainer(ScoredTrainer[GRPOConfig]):
@@ -38,6 +26,7 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
 
     config_class = GRPOConfig
     takes_humanline = True
+    takes_options = GRPO_LOSS_FIELDS
     method = Method(
         name="GRPO",
         title="DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
@@ -68,7 +57,7 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
 
     def loss(self, record: GroupLogps) -> LossOutput:
         """The per-token losses `(B, T)` of a micro-batch."""
-        return losses.grpo(
+        output = losses.grpo(
             record,
             epsilon=self.args.epsilon,
             beta=self.args.beta,
@@ -76,44 +65,8 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
             epsilon_high=self.args.epsilon_high,
             sequence_level=self.args.sequence_level,
         )
-
-    def record(self, tables: BatchTables) -> GroupLogps:
-        advantages_B = tables.of_rows(tables.batch["advantage"])
-        return GroupLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, advantages_B)
-
-    def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
-        names = {"kl": "kl", "weighted_advantage": "weighted_advantage", "clip_fraction": "clipfrac"}
-        mask_BT = tables.tokens.mask_BT
-        sums = self.token_means(output, names, mask_BT) | self.scored_sums(tables)
-        return sums | {"advantages/abs": total(tables.of_rows(tables.batch["advantage"]).abs(), mask_BT.any(-1))}
-
-    def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
-        super().check_arguments(args, model, ref_model)
-        self._scale_rewards = args.scale_rewards  # the data are prepared before the trainer has its `args`
-
-    def check_rows(self, dataset: Rows, name: str) -> Dataset:
-        dataset = super().check_rows(dataset, name)
-        return with_advantages(dataset, name, scale_by_std=self._scale_rewards)
+        logged = {"kl": "kl", "weighted_advantage": "weighted_advantage", "clip_fraction": "clipfrac"}
+        return output._replace(metrics={name: output.metrics[of_loss] for name, of_loss in logged.items()})
 
 
-def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Dataset:
-    """Add `advantage`, each score relative to its whole group, in whatever batches the group will be trained."""
-    if {"advantage", "completion_ids"} <= set(dataset.column_names):
-        return dataset  # prepared before, and passed to `evaluate`
-    if "advantage" in dataset.column_names:
-        logger.warning(f"The {name} dataset has a column `advantage`. It is replaced: advantages come from scores.")
-        dataset = dataset.remove_columns("advantage")
-    groups = list(dataset[GROUP])
-    sizes = Counter(groups)
-    alone = sum(size == 1 for size in sizes.values())
-    if alone:
-        logger.warning(
-            f"{alone} of {len(sizes)} prompts of the {name} dataset have a single completion. Its advantage is 0, so "
-            "it only takes part in the KL penalty. Score more completions of these prompts, or drop them."
-        )
-    scores_B = torch.tensor(dataset["score"], dtype=torch.float64)
-    advantages_B = group_advantages(scores_B, groups, scale_by_std=scale_by_std)
-    return dataset.add_column("advantage", advantages_B.tolist())
-
-
-__all__ = ["GRPOTrainer", "with_advantages"]
+__all__ = ["GRPOTrainer"]

@@ -25,7 +25,7 @@ class PairedPreferenceTrainer(AlignmentTrainer[ConfigT], PairedHost):
     """
 
     config_class = DPOConfig
-    trl_loss_fields = DPO_LOSS_FIELDS
+    loss_fields = DPO_LOSS_FIELDS
 
     def loss(self, record: PairedLogps) -> LossOutput:
         """The losses `(B,)` of a micro-batch and its rewards."""

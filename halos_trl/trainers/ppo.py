@@ -59,6 +59,7 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
 
     config_class = PPOConfig
     takes_humanline = True
+    loss_fields = ()
     method = Method(
         name="PPO",
         title="Proximal Policy Optimization Algorithms",
@@ -131,7 +132,7 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             self.score_rows = RewardModelScores(reward_model, tokenizer, args.reward_batch_size, args.packed)
 
     def check_rows(self, dataset: Rows, name: str) -> Dataset:
-        checked = super().check_rows(dataset, name)
+        checked = self.scored_rows(dataset, name)
         return drop_columns(checked, {"advantage"} & set(checked.column_names), name, "Rows")
 
     @property
@@ -198,15 +199,23 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
 
     # -- the update --------------------------------------------------------------------------------------------
 
-    def loss(self, record: PolicyStep) -> LossOutput:
+    def loss(self, record: PolicyStep) -> LossOutput:  # type: ignore[override]  # it has a record of its own
         """The per-token losses `(B, T)` of a micro-batch: policy, critic and KL penalty."""
-        return losses.ppo(
+        output = losses.ppo(
             record,
             cliprange=self.args.cliprange,
             critic_coef=self.args.critic_coef,
             kl_coef=self.args.kl_coef,
             humanline=self.args.humanline_clamp,
         )
+        logged = {
+            "policy_loss": "policy_loss",
+            "critic_loss": "critic_loss",
+            "kl": "policykl",
+            "clip_fraction": "clipfrac",
+            "values": "values_mean",
+        }
+        return output._replace(metrics={name: output.metrics[of_loss] for name, of_loss in logged.items()})
 
     def record(self, tables: BatchTables) -> PolicyStep:
         rollout = Rollout(*map(tables.of_rows, tables.prepared))
@@ -220,17 +229,10 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         )
 
     def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
-        names = {
-            "policy_loss": "policy_loss",
-            "critic_loss": "critic_loss",
-            "kl": "policykl",
-            "clip_fraction": "clipfrac",
-            "values": "values_mean",
-        }
         mask_BT = tables.tokens.mask_BT
         ratios_BT, _ = log_ratios(tables.tokens.logps_BT, tables.reference_BT, mask_BT, self.args.humanline_clamp)
         seqratio = total(finite_exp(ratios_BT.sum(-1)), mask_BT.any(-1))
-        return self.token_means(output, names, mask_BT) | self.scored_sums(tables) | {"seqratio": seqratio}
+        return super().metric_sums(output, tables) | {"seqratio": seqratio}
 
     def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
         super().refuse_non_finite(policy, reference_BT)

@@ -1,4 +1,4 @@
-"""What GRPO and PPO share: scored completions, batches of whole groups, and losses averaged over tokens."""
+"""Completions that carry a score: groups of them per prompt, and batches of whole groups."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from datasets import Dataset
 from transformers.trainer_utils import seed_worker
 
 from .._trl import CheckedCollator, ScoredHost
+from ..configs import GRPO_LOSS_FIELDS, GRPOConfig
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
-from ..data.groups import GROUP, ScoreRows, scored_rows
+from ..data.groups import GROUP, ScoreRows, scored_rows, with_advantages
 from ..humanline import log_ratios, unclamped_counts
 from ..metrics import Sums, total
-from ..records import LossOutput
+from ..records import GroupLogps, LossOutput, check_output
 from ..reference import Reference
-from .base import AlignmentTrainer, ConfigT
+from .base import UNCLAMPED, AlignmentTrainer, ConfigT
 from .loss import BatchTables
 
 logger = get_logger(__name__)
@@ -38,15 +39,33 @@ class PrecomputedTokens(Reference):
 
 
 class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
-    """Base of the methods on scored completions. Rows may have any form that `scored_rows` accepts."""
+    """Base of every method on rows of `prompt`, `completion` and `score`, in any form that `GRPOTrainer` takes.
 
+    A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and one
+    advantage for each completion, relative to all completions of its prompt, and returns a `LossOutput`, whose metrics
+    are logged under their names; everything else (loading, adapters, batching, saving) is there. The losses are
+    `(B, T)`; or `(B,)` in a class that says `averages_over = "rows"`. A method that compares with no reference says
+    `needs_reference = False`, and none is loaded. Extends `trl.KTOTrainer` and takes the same arguments; the config is
+    `GRPOConfig` or derives from it.
+    """
+
+    config_class = GRPOConfig
+    loss_fields: ClassVar[tuple[str, ...]] = GRPO_LOSS_FIELDS
     stores_token_logps = True
+
+    averages_over: ClassVar[str] = "tokens"
+    """What the losses of an optimizer step are averaged over: `"tokens"` where `loss` returns `(B, T)`, one loss for
+    each completion token; `"rows"` where it returns `(B,)`, one for each completion."""
 
     groups_stay_together: ClassVar[bool] = True
     """Whether the completions of a prompt have to meet in one optimizer step."""
 
     score_rows: ScoreRows | None = None
     """Scores rows that bring no score of their own."""
+
+    def loss(self, record: GroupLogps) -> LossOutput:
+        """The losses of a micro-batch, `(B, T)` or `(B,)` as `averages_over` says."""
+        raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
 
     def after_construction(self) -> None:
         self.data_collator: Any = ScoredCollator(CheckedCollator(self.data_collator))
@@ -56,6 +75,13 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         super().check_arguments(args, model, ref_model)
+        if self.averages_over not in ("tokens", "rows"):
+            raise ValueError(
+                f"`averages_over` of {type(self).__name__} is {self.averages_over!r}. Use 'tokens' for a `loss` that "
+                "returns `(B, T)`, or 'rows' for one that returns `(B,)`."
+            )
+        # The data are prepared before the trainer has its `args`. Not every method's advantages come from groups.
+        self._scale_rewards = getattr(args, "scale_rewards", True)
         if getattr(args.accelerator_config, "split_batches", False):
             raise ValueError(
                 "`accelerator_config={'split_batches': True}` makes `per_device_train_batch_size` the size for all "
@@ -65,8 +91,12 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
     # -- data --------------------------------------------------------------------------------------------------
 
-    def check_rows(self, dataset: Rows, name: str) -> Dataset:
+    def scored_rows(self, dataset: Rows, name: str) -> Dataset:
+        """One row per completion, with its score."""
         return scored_rows(dataset, name, self.score_rows, drop_invalid=self.drops_invalid_rows)
+
+    def check_rows(self, dataset: Rows, name: str) -> Dataset:
+        return with_advantages(self.scored_rows(dataset, name), name, scale_by_std=self._scale_rewards)
 
     @property
     def passes_per_batch(self) -> int:
@@ -108,34 +138,51 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
             non_blocking=self.accelerator.non_blocking,
         )
 
-    # -- one optimizer step is one batch of tokens -------------------------------------------------------------
+    # -- the loss of a batch -----------------------------------------------------------------------------------
 
     def batch_size(self, batch: dict[str, Any]) -> Any:
-        """The weight of a micro-batch in its step: the number of its completion tokens."""
-        return batch["completion_mask"][:, 1:].sum()
-
-    def checked(self, output: Any, record: Any) -> LossOutput:
-        return output
+        """The weight of a micro-batch in its step: the number of its completion tokens, or of its completions."""
+        mask_BT = batch["completion_mask"][:, 1:].bool()
+        return mask_BT.sum() if self.averages_over == "tokens" else mask_BT.any(-1).sum()
 
     def own_size(self, batch: dict[str, Any]) -> Any:
         return self.batch_size(self.without_repeats(batch))
 
-    # -- metrics -----------------------------------------------------------------------------------------------
+    def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        if self.averages_over == "tokens":
+            return super().own_rows(batch)
+        # A micro-batch that got no example holds a row without a completion, which has no loss.
+        return self.without_repeats(batch)["completion_mask"][:, 1:].any(-1).nonzero().flatten()
 
-    def token_means(self, output: LossOutput, names: dict[str, str], mask_BT: torch.Tensor) -> Sums:
-        """A loss's token means (logged name -> its name in `metrics`) as sums and counts."""
-        tokens = mask_BT.sum()
-        return {logged: (output.metrics[name].double() * tokens, tokens) for logged, name in names.items()}
+    def record(self, tables: BatchTables) -> Any:
+        advantages_B = tables.of_rows(tables.batch["advantage"])
+        return GroupLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, advantages_B)
 
-    def scored_sums(self, tables: BatchTables) -> Sums:
-        """What both methods log about a batch: the scores, the forward pass, the clamp."""
+    def checked(self, output: Any, record: Any) -> LossOutput:
+        by_token, shape = self.averages_over == "tokens", record[0].shape
+        other = "rows" if by_token else "tokens"
+        advice = (
+            f"`{type(self).__name__}.averages_over` is {self.averages_over!r}; for losses of shape "
+            f"{tuple(shape[:1] if by_token else shape)} set `averages_over = {other!r}` in the class."
+        )
+        return check_output(output, tuple(shape if by_token else shape[:1]), advice)
+
+    def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
+        """Scores and advantages, the forward pass, the clamp, and the loss's own metrics, which are means over what
+        the losses are averaged over.
+        """
         tokens, clamp = tables.tokens, self.args.humanline_clamp
-        sums = {"scores": total(tables.of_rows(tables.batch["score"]), tokens.mask_BT.any(-1))}
-        sums |= self.token_sums(tokens)
+        has_tokens_B = tokens.mask_BT.any(-1)
+        sums = {"scores": total(tables.of_rows(tables.batch["score"]), has_tokens_B)} | self.token_sums(tokens)
+        if "advantage" in tables.batch:
+            sums["advantages/abs"] = total(tables.of_rows(tables.batch["advantage"]).abs(), has_tokens_B)
         if clamp is not None:
             ratios_BT, _ = log_ratios(tokens.logps_BT, tables.reference_BT, tokens.mask_BT)
             sums["unclamped"] = unclamped_counts(ratios_BT, clamp)
-        return sums
+        count = tokens.mask_BT.sum() if self.averages_over == "tokens" else has_tokens_B.sum()
+        weighted = {name: mean.double().where(count > 0, 0.0) * count for name, mean in output.metrics.items()}
+        rewards = self.loss_sums(output._replace(metrics={}))
+        return sums | rewards | {name: (value, count) for name, value in weighted.items() if name not in UNCLAMPED}
 
     def count_tokens(self, batch: dict[str, Any]) -> None:
         # A micro-batch that got no example holds a few tokens without a completion.

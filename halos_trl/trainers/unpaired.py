@@ -32,7 +32,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     """
 
     config_class = KTOConfig
-    trl_loss_fields = KTO_LOSS_FIELDS
+    loss_fields = KTO_LOSS_FIELDS
     needs_kl: ClassVar[bool] = False
     """Whether `loss` reads `self.kl`, the KL estimate of the whole optimizer step in nats."""
 
