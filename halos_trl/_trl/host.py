@@ -21,10 +21,10 @@ from .arguments import check_optimizer_parameters, check_types
 from .construct import built_our_way, own_reference_adapter
 from .finite import FiniteUpdates
 from .fused_head import has_router_logits
+from .halos_order import HalosOrder
 from .loops import CleanLoops
 from .overridden import overridden
 from .precompute import StoresReference
-from .prepare import PreparesRows
 from .rows import noting_policy, refuse_without_special_tokens
 from .saving import SavesPolicy
 from .user_functions import ChecksUserFunctions
@@ -148,7 +148,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return self._prepare_inputs(batch)
 
 
-class TrainerHost(PreparesRows, StoresReference, SavesPolicy, NamedTrainer):
+class TrainerHost(HalosOrder, StoresReference, SavesPolicy, NamedTrainer):
     """What the package's trainers need from their TRL parent, under public names.
 
     Mixed in front of a TRL trainer class, which is named by `trl_class`.
@@ -183,6 +183,7 @@ class TrainerHost(PreparesRows, StoresReference, SavesPolicy, NamedTrainer):
         self.check_arguments(args, model, ref_model)
         refuse_without_special_tokens(processing_class, args)
         self._assistant_only = bool(getattr(args, "assistant_only_loss", False))
+        self._in_halos_order = args.batch_order == "halos"
         train_dataset = self._checked_before_trl(train_dataset, "train")
         eval_dataset = self._checked_before_trl(eval_dataset, "eval")
         self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}

@@ -69,20 +69,23 @@ class PreparesRows(SamplesByLength):
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = drop_foreign_columns(self.check_rows(dataset, dataset_name), dataset_name)
 
-        def row_tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
-            return RowTokenizer(
-                processing_class,
-                dataset_name,
-                self.sides,
-                assistant_only=self._assistant_only,
-                prompt_is_explicit=prompt_is_explicit,
-                max_length=args.max_length,
-                keep_end=self._keeps_end(args),
-                limits=token_limits(self, processing_class),
-                drop_invalid=self.drops_invalid_rows,
-            )
+        def tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
+            return self._row_tokenizer(processing_class, args, dataset_name, prompt_is_explicit)
 
-        return tokenized_rows(dataset, row_tokenizer, args)
+        return tokenized_rows(dataset, tokenizer, args)
+
+    def _row_tokenizer(self, processing_class: Any, args: Any, name: str, prompt_is_explicit: bool) -> RowTokenizer:
+        return RowTokenizer(
+            processing_class,
+            name,
+            self.sides,
+            assistant_only=self._assistant_only,
+            prompt_is_explicit=prompt_is_explicit,
+            max_length=args.max_length,
+            keep_end=self._keeps_end(args),
+            limits=token_limits(self, processing_class),
+            drop_invalid=self.drops_invalid_rows,
+        )
 
     @staticmethod
     def _keeps_end(args: Any) -> bool:

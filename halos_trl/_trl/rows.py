@@ -15,6 +15,7 @@ from trl import unpair_preference_dataset
 from trl.trainer.utils import global_then_local_main_first
 
 from ..data import tokens, turns
+from ..data.halos.rows import CUT_COMPLETION, CUT_PROMPT
 from ..data.row_texts import split_prompt
 from ..data.tokens import INVALID, NO_ROOM, NOTES, ROW_NUMBER, RowTokenizer, TokenLimits
 
@@ -89,6 +90,10 @@ def _texts(tokenizer: RowTokenizer) -> dict[str, str]:
         "trained on like the assistant's. Set `assistant_only_loss=True` to leave them out.",
         turns.CONTINUED: "have a prompt that ends in a turn of the assistant. The completion continues this turn.",
         tokens.DOUBLE_BOS: "begin with the BOS token, which the tokenizer also adds by itself. It stands there once.",
+        CUT_PROMPT: "have a prompt that is longer than `max_prompt_length` allows. As in HALOs, the first turn that "
+        "does not fit is cut at its end, and the turns after it are left out, the last question too.",
+        CUT_COMPLETION: f"have a completion that is cut as in HALOs, so that prompt and completion are within "
+        f"{limit}; the end of the turn is kept.",
         tokens.BOUNDARY: "have a prompt whose tokens are not the beginning of the tokens of prompt and completion, "
         "because tokens merge across the boundary or the chat template renders the prompt alone in another way. The "
         "completion begins where they part, so the end of the prompt counts as completion, and what the "

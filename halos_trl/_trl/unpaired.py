@@ -10,7 +10,9 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from trl import KTOTrainer as HostTrainer
 
+from ..data.halos.batches import HalosBatches, HalosPartners, HalosUnpairedBatches
 from .host import TrainerHost
+from .user_functions import CheckedCollator
 
 logger = get_logger(__name__)
 
@@ -44,7 +46,6 @@ class UnpairedHost(TrainerHost, HostTrainer):
 
     trl_class = HostTrainer
     sides = ("completion",)
-
     needs_kl: ClassVar[bool] = False
     estimates_kl: bool
     """Whether this run estimates a KL term; set before TRL's constructor, which prepares data, runs."""
@@ -56,6 +57,12 @@ class UnpairedHost(TrainerHost, HostTrainer):
             # Images travel with the prompts, so vision partners come from TRL's collator, inside a micro-batch.
             self.data_collator.calculate_kl = True
             self.data_collator: Any = _OtherPrompts(self.data_collator)
+        elif self._in_halos_order and self.estimates_kl:
+            self.data_collator = HalosPartners(
+                CheckedCollator(self.data_collator),
+                self._halos_tokenizer(self.processing_class, self.args, "train"),
+                pad_token_id=self.model.config.get_text_config().pad_token_id,
+            )
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         # The one loss type for which TRL prepares no KL partners.
@@ -64,8 +71,8 @@ class UnpairedHost(TrainerHost, HostTrainer):
 
     @property
     def has_fixed_partners(self) -> bool:
-        """Whether KL partners come with a batch: precomputed, or paired by TRL's vision collator."""
-        return bool(self.args.precompute_ref_log_probs or self._is_vision_dataset)
+        """Whether KL partners come with a batch: precomputed, paired by TRL's vision collator, or as in HALOs."""
+        return bool(self.args.precompute_ref_log_probs or self._is_vision_dataset or self._in_halos_order)
 
     def fixed_partners(
         self, dataset: Dataset, name: str, max_length: int | None, column: str = "completion_ids"
@@ -121,6 +128,22 @@ class UnpairedHost(TrainerHost, HostTrainer):
             return sums_B, None
         partners = {name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")}
         return sums_B, self.reference_table(model, partners).sum(-1)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._in_halos_order:  # whose KL partners are rendered with the prompts of other rows
+            texts = ("prompt", "completion", "tools", "chat_template_kwargs")
+            self._signature_columns += [column for column in texts if column not in self._signature_columns]
+
+    @property
+    def halos_batches(self) -> type[HalosBatches]:
+        """HALOs' loader of the method."""
+        return HalosUnpairedBatches
+
+    @property
+    def fewest_examples(self) -> int:
+        """Examples that a micro-batch of all processes needs: in HALOs a KL partner is one of them."""
+        return 2 if self.estimates_kl else 1
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         # transformers before 5.2 does not know `train_sampling_strategy`.

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import trl
 
+from .batch_order import BatchOrderConfig
 from .checks import check_sync, defaults_of, require, require_count, require_not_negative, require_positive
 from .shared import ASSISTANT_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
 from .unpaired import KTO_LOSS_FIELDS
@@ -15,13 +16,16 @@ GRPO_LOSS_FIELDS = ("epsilon", "epsilon_high", "sequence_level")
 
 
 @dataclass
-class _ScoredConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
+class _ScoredConfig(BatchOrderConfig, ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
     """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
 
     _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS
 
     assistant_only_loss: bool = field(
-        default=True, metadata={"help": f"{ASSISTANT_HELP} On, since the policy wrote no other token."}
+        default=True,
+        metadata={
+            "help": f"{ASSISTANT_HELP} On, since the policy wrote no other token; off with `batch_order=halos`."
+        },
     )
     train_sampling_strategy: str = field(
         default="random",
@@ -38,6 +42,8 @@ class _ScoredConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig
                 getattr(self, name) == defaults[name], name, getattr(self, name),
                 f"{type(self).__name__.removesuffix('Config')} has no such option.", "Leave it out.",
             )  # fmt: skip
+        if self.batch_order == "halos":
+            self.assistant_only_loss = False  # HALOs trains on every turn of a completion
         super().__post_init__()
         check_sync(self)
         known = ("random", "sequential")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import trl
 
+from .batch_order import BatchOrderConfig
 from .checks import check_sync, require, require_not_negative, require_positive
 from .shared import SYNC_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
 
@@ -13,7 +14,7 @@ KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
 
 
 @dataclass
-class KTOConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
+class KTOConfig(BatchOrderConfig, ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
     """`trl.KTOConfig` plus humanline, with shuffling on.
 
     The KL partners are taken from inside the optimizer step, so any order of training is fine:
@@ -34,6 +35,11 @@ class KTOConfig(ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, tr
         super().__post_init__()
         require_positive(self, "beta")
         check_sync(self)
+        require(
+            self.batch_order == "trl" or not self.precompute_ref_log_probs, "precompute_ref_log_probs", True,
+            "with `batch_order='halos'` the KL term pairs a prompt with other completions in each epoch.",
+            "Leave it out, or set `batch_order='trl'`.",
+        )  # fmt: skip
         for name in ("desirable_weight", "undesirable_weight"):
             require_not_negative(self, name, "a negative weight turns the loss around.")
         require(

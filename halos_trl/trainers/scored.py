@@ -17,6 +17,7 @@ from ..configs import GRPO_LOSS_FIELDS, GRPOConfig
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
 from ..data.groups import GROUP, ScoreRows, scored_rows, with_advantages
+from ..data.halos import HalosBatches, HalosGroupBatches, HalosUnpairedBatches
 from ..humanline import log_ratios, unclamped_counts
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput, check_output
@@ -103,9 +104,16 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         """How many optimizer steps in a row use one batch."""
         return 1
 
+    @property
+    def halos_batches(self) -> type[HalosBatches]:
+        """HALOs' loader of the method."""
+        return HalosGroupBatches if self.groups_stay_together else HalosUnpairedBatches
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Micro-batches of this process, from a sampler that already knows the processes."""
         args, data = self.args, self.train_dataset
+        if args.batch_order == "halos":
+            return super().get_train_dataloader()
         sampler = GroupBatchSampler(
             list(data[GROUP][:]) if self.groups_stay_together else range(len(data)),
             micro_batch_size=self.micro_batch_size,

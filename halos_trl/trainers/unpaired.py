@@ -62,7 +62,9 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     before each call of `loss`."""
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
-        """The KL estimate of the step, for each micro-batch."""
+        """The KL estimate of the step, for each micro-batch; in HALOs' order that of the micro-batch alone."""
+        if self.args.batch_order == "halos":
+            return [self.estimate_kl([batch]) for batch in batches]
         return [self.estimate_kl(batches)] * len(batches)
 
     def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:

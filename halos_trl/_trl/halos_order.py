@@ -1,0 +1,155 @@
+"""`batch_order="halos"`: a trainer's rows as HALOs loads them, in the batches that HALOs makes of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.logging import get_logger
+from datasets import Dataset
+from transformers.trainer_utils import seed_worker
+
+from ..data.checks import columns_of
+from ..data.halos.batches import HalosBatches, HalosPairedBatches
+from ..data.halos.rows import PROMPT, HalosRowTokenizer, in_flat_order, with_positions
+from ..data.tokens import RowTokenizer
+from .prepare import PreparesRows
+from .rows import token_limits
+from .user_functions import CheckedCollator
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer as _Mixin
+else:
+    _Mixin = object
+
+logger = get_logger(__name__)
+
+_LOADER_SETTINGS = (
+    "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order"
+)  # fmt: skip
+
+
+def loader_of_batches(trainer: Any, rows: Any, sampler: Any) -> torch.utils.data.DataLoader:
+    """A loader of batches that already are this process's: accelerate must not deal them once more."""
+    args = trainer.args
+    names = {name: f"dataloader_{name}" for name in _LOADER_SETTINGS if hasattr(args, f"dataloader_{name}")}
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
+        rows,
+        batch_sampler=sampler,
+        collate_fn=CheckedCollator(trainer.data_collator),
+        worker_init_fn=functools.partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        ),
+        **{name: getattr(args, setting) for name, setting in names.items()},
+    )
+    return prepare_data_loader(
+        loader,
+        trainer.accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        non_blocking=trainer.accelerator.non_blocking,
+    )
+
+
+class HalosOrder(PreparesRows):
+    """The data part of a trainer's host, with HALOs' batches where the config asks for them."""
+
+    @property
+    def halos_batches(self) -> type[HalosBatches]:
+        """HALOs' loader of the method."""
+        return HalosPairedBatches
+
+    _in_halos_order: bool = False
+    """Whether the config asks for HALOs' batches; set before TRL's constructor prepares data."""
+
+    @property
+    def fewest_examples(self) -> int:
+        """Examples that a micro-batch of all processes needs."""
+        return 1
+
+    @property
+    def passes_per_batch(self) -> int:
+        """How many optimizer steps in a row use one batch."""
+        return 1
+
+    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
+        dataset = super()._checked_before_trl(dataset, name)
+        if self._in_halos_order and isinstance(dataset, Dataset) and {"image", "images"} & columns_of(dataset, name):
+            raise ValueError(
+                f"The {name} dataset has images, which HALOs does not know. Set `batch_order='trl'`, or remove the "
+                "column."
+            )
+        return dataset
+
+    def _row_tokenizer(self, processing_class: Any, args: Any, name: str, prompt_is_explicit: bool) -> RowTokenizer:
+        if not self._in_halos_order:
+            return super()._row_tokenizer(processing_class, args, name, prompt_is_explicit)
+        return self._halos_tokenizer(processing_class, args, name)
+
+    def _halos_tokenizer(self, processing_class: Any, args: Any, name: str) -> HalosRowTokenizer:
+        return HalosRowTokenizer(
+            processing_class,
+            name,
+            self.sides,
+            max_length=args.max_length,
+            max_prompt_length=args.max_prompt_length,
+            limits=token_limits(self, processing_class),
+            drop_invalid=self.drops_invalid_rows,
+        )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if not self._in_halos_order:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The {dataset_name} dataset is a {type(dataset).__name__}, and `batch_order='halos'` orders all rows "
+                "before the first batch. Pass a map-style `datasets.Dataset` (do not stream), or set "
+                "`batch_order='trl'`."
+            )
+        prepared = super()._prepare_dataset(with_positions(dataset), processing_class, args, dataset_name)
+        return in_flat_order(prepared, dataset_name)
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Micro-batches of this process, in the order that the config asks for."""
+        if not self._in_halos_order:
+            return super().get_train_dataloader()
+        args, processes, data = self.args, self.accelerator.num_processes, self.train_dataset
+        size = self._train_batch_size
+        if size * processes < self.fewest_examples:
+            raise ValueError(
+                f"`per_device_train_batch_size={size}` on one process leaves no other completion for the KL term, "
+                "which `batch_order='halos'` takes from the same micro-batch. Set it to 2 or more, or use "
+                "`batch_order='trl'`."
+            )
+        sampler = self.halos_batches(
+            list(data[PROMPT]),
+            microbatch_size=size,
+            microbatches=args.gradient_accumulation_steps,
+            num_processes=processes,
+            process_index=self.accelerator.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            repeats=self.passes_per_batch,
+        )
+        self._report_left_out(sampler)
+        rows = self._remove_unused_columns(data, description="training") if args.remove_unused_columns else data
+        return loader_of_batches(self, rows, sampler)
+
+    def _report_left_out(self, sampler: HalosBatches) -> None:
+        step = sampler.microbatch_size * sampler.microbatches * sampler.num_processes
+        if not len(sampler):
+            raise ValueError(
+                f"The train dataset has {sampler.rows} rows, and `batch_order='halos'` drops what does not fill a "
+                f"batch (an optimizer step of all processes has {step} examples), so none is left. Lower "
+                "`per_device_train_batch_size` or `gradient_accumulation_steps`, or set `batch_order='trl'`."
+            )
+        if sampler.left_out:
+            logger.warning(
+                f"`batch_order='halos'` leaves {sampler.left_out} of {sampler.rows} rows out of every epoch, others "
+                "each time, because they do not fill a batch. `batch_order='trl'` uses all of them."
+            )
+
+
+__all__ = ["HalosOrder", "loader_of_batches"]

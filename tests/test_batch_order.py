@@ -1,0 +1,372 @@
+"""`batch_order="halos"`: the trainers' batches are HALOs' recorded ones, and a KTO step is HALOs' step."""
+
+import copy
+import json
+import types
+
+import datasets
+import pytest
+import torch
+from conftest import perturbed, unpaired_rows
+from test_halos_batching import FOLDER, RECORDED, feedback
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from halos_trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    SimPOConfig,
+    toy,
+)
+from halos_trl.data.halos import (
+    HalosGroupBatches,
+    HalosPairedBatches,
+    HalosTokenizer,
+    HalosUnpairedBatches,
+    load_prompts,
+)
+
+SAMPLERS = {"paired": HalosPairedBatches, "unpaired": HalosUnpairedBatches, "group": HalosGroupBatches}
+
+
+@pytest.fixture(scope="module")
+def halos_tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
+
+
+def flat_list(run):
+    """The rows of a run in file order, each as a batch names it, with its prompt."""
+    for prompt in load_prompts(feedback(run["data"])):
+        if run["loader"] == "paired":
+            yield from ({"prompt": prompt.key, "chosen": i, "rejected": j} for i, j in prompt.pairs)
+            continue
+        judged = [(i, s) for pair in prompt.pairs for i, s in zip(pair, ("chosen", "rejected"), strict=True)]
+        judged = judged or [(i, "chosen" if good else "rejected") for i, good in enumerate(prompt.desirable)]
+        for i, status in judged:
+            yield {"prompt": prompt.key, "completion": i, "status": status, "score": prompt.scores[i]}
+
+
+PLAIN = [
+    run
+    for run in RECORDED["batching"]
+    if run["n_epochs"] and not run["n_examples"] and not run["num_skip"] and not run["max_prompt_count"]
+    and run["frac_unique_desirable"] is None and not run["data"].startswith("noscore")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", PLAIN, ids=lambda run: "-".join(str(v) for v in list(run.values())[:6]))
+def test_samplers_give_the_recorded_batches(run):
+    rows, processes = list(flat_list(run)), run["num_processes"]
+    expected, made = run["processes"], []
+    for process in range(processes):
+        sampler = SAMPLERS[run["loader"]](
+            [row["prompt"] for row in rows],
+            microbatch_size=run["microbatch_size"],
+            microbatches=run["global_batch_size"] // (run["microbatch_size"] * processes),
+            num_processes=processes,
+            process_index=process,
+            seed=run["seed"],
+        )
+        epochs = []
+        for epoch in range(run["n_epochs"]):
+            sampler.set_epoch(epoch)
+            epochs.append([[rows[i] for i in batch] for batch in sampler])
+            assert len(epochs[-1]) == len(sampler)
+        made.append(epochs)
+    firsts = run.get("microbatches_in_first_epoch") or [len(batches) for batches in expected]
+    fewest = min(firsts)  # HALOs leaves processes with different numbers of them, which would wait for ever
+    for process, batches in enumerate(expected):
+        bare = [[{k: v for k, v in row.items() if k != "kl_completion"} for row in batch] for batch in batches]
+        epochs = [bare[: firsts[process]], bare[firsts[process] :]][: run["n_epochs"]]
+        assert made[process] == [batches[:fewest] for batches in epochs]
+    used = sum(len(batch) for epochs in made for batch in epochs[0])
+    assert sampler.left_out == len(rows) - used
+
+
+def test_a_step_of_ppo_is_repeated_as_a_whole():
+    made = list(HalosUnpairedBatches(range(14), microbatch_size=2, microbatches=3, repeats=2))
+    assert len(made) == 12  # two steps of three, twice; the seventh micro-batch is left out
+    assert made[:3] == made[3:6] != made[6:9] == made[9:12]
+
+
+# -- a training run ------------------------------------------------------------------------------------------------
+
+
+def feedback_rows(name="binary_feedback"):
+    """The training rows of a recorded file, in the file's order."""
+    items = [i for i in json.loads(feedback(name).read_text()) if i.get("split", "train") == "train"]
+    if name == "binary_feedback":
+        rows = [{"prompt": i["prompt"], "completion": i["output"], "label": bool(i["label"])} for i in items]
+    else:
+        sides = ("output_B", "output_A")
+        rows = [
+            {"prompt": i["prompt"], "chosen": i[sides[i["label"]]], "rejected": i[sides[1 - i["label"]]]}
+            for i in items
+        ]
+    return datasets.Dataset.from_list(rows)
+
+
+def recorded_run(**wanted):
+    return next(run for run in RECORDED["batching"] if wanted.items() <= run.items())
+
+
+def sequence(tokenizer, prompt, completion):
+    """Token ids, and the number of those of the prompt; nothing is cut."""
+    ids = tokenizer.apply_chat_template(prompt + completion, return_dict=False)
+    return ids, len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
+
+
+def log_prob(model, ids, start):
+    logps = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    return sum(logps[i - 1, ids[i]] for i in range(start, len(ids)))
+
+
+def halos_kto_loss(policy, reference, tokenizer, prompts, batch, beta=0.1, weights=(1.0, 1.0)):
+    """HALOs' loss of a recorded micro-batch, the mean of 1 - sigmoid(+-beta (log-ratio - KL)); and its KL."""
+
+    def log_ratio(prompt, completion):
+        ids, start = sequence(tokenizer, prompt, completion)
+        with torch.no_grad():
+            stays = log_prob(reference, ids, start)
+        return log_prob(policy, ids, start) - stays
+
+    with torch.no_grad():
+        mismatched = [
+            log_ratio(prompts[row["prompt"]].prompt, prompts[key].generations[i])
+            for row in batch
+            for key, i in [row["kl_completion"]]
+        ]
+        kl = (sum(mismatched) / max(sum(float(x != 0) for x in mismatched), 1)).clamp(min=0)
+    losses = []
+    for row in batch:
+        ratio = log_ratio(prompts[row["prompt"]].prompt, prompts[row["prompt"]].generations[row["completion"]])
+        sign, weight = (1, weights[0]) if row["status"] == "chosen" else (-1, weights[1])
+        losses.append(weight * (1 - torch.sigmoid(sign * beta * (ratio - kl))))
+    return sum(losses) / len(losses), kl
+
+
+def float64_model(tokenizer, seed=0):
+    """A tiny GPT-2, whose layers compute in float64 throughout; Llama's norms and positions do not."""
+    torch.manual_seed(seed)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256, "vocab_size": len(tokenizer)}
+    config = GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, pad_token_id=tokenizer.pad_token_id)
+    return GPT2LMHeadModel(config).double()
+
+
+def give_float64_head(model):
+    """In place of TRL's fused head, which rounds log-probs to float32."""
+
+    def forward(*args, fused_lm_head=False, labels=None, shift_labels=None, **kwargs):
+        logits = type(model).forward(model, *args, **kwargs).logits
+        if shift_labels is None:
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        wanted = shift_labels != -100
+        logps = logits.log_softmax(-1).gather(-1, shift_labels.clamp(min=0)[..., None])[..., 0].where(wanted, 0.0)
+        return types.SimpleNamespace(**dict.fromkeys(UNUSED), log_probs=logps)
+
+    model.forward = forward
+
+
+UNUSED = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "aux_loss")
+
+
+@pytest.mark.parametrize("packed", ["on", "off"])
+def test_kto_steps_are_those_of_halos(packed, halos_tokenizer, make_config):
+    """Losses, KL terms and weights in float64 over two epochs of a recorded run, HALOs' worked out by hand."""
+    run = recorded_run(loader="unpaired", data="binary_feedback", num_processes=1, microbatch_size=4)
+    start = float64_model(halos_tokenizer)
+    reference = perturbed(start, 0.1)
+    seen = []
+
+    class Recording(KTOTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            seen.append((loss.item(), self.kl.item()))
+            return loss
+
+    steps = 9  # an epoch has 7
+    config = make_config(
+        KTOConfig, batch_order="halos", per_device_train_batch_size=4, max_steps=steps, seed=run["seed"],
+        packed=packed, learning_rate=1.0, max_grad_norm=0, max_length=None, desirable_weight=1.2,
+        undesirable_weight=0.7,
+    )  # fmt: skip
+    trainer = Recording(
+        copy.deepcopy(start), copy.deepcopy(reference), config,
+        train_dataset=feedback_rows(), processing_class=copy.deepcopy(halos_tokenizer),
+    )  # fmt: skip
+    for model in (trainer.model, trainer.ref_model):
+        give_float64_head(model)
+    trainer.train()
+
+    policy = copy.deepcopy(start)
+    prompts = {prompt.key: prompt for prompt in load_prompts(feedback("binary_feedback"))}
+    for batch, (loss, kl) in zip(run["processes"][0][:steps], seen, strict=True):
+        expected, expected_kl = halos_kto_loss(policy, reference, halos_tokenizer, prompts, batch, weights=(1.2, 0.7))
+        assert loss == pytest.approx(expected.item(), rel=1e-11)
+        assert kl == pytest.approx(expected_kl.item(), rel=1e-11)
+        policy.zero_grad()
+        expected.backward()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter -= parameter.grad
+    assert len({kl for _, kl in seen}) > 5  # where all were clamped to 0, they would say nothing
+    for ours, theirs in zip(trainer.model.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+class Collected:
+    """A collator that keeps the rows it gets."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, rows):
+        self.batches.append(rows)
+        return {"label": torch.zeros(len(rows))}
+
+
+def said_by(row, *columns):
+    return [row[column][0]["content"] for column in columns]
+
+
+TRAINERS = {
+    "paired": (DPOTrainer, DPOConfig, "paired", "pairwise_feedback"),
+    "unpaired": (KTOTrainer, KTOConfig, "unpaired", "binary_feedback"),
+    "unpaired-from-pairs": (KTOTrainer, KTOConfig, "unpaired", "pairwise_feedback"),
+    "group": (GRPOTrainer, GRPOConfig, "group", "binary_feedback"),
+    "group-from-pairs": (GRPOTrainer, GRPOConfig, "group", "pairwise_feedback"),
+    "ppo": (PPOTrainer, PPOConfig, "unpaired", "binary_feedback"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_read_the_recorded_batches(name, halos_tokenizer, make_config):
+    """Rows in file order become the batches that HALOs made of the file, in both epochs where there are two."""
+    trainer_class, config_class, loader, data = TRAINERS[name]
+    run = recorded_run(loader=loader, data=data, num_processes=1, microbatch_size=3)
+    config = make_config(
+        config_class, batch_order="halos", per_device_train_batch_size=3, seed=run["seed"], remove_unused_columns=False
+    )
+    trainer = trainer_class(
+        toy.tiny_model(halos_tokenizer),
+        args=config,
+        train_dataset=feedback_rows(data),
+        processing_class=halos_tokenizer,
+    )
+    trainer.data_collator = collected = Collected()
+    dataloader = trainer.get_train_dataloader()
+    for epoch in range(run["n_epochs"]):
+        dataloader.set_epoch(epoch)
+        assert len(list(dataloader)) == len(dataloader)
+    generations = {p["key"]: p["generations"] for p in RECORDED["loaded"][data]["train"]}
+    prompts = {p.key: said_by({"prompt": p.prompt}, "prompt")[0] for p in load_prompts(feedback(data))}
+    sides = ("chosen", "rejected") if loader == "paired" else ("completion",)
+    assert [[said_by(row, "prompt", *sides) for row in batch] for batch in collected.batches] == [
+        [[prompts[row["prompt"]], *(generations[row["prompt"]][row[side]] for side in sides)] for row in batch]
+        for batch in run["processes"][0]
+    ]
+    if loader == "unpaired":
+        assert [[bool(row["label"]) for row in batch] for batch in collected.batches] == [
+            [row["status"] == "chosen" for row in batch] for batch in run["processes"][0]
+        ]
+
+
+# -- truncation ----------------------------------------------------------------------------------------------------
+
+
+def test_kl_sequences_are_cut_with_their_own_prompt(halos_tokenizer, make_config):
+    """What is charged to prompt i leaves less or more room for completion i+1 than for completion i."""
+    budgets = {"max_prompt_length": 24, "max_length": 50}
+    config = make_config(KTOConfig, batch_order="halos", per_device_train_batch_size=4, **budgets)
+    trainer = KTOTrainer(
+        toy.tiny_model(halos_tokenizer), args=config, train_dataset=feedback_rows(), processing_class=halos_tokenizer
+    )
+    rows = [trainer.train_dataset[i] for i in range(4, 8)]
+    batch = trainer.data_collator(rows)
+    render, cut = HalosTokenizer(halos_tokenizer, **budgets), 0
+    for i, row in enumerate(rows):
+        for completion, prefix in ((row["completion"], ""), (rows[(i + 1) % 4]["completion"], "KL_")):
+            made = render(row["prompt"], completion)
+            cut += made.completion_was_cut
+            attended = batch[f"{prefix}attention_mask"][i].bool()
+            assert batch[f"{prefix}input_ids"][i][attended].tolist() == made.combined_input_ids
+            trained = batch[f"{prefix}completion_mask"][i][attended].tolist()
+            assert trained == [int(label != -100) for label in made.labels]
+    assert cut == 2
+
+
+def test_what_was_cut_is_counted(halos_tokenizer, make_config, said):
+    config = make_config(DPOConfig, batch_order="halos", max_prompt_length=24, max_length=50)
+    DPOTrainer(
+        toy.tiny_model(halos_tokenizer), args=config, train_dataset=feedback_rows("pairwise_feedback"),
+        processing_class=halos_tokenizer,
+    )  # fmt: skip
+    assert "of 21 rows of the train dataset (the first is row 0) have a completion that is cut as in HALOs" in said()
+    assert "have a prompt that is longer than `max_prompt_length` allows" in said()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config_class", "settings", "message"),
+    [
+        (KTOConfig, {"batch_order": "HALOs"}, "`batch_order='HALOs'` cannot work: there is no such choice"),
+        (DPOConfig, {"batch_order": "trl", "max_prompt_length": 64}, "`max_prompt_length=64` cannot work: rows keep"),
+        (KTOConfig, {"max_prompt_length": 0}, "`max_prompt_length=0` cannot work: it counts tokens"),
+        (KTOConfig, {"max_prompt_length": 64, "max_length": 64}, "`max_length=64` counts the completion too"),
+        (KTOConfig, {"train_sampling_strategy": "sequential"}, "`train_sampling_strategy='sequential'` cannot work"),
+        (GRPOConfig, {"train_sampling_strategy": "sequential"}, "`train_sampling_strategy='sequential'` cannot work"),
+        (DPOConfig, {"dataloader_drop_last": True}, "`dataloader_drop_last=True` cannot work"),
+        (DPOConfig, {"auto_find_batch_size": True}, "`auto_find_batch_size=True` cannot work"),
+        (SimPOConfig, {"assistant_only_loss": True}, "`assistant_only_loss=True` cannot work"),
+        (KTOConfig, {"precompute_ref_log_probs": True}, "`precompute_ref_log_probs=True` cannot work"),
+        (PPOConfig, {"accelerator_config": {"split_batches": True}}, "`accelerator_config.split_batches=True` cannot"),
+    ],
+)  # fmt: skip
+def test_settings_without_a_meaning_in_halos_order_are_refused(config_class, settings, message, make_config):
+    with pytest.raises(ValueError, match=message):
+        make_config(config_class, **{"batch_order": "halos"} | settings)
+
+
+def stream(rows):
+    return rows.to_iterable_dataset()
+
+
+def as_text(rows):
+    return rows.map(lambda row: {"prompt": row["prompt"][0]["content"], "completion": "ba"})
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        (stream, {}, "The train dataset is a IterableDataset"),
+        (as_text, {}, "Row 0 of the train dataset has text as `prompt`"),
+        (None, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, "on one process leaves no other"),
+        (None, {"per_device_train_batch_size": 16}, "has 12 rows, and `batch_order='halos'` drops what does not fill"),
+        (None, {"max_length": 2, "max_prompt_length": 1}, "Row 0 of the train dataset has no room for its completion"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_ordered_are_refused(change, settings, message, tokenizer, model, make_config):
+    rows = unpaired_rows(12)
+    config = make_config(KTOConfig, **{"batch_order": "halos", "per_device_train_batch_size": 4} | settings)
+    with pytest.raises(ValueError, match=message):
+        KTOTrainer(
+            model, args=config, train_dataset=change(rows) if change else rows, processing_class=tokenizer
+        ).train()
+
+
+def test_evaluation_and_a_row_that_is_left_out(tokenizer, model, make_config, said):
+    config = make_config(KTOConfig, batch_order="halos", per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    rows = unpaired_rows(14)
+    trainer = KTOTrainer(
+        model, args=config, train_dataset=rows, eval_dataset=unpaired_rows(6, seed=1), processing_class=tokenizer
+    )
+    trainer.train()
+    assert "leaves 2 of 14 rows out of every epoch" in said()
+    assert trainer.evaluate()["eval_loss"] > 0
