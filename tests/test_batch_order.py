@@ -175,8 +175,12 @@ def give_float64_head(model):
 UNUSED = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "aux_loss")
 
 
-@pytest.mark.parametrize("packed", ["on", "off"])
-def test_kto_steps_are_those_of_halos(packed, halos_tokenizer, make_config):
+STEPS = [[0], [1], [2], [3], [4], [5], [6], [7], [8]], [[0, 1], [2, 3], [4, 5], [6], [7, 8]]
+"""The micro-batches of each optimizer step, alone and two together; an epoch has 7."""
+
+
+@pytest.mark.parametrize(("packed", "steps"), zip(["off", "on"], STEPS, strict=True), ids=["padded", "accumulated"])
+def test_kto_steps_are_those_of_halos(packed, steps, halos_tokenizer, make_config):
     """Losses, KL terms and weights in float64 over two epochs of a recorded run, HALOs' worked out by hand."""
     run = recorded_run(loader="unpaired", data="binary_feedback", num_processes=1, microbatch_size=4)
     start = float64_model(halos_tokenizer)
@@ -189,11 +193,10 @@ def test_kto_steps_are_those_of_halos(packed, halos_tokenizer, make_config):
             seen.append((loss.item(), self.kl.item()))
             return loss
 
-    steps = 9  # an epoch has 7
     config = make_config(
-        KTOConfig, batch_order="halos", per_device_train_batch_size=4, max_steps=steps, seed=run["seed"],
+        KTOConfig, batch_order="halos", per_device_train_batch_size=4, max_steps=len(steps), seed=run["seed"],
         packed=packed, learning_rate=1.0, max_grad_norm=0, max_length=None, desirable_weight=1.2,
-        undesirable_weight=0.7,
+        undesirable_weight=0.7, gradient_accumulation_steps=len(steps[0]),
     )  # fmt: skip
     trainer = Recording(
         copy.deepcopy(start), copy.deepcopy(reference), config,
@@ -205,15 +208,18 @@ def test_kto_steps_are_those_of_halos(packed, halos_tokenizer, make_config):
 
     policy = copy.deepcopy(start)
     prompts = {prompt.key: prompt for prompt in load_prompts(feedback("binary_feedback"))}
-    for batch, (loss, kl) in zip(run["processes"][0][:steps], seen, strict=True):
-        expected, expected_kl = halos_kto_loss(policy, reference, halos_tokenizer, prompts, batch, weights=(1.2, 0.7))
-        assert loss == pytest.approx(expected.item(), rel=1e-11)
-        assert kl == pytest.approx(expected_kl.item(), rel=1e-11)
+    for step in steps:
         policy.zero_grad()
-        expected.backward()
+        for i in step:
+            loss, kl = halos_kto_loss(
+                policy, reference, halos_tokenizer, prompts, run["processes"][0][i], weights=(1.2, 0.7)
+            )
+            assert seen[i] == pytest.approx((loss.item(), kl.item()), rel=1e-11)
+            (loss / len(step)).backward()
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter -= parameter.grad
+    assert len(seen) == 9
     assert len({kl for _, kl in seen}) > 5  # where all were clamped to 0, they would say nothing
     for ours, theirs in zip(trainer.model.parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
