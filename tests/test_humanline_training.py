@@ -31,7 +31,7 @@ from halos_trl import (
 from halos_trl._trl import score_tokens
 from halos_trl.reference import REFERENCE_FILE, AdapterOff, FrozenAdapter, FrozenCopy
 from halos_trl.sharded import parameters_by_name
-from halos_trl.trainers.paired import _pairs
+from halos_trl.trainers.loss import BatchTables
 
 METHODS = PAIRED | {"kto": (KTOTrainer, KTOConfig)}
 SCORED = {"grpo": (GRPOTrainer, GRPOConfig), "ppo": (PPOTrainer, PPOConfig)}
@@ -358,7 +358,7 @@ def test_loss_of_a_batch_is_the_clamped_loss_function(make, model, method):
         loss = trainer.compute_loss(trainer.model, batch)
         expected, unbounded = (losses.kto(record, kl=trainer.kl, beta=0.1, humanline=h) for h in (clamp, None))
     else:
-        record = _pairs(tokens, reference_BT)
+        record = trainer.record(BatchTables(batch, tokens, reference_BT))
         loss = trainer.compute_loss(trainer.model, batch)
         expected, unbounded = (getattr(losses, method)(record, humanline=h) for h in (clamp, None))
     assert loss.item() == pytest.approx(expected.losses.mean().item(), abs=1e-6)
