@@ -7,10 +7,12 @@ import torch
 from conftest import perturbed
 from peft import LoraConfig
 from test_humanline_training import METHODS, SCORED, first_batch, rows_for
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halos_trl._trl import score_tokens
-from halos_trl._trl.fused_head import add_copyable_head
+from halos_trl._trl.fused_head import TILE, add_copyable_head
+from halos_trl.forward.packing import give_packing
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -127,3 +129,37 @@ def test_granite_hybrid_trains_with_and_without_experts(build, tokenizer, expert
     trainer = build("dpo", mixture("granitemoehybrid", **sizes), max_steps=2)
     trainer.train()
     assert ("aux_loss" in trainer.state.log_history[0]) == (experts > 0)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is computed."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        sizes = [x.numel() for x in (result if isinstance(result, list | tuple) else [result]) if torch.is_tensor(x)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_logits_of_all_tokens_never_exist_at_once(mode):
+    sizes = SIZES | {"vocab_size": 40_000, "hidden_size": 16}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+    ids = torch.randint(3, 40_000, (4, 80))
+    mask = (torch.arange(80) >= 20).long().expand(4, 80).clone()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+    expected = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]
+    expected.sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    add_copyable_head(model)
+    give_packing([model], mode)
+    with _Largest() as largest:
+        logps_BT = score_tokens(model, batch).logps_BT
+        logps_BT.sum().backward()
+    torch.testing.assert_close(logps_BT, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert int(mask.sum()) * 40_000 > 2 * TILE >= 2 * largest.elements > 0

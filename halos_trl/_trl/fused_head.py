@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import is_peft_model
 from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor
+from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
 from .overridden import overridden
@@ -22,8 +25,8 @@ def add_copyable_head(model: Any, *args: Any, **kwargs: Any) -> None:
 
     Its forward calls the model's former one through a closure, so a deep copy would run the original's weights; here
     the former one is found through the model itself. A `PeftModel` gets the head on its base model. Numbers of experts
-    are read from the model where the config has them under another name, and a head under `trainable_token_indices`
-    has a bias.
+    are read from the model where the config has them under another name, a head under `trainable_token_indices` has a
+    bias, and on a CPU the logits are computed in tiles that its caches hold.
     """
     if is_peft_model(model):
         model = model.get_base_model()
@@ -39,10 +42,48 @@ def add_copyable_head(model: Any, *args: Any, **kwargs: Any) -> None:
             return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         if not has_router_logits(self):
             kwargs["output_router_logits"] = False
-        with _head_with_bias(self.get_output_embeddings()), _expert_counts(self):
+        with _head_with_bias(self.get_output_embeddings()), _expert_counts(self), _small_tiles():
             return fused(self, *args, fused_lm_head=True, **kwargs)
 
     model.forward = types.MethodType(forward, model)
+
+
+TILE = 4 * 2**20
+"""Logits of a tile on a CPU. TRL's hold 4096 tokens and 32768 entries of the vocabulary, a gigabyte with copies."""
+
+
+def tokens_per_tile(width: int) -> int:
+    """Rows of a tile of `width` logits each."""
+    return max(64, TILE // width)
+
+
+@contextlib.contextmanager
+def _small_tiles() -> Iterator[None]:
+    function = utils._ChunkedLogProbFunction
+    # TRL before 1.16 has no tiles on a CPU; see `compat`.
+    tiled = _in_small_tiles(function) if isinstance(function, type) else function
+    with overridden(utils, _ChunkedLogProbFunction=tiled):
+        yield
+
+
+@functools.cache
+def _in_small_tiles(function: Any) -> Any:
+    module = sys.modules[function.__module__]
+
+    class SmallTiles(function):
+        @staticmethod
+        def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> Any:
+            tokens = tokens_per_tile(min(len(weight), utils._CHUNKED_LOGPROB_CHUNK_SIZE))
+            ctx.tile = {"TOKEN_CHUNK_SIZE": tokens} if hidden.device.type == "cpu" else {}
+            with overridden(module, **ctx.tile):
+                return function.forward(ctx, hidden, weight, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            with overridden(module, **ctx.tile):
+                return function.backward(ctx, *gradients)
+
+    return SmallTiles
 
 
 def has_router_logits(model: Any) -> bool:
