@@ -2,37 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ._trl import helpers
-from .configs import (
-    BradleyTerryConfig,
-    CDPOConfig,
-    DPOConfig,
-    GRPOConfig,
-    IPOConfig,
-    KTOConfig,
-    PPOConfig,
-    SimPOConfig,
-    SLiCConfig,
-)
-from .data.feedback import load_feedback
-from .humanline import Humanline
-from .patching import TRLPatch, patch_trl
-from .trainers import (
-    BradleyTerryTrainer,
-    CDPOTrainer,
-    DPOTrainer,
-    GRPOTrainer,
-    IPOTrainer,
-    KTOTrainer,
-    PairedPreferenceTrainer,
-    PPOTrainer,
-    ScoredTrainer,
-    SimPOTrainer,
-    SLiCTrainer,
-    UnpairedPreferenceTrainer,
-    load_reward_model,
-)
-
 if TYPE_CHECKING:
     from ._trl.helpers import (
         DatasetMixtureConfig,
@@ -55,14 +24,40 @@ if TYPE_CHECKING:
         maybe_unpair_preference_dataset,
         unpair_preference_dataset,
     )
+    from .configs import (
+        BradleyTerryConfig,
+        CDPOConfig,
+        DPOConfig,
+        GRPOConfig,
+        IPOConfig,
+        KTOConfig,
+        PPOConfig,
+        SimPOConfig,
+        SLiCConfig,
+    )
+    from .data.feedback import load_feedback
+    from .humanline import Humanline
+    from .patching import TRLPatch, patch_trl
+    from .trainers import (
+        BradleyTerryTrainer,
+        CDPOTrainer,
+        DPOTrainer,
+        GRPOTrainer,
+        IPOTrainer,
+        KTOTrainer,
+        PairedPreferenceTrainer,
+        PPOTrainer,
+        ScoredTrainer,
+        SimPOTrainer,
+        SLiCTrainer,
+        UnpairedPreferenceTrainer,
+        load_reward_model,
+    )
+
+    RewardTrainer = BradleyTerryTrainer
+    RewardConfig = BradleyTerryConfig
 
 __version__ = "0.1.0"
-
-RewardTrainer = BradleyTerryTrainer
-"""TRL's name of it."""
-
-RewardConfig = BradleyTerryConfig
-"""TRL's name of it."""
 
 __all__ = [
     "BradleyTerryConfig",
@@ -115,9 +110,32 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees one
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    _NAMES_OF_TRL = {"RewardTrainer": "BradleyTerryTrainer", "RewardConfig": "BradleyTerryConfig"}
+    _ELSEWHERE = {
+        "Humanline": ".humanline",
+        "TRLPatch": ".patching",
+        "load_feedback": ".data.feedback",
+        "patch_trl": ".patching",
+    }
 
     def __getattr__(name: str) -> Any:
-        """The helpers that TRL's scripts import beside trainer and config: TRL's own, fetched when first asked for."""
-        if name in helpers.__all__:
-            return getattr(helpers, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        """A public name or a module, imported when first asked for: trainers take seconds to import, and the help of
+        the command needs none.
+        """
+        if name in __all__:
+            value = _public(_NAMES_OF_TRL.get(name, name))
+        elif not name.startswith("__") and find_spec(f"{__name__}.{name}"):
+            value = import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def _public(name: str) -> Any:
+        if name in _ELSEWHERE:
+            return getattr(import_module(_ELSEWHERE[name], __name__), name)
+        homes = (import_module(home, __name__) for home in (".configs", ".trainers", "._trl.helpers"))
+        return next(getattr(home, name) for home in homes if name in home.__all__)

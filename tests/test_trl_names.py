@@ -120,10 +120,9 @@ def test_patching_twice_and_undoing_in_either_order():
     assert held() == before
 
 
-def test_what_somebody_else_has_put_there_since_is_left_alone(said, monkeypatch):
+def test_what_somebody_else_has_put_there_since_is_left_alone(said):
     handle = halos_trl.patch_trl()
-    other = type("Other", (), {})
-    monkeypatch.setattr(trl, "KTOTrainer", other)
+    trl.KTOTrainer = other = type("Other", (), {})
     handle.undo()
     assert trl.KTOTrainer is other and trl.DPOTrainer is not halos_trl.DPOTrainer
     assert "`trl.KTOTrainer` is neither this package's nor TRL's class" in said()

@@ -1,7 +1,20 @@
-"""What the example scripts share: flags, data, the run itself, and the embedded default task."""
+"""What the example scripts share: flags, data, the run itself, and the embedded default task; and the command."""
 
-from .data import eval_split, load_data
-from .flags import TOY_DEFAULTS, HalosScriptArguments, parse
-from .training import run, save_and_push
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import eval_split, load_data
+    from .flags import TOY_DEFAULTS, HalosScriptArguments, parse
+    from .training import run, save_and_push
 
 __all__ = ["TOY_DEFAULTS", "HalosScriptArguments", "eval_split", "load_data", "parse", "run", "save_and_push"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Imported when first asked for: the help of the command needs none of it."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        homes = (import_module(home, __name__) for home in (".flags", ".data", ".training"))
+        return next(getattr(home, name) for home in homes if hasattr(home, name))
