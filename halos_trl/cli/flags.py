@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 from accelerate import PartialState
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 from .. import toy
 from ..data.feedback.plan import Purpose
 from ..data.feedback.prompts import Duplicates
-from ..spelling import did_you_mean
 from ..trainers.checkpoints import last_complete_checkpoint, problem_of
+from .arguments import refuse_unknown, split_off_config
 from .data import check_splits, dataset_names, is_path, load_data
 
 _USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
@@ -119,7 +118,7 @@ def parse(
     """
     dataclass_types: Any = (HalosScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
     parser: Any = TrlParser(dataclass_types, usage=_USAGE, description=_DESCRIPTION)
-    argv, config = _split_off_config(sys.argv[1:] if argv is None else argv)
+    argv, config = split_off_config(sys.argv[1:] if argv is None else argv)
     embedded = _names_nothing(parser, argv, config)
     if embedded:
         parser.set_defaults_with_config(**(TOY_DEFAULTS | (toy_defaults or {})))
@@ -147,52 +146,24 @@ def parse(
     return script_args, training_args, model_args, data
 
 
-def _split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command line with the config file in the one form that `TrlParser` reads, and the file's settings."""
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="--config FILE.yaml")
-    config_parser.add_argument("--config")
-    known, flags = config_parser.parse_known_args(argv)
-    if known.config is None:
-        return flags, {}
-    try:
-        settings = yaml.safe_load(Path(known.config).read_text("utf-8"))
-    except OSError as error:
-        raise ValueError(f"`--config {known.config}` cannot be opened: {error.strerror}. Check the path.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = "it is no text in UTF-8" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
-        # Neither the parser's message nor its context: both quote the file, which may be one of keys given by mistake.
-        raise ValueError(f"`--config {known.config}` cannot be read as YAML: {where}.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"`--config {known.config}` holds {type(settings).__name__}, not settings by name. Write one "
-            "`name: value` on each line, e.g. `learning_rate: 1.0e-6`."
-        )
-    return ["--config", known.config, *flags], settings
-
-
 def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dict[str, Any]) -> bool:
     """Whether neither a model nor a dataset is named. Refuses unknown names, and one of the two without the other."""
-    flags = argv[2:] if argv[:1] == ["--config"] else argv
-    # argparse itself, so that `--help`, abbreviations and `--flag=value` mean here what they mean in the real parse.
-    namespace, unknown = parser.parse_known_args(flags)
-    known = vars(namespace)
-    if unknown:
-        raise ValueError(f"Unknown argument `{unknown[0]}`.{did_you_mean(unknown[0], known, '--')}")
-    foreign = sorted(map(str, config.keys() - known.keys() - {"env"}))
-    if foreign:
-        names = ", ".join(f"`{name}`" for name in foreign)
-        raise ValueError(f"The config file sets {names}, unknown to this script.{did_you_mean(foreign[0], known)}")
+    known = refuse_unknown(parser, argv, config)
     has_model, *has_data = (
         bool(known[name] or config.get(name)) for name in ("model_name_or_path", "dataset_name", "datasets")
     )
-    if has_model != any(has_data):
+    refuse_half_named(has_model, any(has_data))
+    return not has_model
+
+
+def refuse_half_named(has_model: bool, has_data: bool) -> None:
+    """Raise ValueError for a model without data, and data without a model."""
+    if has_model != has_data:
         named, missing = ("a model", "dataset_name") if has_model else ("a dataset", "model_name_or_path")
         raise ValueError(
             f"The flags name {named} but not `--{missing}`. Pass it too (a hub id or a local path), or neither of the "
             "two to run on the embedded default task."
         )
-    return not has_model
 
 
 def _refuse_what_cannot_work(

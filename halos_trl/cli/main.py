@@ -1,0 +1,59 @@
+"""The command `halos-trl`: which subcommand, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {
+    "sample": "write completions of a model for the prompts of a dataset",
+}
+"""Each is the module of its name in this folder, with `main(argv)`."""
+
+HELP = """\
+usage: halos-trl COMMAND [--config FILE.yaml] [--flag value ...]
+
+The HALOs loop: sample from a model, label the samples, train on the feedback.
+
+{commands}
+
+`halos-trl COMMAND --help` lists the flags of a command; `--config FILE.yaml` sets them by name. Without a model and a
+dataset, a command runs on the embedded task, which needs no network."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0, or 2 for what the user can mend, which is said in one line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    command, *rest = words
+    if command == "--version":
+        from .. import __version__
+
+        print(f"halos_trl {__version__}")
+        return 0
+    if command not in COMMANDS:
+        from ..spelling import did_you_mean
+
+        print(f"halos-trl: `{command}` is no command.{did_you_mean(command, COMMANDS)}\n", file=sys.stderr)
+        print(help_text(), file=sys.stderr)
+        return 2
+    try:
+        import_module(f".{command}", __package__).main(rest)
+    except ValueError as error:
+        if getattr(error, "keep_traceback", False):
+            raise
+        print(f"halos-trl {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def help_text() -> str:
+    """One screen."""
+    return HELP.format(commands="\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""`halos-trl sample`: completions of a model for the prompts of a dataset, in HALOs' sample format."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+from trl import DatasetMixtureConfig, ScriptArguments
+
+from .. import toy
+from ..data.prompts import unique_prompts
+from ..sampling import Completion, Sampler, SamplingSettings, TransformersSampler, VLLMSampler, load_sampler, samples
+from .arguments import read_arguments
+from .data import load_data
+from .flags import refuse_half_named
+from .output import OutputFile, fingerprint
+
+EMBEDDED_PROMPTS = 1000
+
+
+@dataclass
+class SampleArguments:
+    """Write completions of a model for the different prompts of a dataset, as JSON Lines in HALOs' sample format.
+
+    A killed run goes on where it stopped when it is started again with the same flags, and gives the same file.
+    """
+
+    output: str = field(default="samples.jsonl", metadata={"help": "File to write."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Model or adapter: hub id or folder. None, and no dataset: the embedded task."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local file or folder with prompts."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts of."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Prompts to sample for. None: all."})
+    num_skip: int = field(default=0, metadata={"help": "Prompts to leave out at the start."})
+    num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    temperature: float = field(
+        default=0.7, metadata={"help": "Divides the logits; 0 takes the most likely token at each step."}
+    )
+    top_p: float = field(default=0.95, metadata={"help": "Probability of the tokens that are drawn from; 1: all."})
+    max_tokens: int = field(default=2048, metadata={"help": "Tokens of a completion, at most."})
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt; a longer one is an error. None: no limit."}
+    )
+    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
+    seed: int = field(default=0, metadata={"help": "Decides the draws."})
+    logprobs: bool = field(
+        default=False, metadata={"help": "Also write the log-prob of each token under the model, in nats."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Completions that are generated together."})
+    engine: Literal["auto", "vllm", "transformers"] = field(
+        default="auto", metadata={"help": "`auto`: vLLM where it is installed, else transformers."}
+    )
+    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model, with vLLM."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: `auto`, `float32`, `bfloat16`, ..."})
+    alpaca_eval: bool = field(
+        default=False,
+        metadata={"help": "Write `instruction` (the first turn) in place of `prompt`, as AlpacaEval reads it."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand."""
+    arguments = read_arguments(SampleArguments, argv, "sample")
+    settings = settings_of(arguments)
+    refuse_half_named(arguments.model_name_or_path is not None, arguments.dataset_name is not None)
+    prompts = prompts_of(arguments)
+    write_samples(arguments, settings, prompts)
+
+
+def settings_of(arguments: SampleArguments) -> SamplingSettings:
+    """What decides the draws."""
+    return SamplingSettings(
+        n=arguments.num_samples_per_prompt,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        max_tokens=arguments.max_tokens,
+        max_prompt_length=arguments.max_prompt_length,
+        stop=tuple(arguments.stop),
+        seed=arguments.seed,
+        logprobs=arguments.logprobs,
+        batch_size=arguments.batch_size,
+    )
+
+
+def prompts_of(arguments: SampleArguments) -> list[dict[str, Any]]:
+    """The different prompts of the dataset with the other columns of their rows, and `prompt_id`."""
+    if arguments.dataset_name is None:
+        count = (arguments.num_prompts or EMBEDDED_PROMPTS) + arguments.num_skip
+        rows = [{"prompt": [{"role": "user", "content": text}]} for text in toy.make_prompts(count, 0, "feedback")]
+    else:
+        names = ScriptArguments(dataset_name=arguments.dataset_name, dataset_config=arguments.dataset_config)
+        splits = load_data(names, DatasetMixtureConfig())
+        if arguments.dataset_split not in splits:
+            raise ValueError(
+                f"The dataset has splits {sorted(splits)}, not {arguments.dataset_split!r}. Name one with "
+                "`--dataset_split`."
+            )
+        rows = unique_prompts(splits[arguments.dataset_split], f"`{arguments.dataset_name}`")
+    end = None if arguments.num_prompts is None else arguments.num_skip + arguments.num_prompts
+    chosen = [{**row, "prompt_id": number} for number, row in enumerate(rows)][arguments.num_skip : end]
+    if not chosen:
+        raise ValueError(
+            f"`--num_skip {arguments.num_skip}` leaves none of the {len(rows)} prompts of "
+            f"`{arguments.dataset_name}`. Skip fewer."
+        )
+    return chosen
+
+
+def write_samples(
+    arguments: SampleArguments,
+    settings: SamplingSettings,
+    prompts: list[dict[str, Any]],
+    sampler: Sampler | None = None,
+) -> None:
+    """Write the samples of all prompts to `arguments.output`, going on where an earlier run stopped."""
+    n = settings.n
+    with OutputFile(arguments.output, _decisive(arguments, prompts), overwrite=arguments.overwrite) as output:
+        if output.resumed:
+            print(f"{arguments.output}: going on after {output.count} samples")
+        skip, part = divmod(output.count, n)
+        if skip < len(prompts):
+            sampler = sampler or _sampler(arguments, settings)
+        bar = tqdm(total=len(prompts), initial=skip, desc="sampling", unit="prompt")
+        for row, completions in zip(prompts[skip:], samples(sampler, prompts, skip) if sampler else (), strict=True):
+            output.write(*itertools.islice(items(row, completions, arguments), part, None))
+            part = 0
+            bar.update()
+        bar.close()
+    print(f"{arguments.output}: {n * len(prompts)} samples of {len(prompts)} prompts")
+
+
+def items(
+    row: dict[str, Any], completions: Sequence[Completion], arguments: SampleArguments
+) -> Iterator[dict[str, Any]]:
+    """The samples of a prompt in HALOs' format, and what HALOs does not write: tokens, log-probs, other columns."""
+    prompt = row["prompt"]
+    asked = {"prompt": prompt}
+    if arguments.alpaca_eval:
+        asked = {"instruction": prompt if isinstance(prompt, str) else prompt[0]["content"]}
+    dataset = Path(arguments.dataset_name).stem if arguments.dataset_name else "embedded"
+    for sample_id, completion in enumerate(completions):
+        yield {
+            **{name: value for name, value in row.items() if name not in ("prompt", "prompt_id")},
+            **asked,
+            "output": completion.text,
+            "generator": arguments.model_name_or_path or "embedded",
+            "dataset": f"{dataset}_{arguments.dataset_split}",
+            "split": arguments.dataset_split,
+            "prompt_id": row["prompt_id"],
+            "sample_id": sample_id,
+            "type": "sample",
+            "finish_reason": completion.finish_reason,
+            "token_ids": completion.token_ids,
+            **({"logprobs": completion.logprobs} if completion.logprobs is not None else {}),
+        }
+
+
+def _decisive(arguments: SampleArguments, prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings that the file's content depends on."""
+    free = ("output", "overwrite", "tensor_parallel_size", "dataset_config")
+    named = {name: value for name, value in vars(arguments).items() if name not in free}
+    return named | {"engine": _engine(arguments), "prompts": fingerprint(prompts)}
+
+
+def _engine(arguments: SampleArguments) -> str:
+    if arguments.engine != "auto":
+        return arguments.engine
+    return "vllm" if find_spec("vllm") and arguments.model_name_or_path else "transformers"
+
+
+def _sampler(arguments: SampleArguments, settings: SamplingSettings) -> Sampler:
+    name = arguments.model_name_or_path or toy.load_model_path()
+    if _engine(arguments) == "transformers":
+        model, tokenizer = load_sampler(name, dtype=arguments.dtype)
+        return TransformersSampler(model, tokenizer, settings)
+    if not find_spec("vllm"):
+        raise ValueError("`--engine vllm` needs vLLM, which is not installed: `pip install vllm`.")
+    return VLLMSampler(name, settings, tensor_parallel_size=arguments.tensor_parallel_size, dtype=arguments.dtype)

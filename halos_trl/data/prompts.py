@@ -1,0 +1,64 @@
+"""The different prompts of a dataset, to sample completions for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from trl import extract_prompt
+
+Row = dict[str, Any]
+
+_ANSWERS = {
+    *("completion", "completions", "label", "score", "scores", "chosen", "rejected", "messages", "output", "type"),
+    *("prompt_id", "sample_id", "generator", "dataset", "split", "token_ids", "logprobs", "finish_reason"),
+    *("row_number", "instruction", "reward"),
+}
+"""Columns about completions that exist already, or whose names the samples use."""
+
+
+def unique_prompts(rows: Iterable[Row], name: str = "data") -> list[Row]:
+    """A row for each different prompt, in the order of first appearance: `prompt`, and what else the row says.
+
+    The prompt is the column `prompt`; or `instruction`, as AlpacaEval's data have it; or `messages` up to the
+    assistant's last turn; or what `chosen` and `rejected` have in common. Columns about completions (`chosen`,
+    `label`, `score`, ...) are left out; the others are kept, for functions that judge the samples.
+
+    Raises ValueError, naming the row, where there is none of these columns, and where a prompt is empty.
+    """
+    found: dict[str, Row] = {}
+    for index, row in enumerate(rows):
+        prompt = _prompt_of(row)
+        if not prompt:
+            raise ValueError(
+                f"Row {index} of {name} has {'an empty prompt' if prompt is not None else 'no prompt'} (its columns: "
+                f"{sorted(row)}). Samples need a column `prompt` (a text or a list of turns), `instruction`, "
+                "`messages`, or `chosen` and `rejected`."
+            )
+        kept = {key: value for key, value in row.items() if key not in _ANSWERS and value is not None}
+        found.setdefault(json.dumps(prompt, sort_keys=True), {**kept, "prompt": prompt})
+    return list(found.values())
+
+
+def _prompt_of(row: Row) -> Any:
+    if row.get("prompt") is not None:
+        return _turns(row["prompt"])
+    if row.get("instruction") is not None:
+        return [{"role": "user", "content": row["instruction"]}]
+    if row.get("messages"):
+        turns = _turns(row["messages"])
+        return turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    if row.get("chosen") and row.get("rejected"):
+        return _turns(extract_prompt({"chosen": row["chosen"], "rejected": row["rejected"]})["prompt"])
+    return None
+
+
+def _turns(prompt: Any) -> Any:
+    """Turns without the keys that `datasets` fills with None where other rows have them."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{key: value for key, value in turn.items() if value is not None} for turn in prompt]
+
+
+__all__ = ["unique_prompts"]
