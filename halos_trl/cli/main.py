@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
 
 COMMANDS = {
     "sample": "write completions of a model for the prompts of a dataset",
@@ -30,9 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, *rest = words
     if command == "--version":
-        from .. import __version__
-
-        print(f"halos_trl {__version__}")
+        print(f"halos_trl {version('halos_trl')}")
         return 0
     if command not in COMMANDS:
         from ..spelling import did_you_mean
