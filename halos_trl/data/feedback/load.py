@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.utils import tqdm
 
 from ..labelling import PairMode
 from .files import open_file, read_items
@@ -21,6 +27,7 @@ from .selection import Selection, check_selection, select_rows
 CONTROL_TOKENS = ("<|good|>", "<|bad|>")
 """HALOs' control tokens for conditional SFT: before desirable and undesirable completions."""
 
+_BATCH = 1000  # rows
 _LAYOUT = 1  # of the rows; part of the name under which `datasets` keeps them
 
 
@@ -74,13 +81,11 @@ def load_feedback(
     plan = select_rows(plan, index, selection, for_)
     features = _features(index, plan, for_)
     tokens = control_tokens if for_ == "csft" else None
-    return Dataset.from_generator(
-        _rows,
-        features=features,
-        gen_kwargs={"index": index, "plan": plan, "columns": tuple(features), "control_tokens": tokens},
-        fingerprint=_fingerprint(index, plan, features, tokens),
-        cache_dir=None if cache_dir is None else str(cache_dir),
-    )
+    name = f"{_fingerprint(index, plan, features, tokens)}.arrow"
+    path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "halos_trl" / name
+    if not path.exists():
+        _write(path, _rows(index, plan, tuple(features), tokens), len(plan), features)
+    return Dataset.from_file(str(path))
 
 
 def is_feedback_file(path: str | Path) -> bool:
@@ -178,6 +183,20 @@ def _values(first: Judged, found: list[Completion], scores: Sequence[float], lab
         "scores": known,
         "sample_ids": [completion.sample_id for completion in found],
     }
+
+
+def _write(path: Path, rows: Iterator[dict[str, Any]], count: int, features: Features) -> None:
+    """Write rows to an Arrow file, which is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / "rows"
+        writer = ArrowWriter(features=features, path=str(part))
+        with tqdm(total=count, unit=" rows", desc="Writing rows") as bar:
+            while batch := list(itertools.islice(rows, _BATCH)):
+                writer.write_table(pa.Table.from_pylist(batch, schema=features.arrow_schema))
+                bar.update(len(batch))
+        writer.finalize()
+        part.replace(path)
 
 
 def _with_control_token(completion: Text, token: str) -> Text:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import math
 from array import array
@@ -20,7 +19,7 @@ import numpy as np
 from datasets.utils import tqdm
 
 from .files import Item, Object, item_at, open_file, read_items
-from .formats import Format, Judged, format_of, judged
+from .formats import Format, Judged, Text, format_of, judged
 
 logger = logging.getLogger(__name__)
 
@@ -77,20 +76,21 @@ class FeedbackIndex:
         """Add what an item says."""
         number = len(self.item_file)
         key = _digest(found.prompt, 16)
+        digests = [_number(completion.text) for completion in found.completions]
         self.item_file.append(file)
         self.item_index.append(item.index)
         self.item_offset.append(item.offset)
         self.item_size.append(item.size)
         self.item_prompt.append(self._prompts.setdefault(key, len(self._prompts)))
-        self.item_digest.append(_number(item.value))
+        self.item_digest.append(_number(repr((key, digests, found.pairs, [c[1:] for c in found.completions]))))
         self.item_completions.append(len(self.completion_item))
         self.item_pairs.append(len(self.better))
         self.item_has_pairs.append(bool(found.pairs or found.ties))
         first = len(self.completion_item)
-        for slot, completion in enumerate(found.completions):
+        for slot, (completion, digest) in enumerate(zip(found.completions, digests, strict=True)):
             self.completion_item.append(number)
             self.completion_slot.append(slot)
-            self.completion_digest.append(_number(completion.text))
+            self.completion_digest.append(digest)
             self.score.append(math.nan if completion.score is None else completion.score)
             self.label.append(-1 if completion.label is None else completion.label)
         for better, worse in found.pairs:
@@ -275,12 +275,21 @@ def _drop_duplicates(index: FeedbackIndex, is_error: bool) -> None:
         logger.warning(f"Dropped {len(index.dropped)} of {len(index)} items that repeat an earlier one in all fields.")
 
 
-def _digest(value: Any, size: int) -> bytes:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=size).digest()
+def _digest(text: Text, size: int) -> bytes:
+    """Of a text, or of the roles and contents (and whatever else is set) of a conversation."""
+    if not isinstance(text, str):
+        text = "".join(map(_turn, text))
+    return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
-def _number(value: Any) -> int:
-    return int.from_bytes(_digest(value, 8), "little", signed=True)
+def _turn(turn: dict[str, Any]) -> str:
+    """Lengths say where a field ends, so that different turns have different texts."""
+    fields = sorted(key for key in turn if turn[key] is not None)
+    return "".join([f"{len(fields)}:", *(f"{key}:{len(turn[key])}:{turn[key]}" for key in fields)])
+
+
+def _number(text: Text) -> int:
+    return int.from_bytes(_digest(text, 8), "little", signed=True)
 
 
 __all__ = ["Duplicates", "Entry", "FeedbackIndex", "Prompt", "index_feedback"]
