@@ -13,6 +13,7 @@ from .. import model_card
 from ..data.feedback import feedback_splits, is_feedback_file, load_feedback
 from ..data.feedback.plan import Purpose
 from ..data.feedback.prompts import Duplicates
+from ..data.named import NAMED, load_named
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -24,7 +25,8 @@ def load_data(
     *,
     evaluates: bool = False,
 ) -> datasets.DatasetDict:
-    """Splits of a hub dataset, a local file, a folder of such, a `save_to_disk` folder, or a TRL mixture.
+    """Splits of a hub dataset, a dataset of `halos_trl.data.named`, a local file, a folder of such, a `save_to_disk`
+    folder, or a TRL mixture.
 
     `for_`: which rows become of a file in one of HALOs' formats, which is recognized by its content; None leaves it as
     it is. `evaluates`: of such a file, read the test split too.
@@ -36,6 +38,8 @@ def load_data(
     _check_local(path, name, script_args)
     if for_ is not None and is_feedback_file(path):
         return _feedback(script_args, for_, evaluates)
+    if for_ is not None and not path.exists() and name in NAMED:
+        return _named(script_args, for_, evaluates)
     try:
         if path.is_file():
             return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), streaming=streaming)
@@ -68,6 +72,21 @@ def _feedback(script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> A
         splits.append(test)
     duplicates: Duplicates = getattr(script_args, "dataset_duplicates", "error")
     data = datasets.DatasetDict({split: load_feedback(name, for_, split, duplicates=duplicates) for split in splits})
+    return _streamed(data) if script_args.dataset_streaming else data
+
+
+def _named(script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:
+    """The splits of a dataset that has a name of its own here."""
+    name = str(script_args.dataset_name)
+    if script_args.dataset_config:
+        raise ValueError(
+            f"`--dataset_config` chooses a part of a hub dataset, and {name!r} stands for {NAMED[name].hub_id} with "
+            "the parts of each row chosen. Leave it out, or name the hub id."
+        )
+    splits = [script_args.dataset_train_split]
+    if evaluates and script_args.dataset_test_split in NAMED[name].splits:
+        splits.append(script_args.dataset_test_split)
+    data = datasets.DatasetDict({split: load_named(name, for_, split) for split in splits})
     return _streamed(data) if script_args.dataset_streaming else data
 
 
