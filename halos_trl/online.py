@@ -25,13 +25,12 @@ from accelerate.utils import DistributedType
 from ._trl import OnlineHost, is_peft_model, refuse_unfit_adapters
 from .configs import HumanlineConfig
 from .humanline import clamp, log_ratios, unclamped_counts
-from .reference import FrozenAdapter, FrozenCopy, Reference, ReferenceSync
-from .trainers.checkpoints import ResumableTrainer, begin_checkpoint
-from .trainers.saved_reference import (
+from .reference import FrozenAdapter, FrozenCopy, Reference, ReferenceSync, restore_reference, write_reference
+from .trainers.checkpoints import (
+    ResumableTrainer,
+    begin_checkpoint,
     lasting_settings,
     refuse_other_settings,
-    restore_reference,
-    write_reference,
     write_settings,
 )
 

@@ -376,7 +376,7 @@ def read_by_trainers(method):
     own = ("base", "paired", "dpo") if method == "dpo" else ("base", "unpaired", "kto")
     files += [
         *package.glob("_trl/*.py"),
-        package / "reference.py",
+        *package.glob("reference/*.py"),
         *(package / "trainers" / f"{name}.py" for name in own),
     ]
     text = "\n".join(path.read_text() for path in files)

@@ -43,7 +43,7 @@ def add_reference_adapter(peft_model: PeftModel) -> None:
     if edits_base_weights(config):
         config.init_lora_weights = True  # what it starts from is overwritten; the base must not be edited twice
     if getattr(config, "bias", "none") != "none":
-        config.bias = "none"  # those are the base model's, of which there is one; `reference.py` keeps their values
+        config.bias = "none"  # those are the base model's, of which there is one; `AdapterOff` keeps their values
     with _flags_kept(peft_model):
         type(peft_model).add_adapter(peft_model, REFERENCE_ADAPTER, config)
 

@@ -228,7 +228,7 @@ class TrainerHost(HalosOrder, StoresReference, SavesPolicy, NamedTrainer):
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         """Config values that TRL must not see while it builds the trainer."""
-        # Its callback refuses adapters and is lost on resume; `reference.py` does the same work without either.
+        # Its callback refuses adapters and is lost on resume; `ReferenceSync` does the same work without either.
         return {"sync_ref_model": False}
 
     # -- one forward -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A moving reference in checkpoints, and what a resumed run must have in common with the run that wrote them."""
+"""A moving reference in checkpoints."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..reference import REFERENCE_FILE, Reference, ReferenceSync, gathered, load_reference, save_reference
+from ..sharded import assign_whole, shape_of, whole
+from .sources import Reference
+from .sync import ReferenceSync
+
+REFERENCE_FILE = "reference.safetensors"
+"""A moving reference lies under this name in every checkpoint."""
 
 _MOVED = "halos_trl.moved_reference"
 """Stands in the trainer state of a checkpoint that holds a moved reference."""
-
-_SETTINGS = "halos_trl.settings"
-"""Under this name the trainer state of a checkpoint holds the settings that have to stay."""
 
 
 def write_reference(reference: Reference, model: Any, state: TrainerState, folder: str, *, keep: bool) -> None:
@@ -66,33 +70,59 @@ def _refuse_another_runs(folder: str, state: TrainerState) -> None:
         )
 
 
-# -- settings ------------------------------------------------------------------------------------------------------
+# -- the file ------------------------------------------------------------------------------------------------------
 
 
-def lasting_settings(args: Any) -> dict[str, Any]:
-    """The settings of humanline and of the moving reference that a resumed run has to share. Periods may change."""
-    settings = {"humanline": args.humanline, "sync_ref_model": args.sync_ref_model}
-    if args.humanline:
-        settings |= {"log_epsilon_p": args.log_epsilon_p, "log_epsilon_r": args.log_epsilon_r}
-    return settings
+def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU, where they are kept. Every process has to call this, since each may hold a shard."""
+    kept = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if keep:
+            kept[name] = value.cpu()
+    return kept
 
 
-def write_settings(settings: dict[str, Any], state: TrainerState) -> None:
-    """Note the settings in the trainer state, which goes into each checkpoint."""
-    state.stateful_callbacks[_SETTINGS] = {"args": settings, "attributes": {}}
+def save_reference(
+    tensors: dict[str, torch.Tensor], checkpoint_dir: str, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a moved reference into a checkpoint folder, whole or not at all."""
+    folder = Path(checkpoint_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{REFERENCE_FILE}.partial"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
+    partial.replace(folder / REFERENCE_FILE)
 
 
-def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
-    """Refuse to resume with settings other than those of the checkpoint. Raises ValueError that names them."""
-    before = _args_of(_state_of(folder), _SETTINGS)
-    changed = [name for name in before | settings if before.get(name) != settings.get(name)]
-    if before and changed:
-        said = ", ".join(f"`{n}={before.get(n)!r}` has become {settings.get(n)!r}" for n in changed)
+def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
+    """Restore a moved reference in place. Raises ValueError when the file is missing, damaged or of another model."""
+    path = Path(checkpoint_dir) / REFERENCE_FILE
+    consequence = "Training cannot resume exactly without it, and would silently restart from another reference."
+    if not path.is_file():
         raise ValueError(
-            f"{folder} was written with other settings: {said}. A resumed run would be neither the one nor the other. "
-            "Resume with the settings of the checkpoint, or pass the folder as `model` to start a new run from its "
-            "weights."
+            f"{path} is missing: this run moves its reference (`humanline` or `sync_ref_model`), and so must have the "
+            f"run that wrote the checkpoint. {consequence} Resume from another checkpoint, or train with the settings "
+            "that the checkpoint was written with."
         )
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it is probably truncated. {consequence} Resume from an "
+            "earlier checkpoint."
+        ) from error
+    differing = sorted(set(stored) ^ set(tensors)) or sorted(
+        name
+        for name, tensor in tensors.items()
+        if (stored[name].shape, stored[name].dtype) != (shape_of(tensor), tensor.dtype)
+    )
+    if differing:
+        raise ValueError(
+            f"{path} holds another model's reference: {differing[0]!r} and {len(differing) - 1} more tensors do not "
+            "match. Resume with the model and adapter configuration that the checkpoint was written with."
+        )
+    for name, tensor in tensors.items():
+        assign_whole(tensor, stored[name])
 
 
 def _state_of(folder: str) -> TrainerState:
@@ -103,4 +133,11 @@ def _args_of(state: TrainerState, name: str) -> dict[str, Any]:
     return (state.stateful_callbacks.get(name) or {}).get("args", {})
 
 
-__all__ = ["lasting_settings", "refuse_other_settings", "restore_reference", "write_reference", "write_settings"]
+__all__ = [
+    "REFERENCE_FILE",
+    "gathered",
+    "load_reference",
+    "restore_reference",
+    "save_reference",
+    "write_reference",
+]

@@ -1,32 +1,15 @@
-"""Where reference log-probs come from, and how the reference follows the policy.
-
-One object per source, all answering `log_probs(batch)`; those that can move also answer `sync(policy)`:
-
-===================  ==================================================  =====
-class                the reference is                                    moves
-===================  ==================================================  =====
-`FrozenCopy`         a second model: a copy of the policy or `ref_model`  yes
-`AdapterOff`         the policy with its adapter switched off            no
-`FrozenAdapter`      a second adapter on the policy's base model         yes
-`PrecomputedColumn`  sums stored with the dataset                        no
-`NoReference`        absent (SimPO, SLiC)                                no
-===================  ==================================================  =====
-"""
+"""References that are computed: a second model, or the policy read through another adapter or none."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
-from ._trl import (
+from .._trl import (
     POLICY_ADAPTER,
     REFERENCE_ADAPTER,
     add_reference_adapter,
@@ -34,12 +17,9 @@ from ._trl import (
     restored_by_switch,
     score_tokens,
 )
-from .forward.packing import without_dropout
-from .sharded import assign_whole, collected, own_shard, parameters_by_name, reshard, shape_of, whole
-from .value_head import NAME as VALUE_HEAD
-
-REFERENCE_FILE = "reference.safetensors"
-"""A moving reference lies under this name in every checkpoint."""
+from ..forward.packing import without_dropout
+from ..sharded import collected, own_shard, parameters_by_name, reshard
+from ..value_head import NAME as VALUE_HEAD
 
 ForwardContext = Callable[[], AbstractContextManager[None]]
 
@@ -85,27 +65,6 @@ class NoReference(Reference):
 
     def log_probs(self, batch: dict[str, Any]) -> None:  # type: ignore[override]
         return None
-
-
-class PrecomputedColumn(Reference):
-    """Log-probs that TRL summed over each completion and stored with the dataset.
-
-    Only the sum is known. It is spread evenly over the completion, so every loss that reads sums is exact and none
-    may read single tokens; humanline, which does, is refused together with `precompute_ref_log_probs`.
-    """
-
-    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
-        if "ref_chosen_logps" in batch:
-            sums_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
-        else:
-            sums_B = batch["ref_logps"]
-        return spread_evenly(sums_B, batch["completion_mask"][:, 1:])
-
-
-def spread_evenly(sums_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """`(B, T)` tables with these row sums, the same number at each completion token of a row."""
-    mask_BT = mask_BT.to(sums_B.dtype)
-    return mask_BT * (sums_B / mask_BT.sum(-1).clamp(min=1))[:, None]
 
 
 class FrozenCopy(Reference):
@@ -263,96 +222,4 @@ def _move(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix:
             torch._foreach_add_(own, [s.to(t.dtype) for s, t in zip(theirs, own, strict=True)], alpha=mix)
 
 
-# -- following the policy ------------------------------------------------------------------------------------------
-
-
-class ReferenceSync(TrainerCallback):
-    """Moves the reference.
-
-    Humanline (arXiv:2509.24207): reference := policy as it is *before* the optimizer step, every `every` steps.
-    TR-DPO (arXiv:2404.09656, `sync_ref_model`): after the step, mixed with weight `mix`.
-    """
-
-    def __init__(
-        self, reference: Reference, *, every: int, mix: float = 1.0, before_step: bool, steps_in_backward: bool = False
-    ):
-        self.reference = reference
-        self.every = every
-        self.mix = mix
-        self.before_step = before_step
-        # DeepSpeed's engine updates the weights inside `backward`, before anybody is told.
-        self.steps_in_backward = steps_in_backward
-
-    def syncs_until(self, step: int) -> int:
-        """How often the reference has moved once `step` optimizer steps are done."""
-        return step // self.every
-
-    def before_update(self, state: Any, model: Any) -> None:
-        """To be called between the last loss of an optimizer step and its update."""
-        if self.before_step and (state.global_step + 1) % self.every == 0:
-            self.reference.sync(model, self.mix)
-
-    def before_backward(self, state: Any, model: Any) -> None:
-        """To be called between the last loss of an optimizer step and its gradient."""
-        if self.steps_in_backward:
-            self.before_update(state, model)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.steps_in_backward:
-            self.before_update(state, model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not self.before_step and state.global_step % self.every == 0:
-            self.reference.sync(model, self.mix)
-
-
-def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, where they are kept. Every process has to call this, since each may hold a shard."""
-    kept = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor)
-        if keep:
-            kept[name] = value.cpu()
-    return kept
-
-
-def save_reference(
-    tensors: dict[str, torch.Tensor], checkpoint_dir: str, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a moved reference into a checkpoint folder, whole or not at all."""
-    folder = Path(checkpoint_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{REFERENCE_FILE}.partial"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata)
-    partial.replace(folder / REFERENCE_FILE)
-
-
-def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
-    """Restore a moved reference in place. Raises ValueError when the file is missing, damaged or of another model."""
-    path = Path(checkpoint_dir) / REFERENCE_FILE
-    consequence = "Training cannot resume exactly without it, and would silently restart from another reference."
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: this run moves its reference (`humanline` or `sync_ref_model`), and so must have the "
-            f"run that wrote the checkpoint. {consequence} Resume from another checkpoint, or train with the settings "
-            "that the checkpoint was written with."
-        )
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); it is probably truncated. {consequence} Resume from an "
-            "earlier checkpoint."
-        ) from error
-    differing = sorted(set(stored) ^ set(tensors)) or sorted(
-        name
-        for name, tensor in tensors.items()
-        if (stored[name].shape, stored[name].dtype) != (shape_of(tensor), tensor.dtype)
-    )
-    if differing:
-        raise ValueError(
-            f"{path} holds another model's reference: {differing[0]!r} and {len(differing) - 1} more tensors do not "
-            "match. Resume with the model and adapter configuration that the checkpoint was written with."
-        )
-    for name, tensor in tensors.items():
-        assign_whole(tensor, stored[name])
+__all__ = ["AdapterOff", "ForwardContext", "FrozenAdapter", "FrozenCopy", "NoReference", "Reference"]

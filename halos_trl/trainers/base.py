@@ -23,17 +23,12 @@ from ..reference import (
     PrecomputedColumn,
     Reference,
     ReferenceSync,
-)
-from ..sharded import parameters_by_name, shape_of
-from .checkpoints import ResumableTrainer, begin_checkpoint
-from .loss import BatchTables, batch_loss, mean_loss
-from .saved_reference import (
-    lasting_settings,
-    refuse_other_settings,
     restore_reference,
     write_reference,
-    write_settings,
 )
+from ..sharded import parameters_by_name, shape_of
+from .checkpoints import ResumableTrainer, begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
+from .loss import BatchTables, batch_loss, mean_loss
 from .start import check_start, hold_reference, refuse_frozen, refuse_unfit_models
 from .step import StepAsBatch
 

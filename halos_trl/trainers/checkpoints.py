@@ -1,4 +1,4 @@
-"""Checkpoints: which of them are whole, which one a run resumes from, and what it takes from there."""
+"""Checkpoints: which of them are whole, which one a run resumes from, and which settings have to stay."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ else:
     _Host = object
 
 logger = get_logger(__name__)
+
+_SETTINGS = "halos_trl.settings"
+"""Under this name the trainer state of a checkpoint holds the settings that have to stay."""
 
 _LOCK = "_training.lock"  # uploads leave out what begins with an underscore
 
@@ -207,12 +210,49 @@ def _file_problem(path: Path) -> str | None:
     return None
 
 
+# -- settings that have to stay ------------------------------------------------------------------------------------
+
+
+def lasting_settings(args: Any) -> dict[str, Any]:
+    """The settings of humanline and of the moving reference that a resumed run has to share. Periods may change."""
+    settings = {"humanline": args.humanline, "sync_ref_model": args.sync_ref_model}
+    if args.humanline:
+        settings |= {"log_epsilon_p": args.log_epsilon_p, "log_epsilon_r": args.log_epsilon_r}
+    return settings
+
+
+def write_settings(settings: dict[str, Any], state: TrainerState) -> None:
+    """Note the settings in the trainer state, which goes into each checkpoint."""
+    state.stateful_callbacks[_SETTINGS] = {"args": settings, "attributes": {}}
+
+
+def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
+    """Refuse to resume with settings other than those of the checkpoint. Raises ValueError that names them."""
+    before = _settings_in(folder)
+    changed = [name for name in before | settings if before.get(name) != settings.get(name)]
+    if before and changed:
+        said = ", ".join(f"`{n}={before.get(n)!r}` has become {settings.get(n)!r}" for n in changed)
+        raise ValueError(
+            f"{folder} was written with other settings: {said}. A resumed run would be neither the one nor the other. "
+            "Resume with the settings of the checkpoint, or pass the folder as `model` to start a new run from its "
+            "weights."
+        )
+
+
+def _settings_in(folder: str) -> dict[str, Any]:
+    state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
+    return (state.stateful_callbacks.get(_SETTINGS) or {}).get("args", {})
+
+
 __all__ = [
     "ResumableTrainer",
     "begin_checkpoint",
     "checkpoint_of",
     "last_complete_checkpoint",
+    "lasting_settings",
     "only_run_in",
     "problem_of",
+    "refuse_other_settings",
     "require_complete",
+    "write_settings",
 ]

@@ -21,22 +21,11 @@ from ..data.halos import HalosBatches, HalosGroupBatches, HalosUnpairedBatches
 from ..humanline import log_ratios, unclamped_counts
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput, check_output
-from ..reference import Reference
+from ..reference import PrecomputedTokens, Reference
 from .base import UNCLAMPED, AlignmentTrainer, ConfigT
 from .loss import BatchTables
 
 logger = get_logger(__name__)
-
-
-class PrecomputedTokens(Reference):
-    """Reference log-probs of every completion token, stored with the dataset."""
-
-    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
-        mask_BT = batch["completion_mask"][:, 1:].bool()
-        stored_BW = batch["ref_logps"]
-        # The k-th completion token of a row stands in its k-th column, wherever the prompt ends.
-        column_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
 
 
 class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
@@ -224,4 +213,4 @@ def _report_packing(sampler: GroupBatchSampler, rows: int) -> None:
         )
 
 
-__all__ = ["PrecomputedTokens", "ScoredTrainer"]
+__all__ = ["ScoredTrainer"]

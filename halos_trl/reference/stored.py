@@ -1,0 +1,44 @@
+"""References that are stored with the dataset (`precompute_ref_log_probs`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .sources import Reference
+
+
+class PrecomputedColumn(Reference):
+    """Log-probs that TRL summed over each completion and stored with the dataset.
+
+    Only the sum is known. It is spread evenly over the completion, so every loss that reads sums is exact and none
+    may read single tokens; humanline, which does, is refused together with `precompute_ref_log_probs`.
+    """
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        if "ref_chosen_logps" in batch:
+            sums_B = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+        else:
+            sums_B = batch["ref_logps"]
+        return spread_evenly(sums_B, batch["completion_mask"][:, 1:])
+
+
+def spread_evenly(sums_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """`(B, T)` tables with these row sums, the same number at each completion token of a row."""
+    mask_BT = mask_BT.to(sums_B.dtype)
+    return mask_BT * (sums_B / mask_BT.sum(-1).clamp(min=1))[:, None]
+
+
+class PrecomputedTokens(Reference):
+    """Reference log-probs of every completion token, stored with the dataset."""
+
+    def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        mask_BT = batch["completion_mask"][:, 1:].bool()
+        stored_BW = batch["ref_logps"]
+        # The k-th completion token of a row stands in its k-th column, wherever the prompt ends.
+        column_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
+
+
+__all__ = ["PrecomputedColumn", "PrecomputedTokens", "spread_evenly"]
