@@ -1,17 +1,17 @@
 """`batch_order="halos"`: the trainers' batches are HALOs' recorded ones, and a KTO step is HALOs' step."""
 
 import copy
-import json
 import types
 
-import datasets
 import pytest
 import torch
 from conftest import perturbed, unpaired_rows
 from test_halos_batching import FOLDER, RECORDED, feedback
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from halos_trl import (
+    BradleyTerryConfig,
+    BradleyTerryTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -21,6 +21,7 @@ from halos_trl import (
     PPOConfig,
     PPOTrainer,
     SimPOConfig,
+    load_feedback,
     toy,
 )
 from halos_trl.data.halos import (
@@ -97,18 +98,8 @@ def test_a_step_of_ppo_is_repeated_as_a_whole():
 # -- a training run ------------------------------------------------------------------------------------------------
 
 
-def feedback_rows(name="binary_feedback"):
-    """The training rows of a recorded file, in the file's order."""
-    items = [i for i in json.loads(feedback(name).read_text()) if i.get("split", "train") == "train"]
-    if name == "binary_feedback":
-        rows = [{"prompt": i["prompt"], "completion": i["output"], "label": bool(i["label"])} for i in items]
-    else:
-        sides = ("output_B", "output_A")
-        rows = [
-            {"prompt": i["prompt"], "chosen": i[sides[i["label"]]], "rejected": i[sides[1 - i["label"]]]}
-            for i in items
-        ]
-    return datasets.Dataset.from_list(rows)
+def rows_for(purpose, name="binary_feedback"):
+    return load_feedback(feedback(name), purpose, "train")
 
 
 def recorded_run(**wanted):
@@ -200,7 +191,7 @@ def test_kto_steps_are_those_of_halos(packed, steps, halos_tokenizer, make_confi
     )  # fmt: skip
     trainer = Recording(
         copy.deepcopy(start), copy.deepcopy(reference), config,
-        train_dataset=feedback_rows(), processing_class=copy.deepcopy(halos_tokenizer),
+        train_dataset=rows_for("unpaired"), processing_class=copy.deepcopy(halos_tokenizer),
     )  # fmt: skip
     for model in (trainer.model, trainer.ref_model):
         give_float64_head(model)
@@ -241,27 +232,32 @@ def said_by(row, *columns):
 
 
 TRAINERS = {
-    "paired": (DPOTrainer, DPOConfig, "paired", "pairwise_feedback"),
-    "unpaired": (KTOTrainer, KTOConfig, "unpaired", "binary_feedback"),
-    "unpaired-from-pairs": (KTOTrainer, KTOConfig, "unpaired", "pairwise_feedback"),
-    "group": (GRPOTrainer, GRPOConfig, "group", "binary_feedback"),
-    "group-from-pairs": (GRPOTrainer, GRPOConfig, "group", "pairwise_feedback"),
-    "ppo": (PPOTrainer, PPOConfig, "unpaired", "binary_feedback"),
+    "paired": (DPOTrainer, DPOConfig, "paired", "pairwise_feedback", "paired"),
+    "reward": (BradleyTerryTrainer, BradleyTerryConfig, "paired", "pairwise_feedback", "paired"),
+    "unpaired": (KTOTrainer, KTOConfig, "unpaired", "binary_feedback", "unpaired"),
+    "sides-of-pairs": (KTOTrainer, KTOConfig, "unpaired", "pairwise_feedback", "unpaired"),
+    "pairs-for-kto": (KTOTrainer, KTOConfig, "unpaired", "pairwise_feedback", "paired"),
+    "group": (GRPOTrainer, GRPOConfig, "group", "binary_feedback", "group"),
+    "pairs-for-grpo": (GRPOTrainer, GRPOConfig, "group", "pairwise_feedback", "paired"),
+    "ppo": (PPOTrainer, PPOConfig, "unpaired", "binary_feedback", "unpaired"),
 }
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_read_the_recorded_batches(name, halos_tokenizer, make_config):
-    """Rows in file order become the batches that HALOs made of the file, in both epochs where there are two."""
-    trainer_class, config_class, loader, data = TRAINERS[name]
+    """Rows of `load_feedback` become the batches that HALOs made of the file, in both epochs where there are two."""
+    trainer_class, config_class, loader, data, for_ = TRAINERS[name]
     run = recorded_run(loader=loader, data=data, num_processes=1, microbatch_size=3)
     config = make_config(
         config_class, batch_order="halos", per_device_train_batch_size=3, seed=run["seed"], remove_unused_columns=False
     )
+    model = toy.tiny_model(halos_tokenizer)
+    if trainer_class is BradleyTerryTrainer:
+        model = LlamaForSequenceClassification(type(model.config)(**model.config.to_dict() | {"num_labels": 1}))
     trainer = trainer_class(
-        toy.tiny_model(halos_tokenizer),
+        model,
         args=config,
-        train_dataset=feedback_rows(data),
+        train_dataset=rows_for(for_, data),
         processing_class=halos_tokenizer,
     )
     trainer.data_collator = collected = Collected()
@@ -276,9 +272,13 @@ def test_trainers_read_the_recorded_batches(name, halos_tokenizer, make_config):
         [[prompts[row["prompt"]], *(generations[row["prompt"]][row[side]] for side in sides)] for row in batch]
         for batch in run["processes"][0]
     ]
-    if loader == "unpaired":
-        assert [[bool(row["label"]) for row in batch] for batch in collected.batches] == [
+    if trainer_class is KTOTrainer:
+        assert [[row["label"] for row in batch] for batch in collected.batches] == [
             [row["status"] == "chosen" for row in batch] for batch in run["processes"][0]
+        ]
+    if for_ in ("group", "unpaired"):  # with the scores of the file
+        assert [[row["score"] for row in batch] for batch in collected.batches] == [
+            [row["score"] for row in batch] for batch in run["processes"][0]
         ]
 
 
@@ -290,7 +290,10 @@ def test_kl_sequences_are_cut_with_their_own_prompt(halos_tokenizer, make_config
     budgets = {"max_prompt_length": 24, "max_length": 50}
     config = make_config(KTOConfig, batch_order="halos", per_device_train_batch_size=4, **budgets)
     trainer = KTOTrainer(
-        toy.tiny_model(halos_tokenizer), args=config, train_dataset=feedback_rows(), processing_class=halos_tokenizer
+        toy.tiny_model(halos_tokenizer),
+        args=config,
+        train_dataset=rows_for("unpaired"),
+        processing_class=halos_tokenizer,
     )
     rows = [trainer.train_dataset[i] for i in range(4, 8)]
     batch = trainer.data_collator(rows)
@@ -309,7 +312,7 @@ def test_kl_sequences_are_cut_with_their_own_prompt(halos_tokenizer, make_config
 def test_what_was_cut_is_counted(halos_tokenizer, make_config, said):
     config = make_config(DPOConfig, batch_order="halos", max_prompt_length=24, max_length=50)
     DPOTrainer(
-        toy.tiny_model(halos_tokenizer), args=config, train_dataset=feedback_rows("pairwise_feedback"),
+        toy.tiny_model(halos_tokenizer), args=config, train_dataset=rows_for("paired", "pairwise_feedback"),
         processing_class=halos_tokenizer,
     )  # fmt: skip
     assert "of 21 rows of the train dataset (the first is row 0) have a completion that is cut as in HALOs" in said()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,25 @@ def test_prompts_are_loaded_as_by_halos(name, split):
         | {"sft_index": prompt["sft_index"] % len(prompt["generations"])}
         for prompt in expected
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "sample"}, "item 1 (line 2) is of type 'sample', but the first item with its `prompt_id` ('q01')"),
+        ({"reward": None}, "item 1 (line 2) has no `reward`"),
+        (
+            {"prompt_id": "q99", "type": "sample"},
+            "item 1 (line 2) is of type 'sample'; batches are made from items of",
+        ),
+    ],
+)
+def test_items_without_feedback_are_named(change, message, tmp_path):
+    item = json.loads(feedback("binary_feedback").read_text())[0]
+    path = tmp_path / "feedback.jsonl"
+    path.write_text("\n".join(map(json.dumps, [item, item | change])))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_prompts(path)
 
 
 def test_ids_of_prompts_are_those_of_halos():

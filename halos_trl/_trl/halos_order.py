@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,16 +55,18 @@ def loader_of_batches(trainer: Any, rows: Any, sampler: Any) -> torch.utils.data
     )
 
 
-class HalosOrder(PreparesRows):
-    """The data part of a trainer's host, with HALOs' batches where the config asks for them."""
+class HalosOrder(_Mixin):
+    """HALOs' batches for a trainer, where its config asks for them."""
+
+    _in_halos_order: bool = False
+    """Whether the config asks for HALOs' batches; set before TRL's constructor prepares data."""
+
+    drops_invalid_rows: bool
 
     @property
     def halos_batches(self) -> type[HalosBatches]:
         """HALOs' loader of the method."""
         return HalosPairedBatches
-
-    _in_halos_order: bool = False
-    """Whether the config asks for HALOs' batches; set before TRL's constructor prepares data."""
 
     @property
     def fewest_examples(self) -> int:
@@ -75,42 +78,19 @@ class HalosOrder(PreparesRows):
         """How many optimizer steps in a row use one batch."""
         return 1
 
-    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
-        dataset = super()._checked_before_trl(dataset, name)
-        if self._in_halos_order and isinstance(dataset, Dataset) and {"image", "images"} & columns_of(dataset, name):
-            raise ValueError(
-                f"The {name} dataset has images, which HALOs does not know. Set `batch_order='trl'`, or remove the "
-                "column."
-            )
-        return dataset
-
-    def _row_tokenizer(self, processing_class: Any, args: Any, name: str, prompt_is_explicit: bool) -> RowTokenizer:
-        if not self._in_halos_order:
-            return super()._row_tokenizer(processing_class, args, name, prompt_is_explicit)
-        return self._halos_tokenizer(processing_class, args, name)
-
-    def _halos_tokenizer(self, processing_class: Any, args: Any, name: str) -> HalosRowTokenizer:
+    def _halos_tokenizer(
+        self, processing_class: Any, args: Any, name: str, sides: tuple[str, ...], *, whole: bool = False
+    ) -> HalosRowTokenizer:
         return HalosRowTokenizer(
             processing_class,
             name,
-            self.sides,
+            sides,
+            whole=whole,
             max_length=args.max_length,
             max_prompt_length=args.max_prompt_length,
             limits=token_limits(self, processing_class),
             drop_invalid=self.drops_invalid_rows,
         )
-
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if not self._in_halos_order:
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if not isinstance(dataset, Dataset):
-            raise ValueError(
-                f"The {dataset_name} dataset is a {type(dataset).__name__}, and `batch_order='halos'` orders all rows "
-                "before the first batch. Pass a map-style `datasets.Dataset` (do not stream), or set "
-                "`batch_order='trl'`."
-            )
-        prepared = super()._prepare_dataset(with_positions(dataset), processing_class, args, dataset_name)
-        return in_flat_order(prepared, dataset_name)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Micro-batches of this process, in the order that the config asks for."""
@@ -152,4 +132,38 @@ class HalosOrder(PreparesRows):
             )
 
 
-__all__ = ["HalosOrder", "loader_of_batches"]
+def halos_rows(dataset: Any, name: str, prepare: Callable[[Dataset], Any]) -> Dataset:
+    """The rows of a dataset, prepared one by one, as HALOs' flat list. Raises ValueError for streams."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"The {name} dataset is a {type(dataset).__name__}, and `batch_order='halos'` orders all rows before the "
+            "first batch. Pass a map-style `datasets.Dataset` (do not stream), or set `batch_order='trl'`."
+        )
+    return in_flat_order(prepare(with_positions(dataset)), name)
+
+
+class PreparesHalosRows(HalosOrder, PreparesRows):
+    """The data part of a trainer's host, with HALOs' rows and batches where the config asks for them."""
+
+    def _checked_before_trl(self, dataset: Any, name: str) -> Any:
+        dataset = super()._checked_before_trl(dataset, name)
+        if self._in_halos_order and isinstance(dataset, Dataset) and {"image", "images"} & columns_of(dataset, name):
+            raise ValueError(
+                f"The {name} dataset has images, which HALOs does not know. Set `batch_order='trl'`, or remove the "
+                "column."
+            )
+        return dataset
+
+    def _row_tokenizer(self, processing_class: Any, args: Any, name: str, prompt_is_explicit: bool) -> RowTokenizer:
+        if not self._in_halos_order:
+            return super()._row_tokenizer(processing_class, args, name, prompt_is_explicit)
+        return self._halos_tokenizer(processing_class, args, name, self.sides)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        def prepare(rows: Any) -> Any:
+            return super(PreparesHalosRows, self)._prepare_dataset(rows, processing_class, args, dataset_name)
+
+        return halos_rows(dataset, dataset_name, prepare) if self._in_halos_order else prepare(dataset)
+
+
+__all__ = ["HalosOrder", "PreparesHalosRows", "halos_rows", "loader_of_batches"]

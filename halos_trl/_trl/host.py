@@ -21,7 +21,7 @@ from .arguments import check_optimizer_parameters, check_types
 from .construct import built_our_way, own_reference_adapter
 from .finite import FiniteUpdates
 from .fused_head import has_router_logits
-from .halos_order import HalosOrder
+from .halos_order import PreparesHalosRows
 from .loops import CleanLoops
 from .overridden import overridden
 from .precompute import StoresReference
@@ -148,7 +148,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return self._prepare_inputs(batch)
 
 
-class TrainerHost(HalosOrder, StoresReference, SavesPolicy, NamedTrainer):
+class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer):
     """What the package's trainers need from their TRL parent, under public names.
 
     Mixed in front of a TRL trainer class, which is named by `trl_class`.

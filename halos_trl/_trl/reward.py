@@ -12,11 +12,13 @@ from trl import RewardTrainer as HostTrainer
 from trl.trainer.utils import get_config_model_id
 
 from ..data.checks import columns_of, plain_rows, plain_splits
+from ..data.row_texts import split_prompt
 from ..data.tokens import RowTokenizer
 from ..forward.heads import read_wanted_scores
 from ..forward.packing import compiled_rows, give_packing
 from .arguments import check_optimizer_parameters, check_types
 from .dropout import switch_off_dropout
+from .halos_order import HalosOrder, halos_rows
 from .host import NamedTrainer
 from .overridden import overridden
 from .prepare import SamplesByLength
@@ -25,7 +27,7 @@ from .rows import check_token_ids, noting_policy, refuse_without_special_tokens,
 logger = get_logger(__name__)
 
 
-class RewardHost(SamplesByLength, NamedTrainer, HostTrainer):
+class RewardHost(HalosOrder, SamplesByLength, NamedTrainer, HostTrainer):
     """`trl.RewardTrainer` behind the door."""
 
     trl_class = HostTrainer
@@ -50,6 +52,7 @@ class RewardHost(SamplesByLength, NamedTrainer, HostTrainer):
         self._refuse_foreign_config(args)
         self.check_loops(args)
         self.drops_invalid_rows = args.drop_invalid_rows
+        self._in_halos_order = args.batch_order == "halos"
         refuse_without_special_tokens(trl_kwargs.get("processing_class"), args)
         datasets = plain_splits(train_dataset, "train"), plain_splits(eval_dataset, "eval")
         host = sys.modules[HostTrainer.__module__]
@@ -64,6 +67,8 @@ class RewardHost(SamplesByLength, NamedTrainer, HostTrainer):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         dataset = plain_rows(dataset, dataset_name)
+        if self._in_halos_order:
+            return self._in_order_of_halos(dataset, processing_class, args, dataset_name)
         if {"chosen_ids", "chosen_input_ids"} & columns_of(dataset, dataset_name):
             return self._tokenized_before(dataset, processing_class, args, dataset_name)
         dataset = self.check_rows(dataset, dataset_name)
@@ -81,6 +86,16 @@ class RewardHost(SamplesByLength, NamedTrainer, HostTrainer):
             )
 
         return tokenized_rows(dataset, row_tokenizer, args)
+
+    def _in_order_of_halos(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        def prepare(rows: Dataset) -> Any:
+            rows = self.check_rows(rows, name)
+            if "prompt" not in rows.column_names:
+                rows = rows.map(split_prompt)
+            tokenizer = self._halos_tokenizer(processing_class, args, name, ("chosen", "rejected"), whole=True)
+            return tokenized_rows(rows, lambda prompt_is_explicit: tokenizer, args)
+
+        return halos_rows(dataset, name, prepare)
 
     def _tokenized_before(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)

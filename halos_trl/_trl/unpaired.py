@@ -60,7 +60,7 @@ class UnpairedHost(TrainerHost, HostTrainer):
         elif self._in_halos_order and self.estimates_kl:
             self.data_collator = HalosPartners(
                 CheckedCollator(self.data_collator),
-                self._halos_tokenizer(self.processing_class, self.args, "train"),
+                self._halos_tokenizer(self.processing_class, self.args, "train", self.sides),
                 pad_token_id=self.model.config.get_text_config().pad_token_id,
             )
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import trl
 
+from .batch_order import BatchOrderConfig
 from .checks import require_not_negative
 from .shared import ForwardConfig, RowsConfig
 
 
 @dataclass
-class BradleyTerryConfig(ForwardConfig, RowsConfig, trl.RewardConfig):
+class BradleyTerryConfig(BatchOrderConfig, ForwardConfig, RowsConfig, trl.RewardConfig):
     """`trl.RewardConfig`; HALOs' Bradley-Terry loss has no parameters of its own."""
 
     def __post_init__(self) -> None:

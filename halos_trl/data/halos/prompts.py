@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from ..feedback.files import read_items
 
 Turns: TypeAlias = list[dict[str, Any]]
 Item: TypeAlias = Mapping[str, Any]
@@ -48,34 +49,20 @@ def load_prompts(source: Source, split: str = "train") -> list[HalosPrompt]:
     one belong to every split. Prompts that are loaded already (`HalosPrompt`, or mappings with its fields) are
     returned as they are.
 
-    Raises ValueError for a file that is no JSON array of feedback items, and for an item that lacks a field or is of
-    another type than the first item of its prompt.
+    Raises ValueError for a file that is no JSON array (or JSON Lines) of feedback items, and for an item that lacks a
+    field or is of another type than the first item of its prompt.
     """
     if not isinstance(source, str | Path):
         return [prompt if isinstance(prompt, HalosPrompt) else _of_mapping(prompt) for prompt in source]
     items: dict[str, list[tuple[str, Item]]] = {}
-    for index, item in enumerate(_items_of(source)):
-        where = f"Item {index} of {source}"
-        items.setdefault(_get(item, "prompt_id", where), []).append((where, item))
+    for item in read_items(source):
+        items.setdefault(_get(item.value, "prompt_id", item.where), []).append((item.where, item.value))
     return [_prompt_of(key, members) for key, members in items.items() if members[0][1].get("split", split) == split]
 
 
 def _of_mapping(prompt: Mapping[str, Any]) -> HalosPrompt:
     known = {f.name for f in fields(HalosPrompt)}
     return HalosPrompt(**{name: value for name, value in prompt.items() if name in known})
-
-
-def _items_of(path: str | Path) -> list[Item]:
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is no valid JSON: {error}. HALOs' feedback files are one JSON array of items; a file that ends "
-            "too early was probably cut while it was written."
-        ) from error
-    if not isinstance(items, list) or not items or not all(isinstance(item, Mapping) for item in items):
-        raise ValueError(f"{path} holds {str(items)[:80]}; expected a JSON array of one or more feedback items.")
-    return items
 
 
 def _get(item: Item, name: str, where: str) -> Any:

@@ -57,7 +57,8 @@ class HalosRowTokenizer(RowTokenizer):
             notes |= {CUT_PROMPT} if made.prompt_was_cut else set()
             notes |= {CUT_COMPLETION} if made.completion_was_cut else set()
         start = sum(label == IGNORED for label in made.labels)
-        return Tokens(made.combined_input_ids[:start], made.combined_input_ids, [True] * len(made.combined_input_ids))
+        ids = made.combined_input_ids[: self.max_length] if self.whole else made.combined_input_ids
+        return Tokens(ids[:start], ids, [True] * len(ids))
 
     def _tokens(self, row: Row, side: str, where: str, notes: set[str], prompts: dict) -> Tokens:
         return self.tokens(row, side, where, notes)
