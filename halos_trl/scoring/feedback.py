@@ -101,6 +101,7 @@ def _halos_items(samples: Sequence[Sample], scores: Sequence[float], rule: Rule)
         labels = _labels(scores, rule)
         return [
             _identified(sample)
+            | _sample_id(sample)
             | {"output": sample.completion, "label": int(label), "reward": score, "type": "binary_feedback"}
             for sample, label, score in zip(samples, labels, scores, strict=True)
         ]
@@ -113,6 +114,8 @@ def _halos_items(samples: Sequence[Sample], scores: Sequence[float], rule: Rule)
         ]
     return [
         _identified(samples[pair.a])
+        | _sample_id(samples[pair.a], "sample_id_A")
+        | _sample_id(samples[pair.b], "sample_id_B")
         | {
             "output_A": samples[pair.a].completion,
             "output_B": samples[pair.b].completion,
@@ -129,6 +132,12 @@ def _halos_items(samples: Sequence[Sample], scores: Sequence[float], rule: Rule)
 def _identified(sample: Sample) -> dict[str, Any]:
     split = sample.columns.get("split")
     return {"prompt_id": sample.group, "prompt": sample.prompt} | ({} if split is None else {"split": split})
+
+
+def _sample_id(sample: Sample, key: str = "sample_id") -> dict[str, Any]:
+    """Tells equal completions of a prompt apart; HALOs leaves it out, and does not read it."""
+    number = sample.columns.get("sample_id")
+    return {} if number is None else {key: number}
 
 
 # -- both ------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Item:
     index: int
     """Counts the items of the file from 0."""
     line: int
-    """The line on which the item begins, from 1."""
+    """The line on which the item begins, from 1; 0 where it was not counted."""
     offset: int
     """Bytes before the item."""
     size: int
@@ -38,7 +38,8 @@ class Item:
     @property
     def where(self) -> str:
         """As an error names the item."""
-        return f"{self.file}, item {self.index} (line {self.line})"
+        line = f" (line {self.line})" if self.line else ""
+        return f"{self.file}, item {self.index}{line}"
 
 
 def read_items(path: str | Path) -> Iterator[Item]:

@@ -84,9 +84,8 @@ def _pair_row(value: Object) -> Judged:
     rejected = value["rejected"]
     others = rejected if is_list_of_completions(rejected) else [rejected]
     scores = [_score(value, "score_chosen"), *_scores_of_rejected(value, len(others))]
-    completions = tuple(
-        Completion(text, score) for text, score in zip([value["chosen"], *others], scores, strict=True)
-    )
+    texts = enumerate(zip([value["chosen"], *others], scores, strict=True))
+    completions = tuple(Completion(text, score, None, _sample_id(value, "", i)) for i, (text, score) in texts)
     return Judged(value["prompt"], completions, tuple((0, i) for i in range(1, len(completions))))
 
 
@@ -112,17 +111,15 @@ def _scored_row(value: Object) -> Judged:
 
 def _group_row(value: Object) -> Judged:
     completions, scores = value["completions"], value["scores"]
-    ids = value.get("sample_ids") or [None] * len(completions or ())
-    lists = (completions, scores, ids)
-    if not all(isinstance(values, list) for values in lists) or len({len(values) for values in lists}) != 1:
+    if not isinstance(completions, list) or not isinstance(scores, list) or len(completions) != len(scores):
         raise ValueError(
             f"has `completions` {shown(completions)} and `scores` {shown(scores)}; give two lists of one length."
         )
     return Judged(
         value["prompt"],
         tuple(
-            Completion(text, float(_checked(score, score_problem)), None, None if i is None else str(i))
-            for text, score, i in zip(completions, scores, ids, strict=True)
+            Completion(text, float(_checked(score, score_problem)), None, _sample_id(value, "", i))
+            for i, (text, score) in enumerate(zip(completions, scores, strict=True))
         ),
     )
 
@@ -204,8 +201,10 @@ def _score(value: Object, key: str) -> float | None:
     return None if score is None else float(_checked(score, score_problem))
 
 
-def _sample_id(value: Object, key: str = "sample_id") -> str | None:
-    found = value.get(key)
+def _sample_id(value: Object, key: str = "sample_id", position: int = 0) -> str | None:
+    """Rows of `load_feedback` hold a list of them."""
+    ids = value.get("sample_ids")
+    found = ids[position] if isinstance(ids, list) and len(ids) > position else value.get(key)
     return None if found is None else str(found)
 
 

@@ -107,6 +107,17 @@ class FeedbackIndex:
         """An item as errors and rows name it."""
         return f"{self.files[self.item_file[item]]}#{self.item_index[item]}"
 
+    def kept(self) -> np.ndarray:
+        """The numbers of the items that were not dropped as duplicates."""
+        return np.delete(np.arange(len(self)), self.dropped)
+
+    def item(self, files: Sequence[IO[bytes]], item: int) -> tuple[Item, Format, Judged]:
+        """An item with its format and what it says, read again from the opened `files`."""
+        form, value = self.formats[self.item_file[item]], self.value(files, item)
+        name, position = self.files[self.item_file[item]], self.item_index[item]
+        found = Item(value, name, position, 0, self.item_offset[item], self.item_size[item])
+        return found, form, form.read(value)
+
     def value(self, files: Sequence[IO[bytes]], item: int) -> Object:
         """An item, read again from the opened `files`."""
         return item_at(files[self.item_file[item]], self.item_offset[item], self.item_size[item])
@@ -117,7 +128,7 @@ class FeedbackIndex:
         Equal completions of a prompt are one where they stand in pairs or in files of different formats. In files of
         one format they stay apart, for a model may give the same text twice.
         """
-        items = np.delete(np.arange(len(self)), self.dropped)
+        items = self.kept()
         of_prompt = np.asarray(self.item_prompt)[items]
         items = items[np.argsort(of_prompt, kind="stable")]
         bounds = np.flatnonzero(np.diff(np.sort(of_prompt))) + 1

@@ -1,0 +1,209 @@
+"""`halos-trl convert`: between HALOs' feedback files, rows for trainers, and Parquet."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import pyarrow.parquet as pq
+from datasets.utils import tqdm
+
+from ..data.feedback import load_feedback
+from ..data.feedback.files import read_items
+from ..data.feedback.formats import format_of
+from ..data.feedback.halos_items import PURPOSES_OF, halos_items
+from ..data.feedback.plan import PURPOSES
+from ..data.feedback.prompts import index_feedback
+from .arguments import read_arguments
+
+_SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+@dataclass
+class ConvertArguments:
+    """Convert between HALOs' feedback files, rows for trainers and Parquet.
+
+    The output's suffix says how it is written: `.json` (one array), `.jsonl` (JSON Lines) or `.parquet`.
+    """
+
+    input: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files of feedback or of rows: JSON, JSON Lines or Parquet. Several are merged by prompt."},
+    )
+    output: str | None = field(default=None, metadata={"help": "File to write: `.json`, `.jsonl` or `.parquet`."})
+    format: Literal["trl", "halos"] = field(
+        default="trl", metadata={"help": "trl: rows for trainers. halos: items of HALOs' files (JSON only)."}
+    )
+    for_: str | None = field(
+        default=None,
+        metadata={
+            "help": f"What rows are for: {', '.join(PURPOSES)}. None: pairs for pairs, labels for labels, groups for "
+            "scores, sft for samples."
+        },
+    )
+    split: str | None = field(default=None, metadata={"help": "Only items of this split, and those without one."})
+    pair_mode: str = field(default="max", metadata={"help": "How scores become pairs: `random`, `max` or `min`."})
+    pair_threshold: float = field(default=0.0, metadata={"help": "Difference of scores that a pair has to exceed."})
+    label_threshold: str = field(
+        default="median", metadata={"help": "Score from which on a completion is desirable: `mean`, `median`, number."}
+    )
+    seed: int = field(default=0, metadata={"help": "Decides the draws of `pair_mode`."})
+    duplicates: str = field(
+        default="error", metadata={"help": "Items that repeat another one in all fields: `error`, `drop` or `keep`."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand."""
+    arguments = read_arguments(ConvertArguments, argv, "convert")
+    print(convert(arguments), file=sys.stderr)
+
+
+def convert(arguments: ConvertArguments) -> str:
+    """Write the output, and return what was done in words. It is there as a whole or not at all.
+
+    Raises ValueError for arguments that cannot work, an output that exists, and what `load_feedback` raises.
+    """
+    output = _checked_output(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = [_as_json(Path(name), Path(folder)) for name in arguments.input]
+        copied = {str(path): name for path, name in zip(inputs, arguments.input, strict=True) if str(path) != name}
+        try:
+            if arguments.format == "halos":
+                count = _write_items(_halos(inputs, arguments), output)
+            else:
+                count = _write_rows(_rows(inputs, arguments), output, copied)
+        except ValueError as error:
+            raise ValueError(_with_names(str(error), copied)) from error
+        return f"Wrote {count} {'items' if arguments.format == 'halos' else 'rows'} to {output}.{_not_kept(inputs)}"
+
+
+def _with_names(text: str, copied: dict[str, str]) -> str:
+    """A text with the files as the user named them."""
+    for copy, name in copied.items():
+        text = text.replace(copy, name)
+    return text
+
+
+def _checked_output(arguments: ConvertArguments) -> Path:
+    if not arguments.input or arguments.output is None:
+        raise ValueError("Name the files to read with `--input` and the file to write with `--output`.")
+    output = Path(arguments.output)
+    for path in (*map(Path, arguments.input), output):
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"`{path}` ends in {path.suffix!r}; files end in {', '.join(_SUFFIXES)}.")
+    if any(Path(name).resolve() == output.resolve() for name in arguments.input):
+        raise ValueError(f"`--output {output}` is one of the inputs. Name another file.")
+    if output.exists() and not arguments.overwrite:
+        raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or name another file.")
+    if arguments.format == "halos" and output.suffix == ".parquet":
+        raise ValueError("HALOs reads JSON, no Parquet. Write a `.json` file, or rows with `--format trl`.")
+    if arguments.format == "halos" and arguments.for_ is not None:
+        raise ValueError(
+            "`--for_` chooses the rows of `--format trl`; items of HALOs keep what they say. Leave it out, or make "
+            "rows first and convert those."
+        )
+    return output
+
+
+def _as_json(path: Path, folder: Path) -> Path:
+    """The file itself, or of Parquet a copy as JSON Lines."""
+    if path.suffix != ".parquet":
+        return path
+    copy = folder / f"{len(list(folder.iterdir()))}-{path.stem}.jsonl"
+    try:
+        parquet = pq.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    rows = (row for batch in parquet.iter_batches(batch_size=1000) for row in batch.to_pylist())
+    with copy.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(_set_only(row), ensure_ascii=False) + "\n" for row in rows)
+    return copy
+
+
+def _set_only(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that are null in a row, which a table cannot leave out."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+# -- what is written -------------------------------------------------------------------------------------------------
+
+
+def _rows(inputs: list[Path], arguments: ConvertArguments) -> datasets.Dataset:
+    purpose = arguments.for_ or PURPOSES_OF[format_of(next(read_items(inputs[0]))).name]
+    return load_feedback(
+        inputs,
+        purpose,  # type: ignore[arg-type]
+        arguments.split,
+        pair_mode=arguments.pair_mode,  # type: ignore[arg-type]
+        pair_threshold=arguments.pair_threshold,
+        label_threshold=arguments.label_threshold,
+        seed=arguments.seed,
+        duplicates=arguments.duplicates,  # type: ignore[arg-type]
+    )
+
+
+def _halos(inputs: list[Path], arguments: ConvertArguments) -> Iterator[dict[str, Any]]:
+    index = index_feedback(inputs, arguments.split, arguments.duplicates)  # type: ignore[arg-type]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in inputs]
+        for number in index.kept().tolist():
+            item, form, found = index.item(files, number)
+            yield from halos_items(item, form, found, index.item_prompt[number])
+
+
+def _write_items(items: Iterable[dict[str, Any]], output: Path) -> int:
+    count = 0
+    with _replacing(output) as part, part.open("w", encoding="utf-8") as file:
+        as_array = output.suffix == ".json"
+        for count, item in enumerate(tqdm(items, desc="Writing items", unit=" items"), start=1):
+            text = json.dumps(item, ensure_ascii=False, indent=2 if as_array else None)
+            file.write((("[\n" if count == 1 else ",\n") + text) if as_array else text + "\n")
+        file.write("\n]\n" if as_array else "")
+    return count
+
+
+def _write_rows(rows: datasets.Dataset, output: Path, copied: dict[str, str]) -> int:
+    if copied:
+        rows = rows.map(lambda row: {"sources": [_with_names(source, copied) for source in row["sources"]]})
+    if output.suffix != ".parquet":
+        return _write_items(map(_set_only, rows), output)
+    with _replacing(output) as part:
+        rows.to_parquet(str(part))
+    return len(rows)
+
+
+@contextlib.contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as folder:
+        part = Path(folder) / output.name
+        yield part
+        part.replace(output)
+
+
+_READ = {
+    *("type", "prompt", "instruction", "output", "output_A", "output_B", "label", "reward", "reward_A", "reward_B"),
+    *("reward_difference", "prompt_id", "sample_id", "sample_id_A", "sample_id_B", "sample_ids", "sources", "split"),
+    *("chosen", "rejected", "completion", "completions", "score", "scores", "score_chosen", "score_rejected"),
+    *("dataset", "generator"),
+}
+
+
+def _not_kept(inputs: list[Path]) -> str:
+    """The keys of the files' first items that no format has."""
+    firsts = itertools.chain.from_iterable(next(read_items(path)).value for path in inputs)
+    others = sorted(set(firsts) - _READ)
+    return f" Not kept: {', '.join(f'`{key}`' for key in others)}." if others else ""
+
+
+__all__ = ["ConvertArguments", "convert", "main"]

@@ -1,0 +1,112 @@
+"""`halos-trl convert`: HALOs' files to rows to Parquet and back."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from test_feedback import answer, chat, scalar, write
+
+from halos_trl.cli.main import main
+
+FILES = Path(__file__).parent / "data" / "halos"
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch, capsys):
+    """`convert("in.json", "out.jsonl", ...flags)`: exit code and what was said; in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def run(inputs, output, *flags):
+        inputs = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
+        code = main(["convert", "--input", *inputs, "--output", str(output), *flags])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def read(path):
+    text = Path(path).read_text("utf-8")
+    return json.loads(text) if str(path).endswith(".json") else [json.loads(line) for line in text.splitlines()]
+
+
+def said_of(items):
+    """What HALOs reads of items, in an order of its own."""
+    keys = ("prompt", "output", "output_A", "output_B", "label", "reward", "reward_A", "reward_B", "type")
+    return sorted(json.dumps({key: item[key] for key in keys if key in item}) for item in items)
+
+
+@pytest.mark.parametrize("middle", ["rows.jsonl", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize("name", ["binary", "pairwise", "scalar"])
+def test_there_and_back(convert, name, middle):
+    source = FILES / f"{name}_feedback.json"
+    assert convert(source, middle)[0] == 0
+    assert convert(middle, "back.json", "--format", "halos")[0] == 0
+    items, back = read(source), read("back.json")
+    if name == "pairwise":  # A and B may have changed places
+        items = [item if item["label"] else swapped(item) for item in items]
+    assert said_of(back) == said_of(items)
+
+
+def swapped(item):
+    changed = {f"{key}_{one}": item[f"{key}_{other}"] for key in ("output", "reward") for one, other in ("AB", "BA")}
+    return {**item, **changed, "label": 1 - item["label"]}
+
+
+def test_rows_to_parquet_keep_where_they_come_from(convert):
+    code, said = convert(FILES / "binary_feedback.json", "rows.parquet", "--for_", "group", "--split", "test")
+    rows = datasets.Dataset.from_parquet("rows.parquet")
+    assert (code, len(rows)) == (0, 5)
+    assert "Wrote 5 rows to rows.parquet." in said
+    assert convert("rows.parquet", "pairs.jsonl", "--for_", "paired")[0] == 0
+    assert all(source.startswith("rows.parquet#") for row in read("pairs.jsonl") for source in row["sources"])
+
+
+def test_rows_without_scores_get_rewards_that_halos_can_read(convert, tmp_path):
+    pairs = [{"prompt": chat("p"), "chosen": answer("a"), "rejected": [answer("b"), answer("c")], "own": 1}]
+    code, said = convert(write(tmp_path, pairs), "out.json", "--format", "halos")
+    assert code == 0
+    assert "Wrote 2 items to out.json. Not kept: `own`." in said
+    assert [(item["output_B"], item["label"], item["reward_A"], item["reward_B"]) for item in read("out.json")] == [
+        (answer("b"), 1, 1.0, -1.0),
+        (answer("c"), 1, 1.0, -1.0),
+    ]
+    assert Path("out.json").read_text().startswith("[\n{\n")
+
+
+def test_nothing_is_overwritten_unasked_and_nothing_written_in_part(convert, tmp_path):
+    path = write(tmp_path, [scalar("p", "a", 1.0), scalar("q", "b", 2.0)])
+    Path("out.jsonl").write_text("mine")
+    code, said = convert(path, "out.jsonl")
+    assert (code, Path("out.jsonl").read_text()) == (2, "mine")
+    assert "`--output out.jsonl` exists. Pass `--overwrite`" in said
+    assert convert(path, "out.jsonl", "--overwrite")[0] == 0
+    assert len(read("out.jsonl")) == 2
+    broken = tmp_path / "broken.json"
+    broken.write_text(path.read_text()[:-30])
+    assert convert(broken, "out.jsonl", "--overwrite", "--format", "halos")[0] == 2
+    assert len(read("out.jsonl")) == 2
+    assert (
+        convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Name another file.")
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("rows.csv", "out.json"), "ends in '.csv'; files end in .json, .jsonl, .parquet"),
+        (("feedback.json", "out.parquet", "--format", "halos"), "HALOs reads JSON, no Parquet"),
+        (("feedback.json", "out.json", "--format", "halos", "--for_", "sft"), "`--for_` chooses the rows"),
+        (("feedback.json", "out.json", "--for_", "dpo"), "`for_` is 'dpo'; expected one of"),
+        (("text.json", "out.json", "--format", "halos"), "text.json, item 0 has a text as prompt"),
+        (("text.parquet", "out.json"), "text.parquet cannot be read as Parquet"),
+    ],
+)
+def test_what_cannot_be_converted(convert, tmp_path, flags, message):
+    write(tmp_path, [scalar("p", "a", 1.0)])
+    write(tmp_path, [{"prompt": "p", "completion": "a", "label": True}], "text.json")
+    Path("text.parquet").write_text("no table")
+    code, said = convert(*flags)
+    assert code == 2
+    assert message in said
