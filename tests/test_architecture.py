@@ -104,6 +104,11 @@ def test_table_has_no_cycle_and_no_stale_row():
             del rest[part]
 
 
+def test_no_module_is_longer_than_400_lines():
+    lengths = {module: len(path.read_text().splitlines()) for module, path in MODULES.items()}
+    assert {module: lines for module, lines in lengths.items() if lines > 400} == {}
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in MATHEMATICS])
 def test_mathematics_needs_torch_and_the_standard_library_only(module):
     import sys

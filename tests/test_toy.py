@@ -11,8 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_trl import toy
+from halos_trl.toy.cache import cached
+from halos_trl.toy.model import Recipe, demonstrations
+from halos_trl.toy.task import careless_answer, split_of
 
-SHORT = toy._Recipe(steps=4, batch_size=16, warmup_steps=2)
+SHORT = Recipe(steps=4, batch_size=16, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +34,9 @@ def careless_samples(monkeypatch):
 
     def sample(model, tokenizer, prompts, seed, temperature):
         rng = random.Random(seed)
-        return [toy._careless_answer(prompt, rng) for prompt in prompts]
+        return [careless_answer(prompt, rng) for prompt in prompts]
 
-    monkeypatch.setattr(toy, "_sample", sample)
+    monkeypatch.setattr(toy.feedback, "sample", sample)
 
 
 # The task
@@ -87,7 +90,7 @@ def test_prompts_differ_repeat_with_the_seed_and_continue():
 def test_the_demonstrator_is_as_careless_as_documented():
     rng = random.Random(0)
     prompts = toy.make_prompts(6000, 0, "sft")
-    right = sum(toy.verify(prompt, toy._careless_answer(prompt, rng)) for prompt in prompts) / len(prompts)
+    right = sum(toy.verify(prompt, careless_answer(prompt, rng)) for prompt in prompts) / len(prompts)
     in_order = 1 - toy.SWAP_NEIGHBOURS
     expected = (in_order + 2 * in_order * (1 - toy.LEAVE_OUT_LAST)) / 3  # four, five or six letters, equally often
     assert right == pytest.approx(expected, abs=0.02)  # three standard errors
@@ -138,7 +141,7 @@ def test_an_unknown_role_is_refused(tokenizer):
 
 
 def test_labels_are_the_completion_tokens(tokenizer):
-    batch = toy._demonstrations(["Sort fatbm", "Sort dcba"], ["abfm", "abcd"], tokenizer)
+    batch = demonstrations(["Sort fatbm", "Sort dcba"], ["abfm", "abcd"], tokenizer)
     kept = [tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     assert kept == ["abfm<|end|>", "abcd<|end|>"]
 
@@ -187,7 +190,7 @@ def test_training_is_deterministic_and_cached(cache, tmp_path, monkeypatch):
     assert first != again
     assert weights(first) == weights(again)
     assert weights(first) != weights(other)
-    monkeypatch.delattr(toy, "_train_supervised")  # from here on the cache has to answer
+    monkeypatch.delattr(toy.model, "train_supervised")  # from here on the cache has to answer
     assert toy.load_model_path(0, cache, progress=False, _recipe=SHORT) == first
 
 
@@ -204,7 +207,7 @@ def test_training_is_deterministic_and_cached(cache, tmp_path, monkeypatch):
 def test_a_damaged_model_is_made_again(cache, tmp_path, caplog, monkeypatch, file, damage):
     folder = tmp_path / "copy"
     shutil.copytree(Path(toy.load_model_path(0, cache, progress=False, _recipe=SHORT)).parent, folder)
-    monkeypatch.setattr(toy, "_train_supervised", lambda *args: None)
+    monkeypatch.setattr(toy.model, "train_supervised", lambda *args: None)
     path = Path(toy.load_model_path(0, folder, progress=False, _recipe=SHORT))
     (path / file).unlink() if damage is None else (path / file).write_bytes(damage)
     again = toy.load_model_path(0, folder, progress=False, _recipe=SHORT)
@@ -216,17 +219,17 @@ def test_a_damaged_model_is_made_again(cache, tmp_path, caplog, monkeypatch, fil
 
 def test_damaged_rows_are_made_again(tmp_path, caplog):
     build = lambda directory: (directory / "rows.json").write_text('{"train": [], "test": []}')  # noqa: E731
-    path = toy._cached("x", tmp_path, build, ("rows.json",), seed=0)
+    path = cached("x", tmp_path, build, ("rows.json",), seed=0)
     for damage in ("", "[]", '{"train": '):
         (path / "rows.json").write_text(damage)
-        assert toy._cached("x", tmp_path, build, ("rows.json",), seed=0) == path
+        assert cached("x", tmp_path, build, ("rows.json",), seed=0) == path
         assert (path / "rows.json").read_text() == '{"train": [], "test": []}'
     assert caplog.text.count("is made again") == 3
 
 
 def test_the_cache_directory_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HALOS_TRL_CACHE", str(tmp_path / "there"))
-    path = toy._cached("x", None, lambda directory: (directory / "file").touch(), seed=0)
+    path = cached("x", None, lambda directory: (directory / "file").touch(), seed=0)
     assert path.parent == tmp_path / "there"
     assert [file.name for file in path.iterdir()] == ["file"]
 
@@ -238,7 +241,7 @@ def test_of_two_at_once_one_builds(tmp_path):
         builds.append(directory)
         time.sleep(0.2)
 
-    threads = [threading.Thread(target=lambda: paths.append(toy._cached("x", tmp_path, build))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: paths.append(cached("x", tmp_path, build))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -253,8 +256,8 @@ def test_an_interrupted_build_leaves_nothing_to_read(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        toy._cached("x", tmp_path, interrupted)
-    path = toy._cached("x", tmp_path, lambda directory: (directory / "whole").touch())
+        cached("x", tmp_path, interrupted)
+    path = cached("x", tmp_path, lambda directory: (directory / "whole").touch())
     assert [file.name for file in path.iterdir()] == ["whole"]
 
 
@@ -272,13 +275,13 @@ def test_accuracy_leaves_mode_and_random_state_alone(tokenizer, temperature):
 def test_samples_do_not_depend_on_padding(tokenizer):
     model = toy.tiny_model(tokenizer)
     prompts = ["Sort fatbmc", "Sort dcba"]
-    together = toy._sample(model, tokenizer, prompts, 0, 0.0)
-    assert together == [toy._sample(model, tokenizer, [prompt], 0, 0.0)[0] for prompt in prompts]
+    together = toy.feedback.sample(model, tokenizer, prompts, 0, 0.0)
+    assert together == [toy.feedback.sample(model, tokenizer, [prompt], 0, 0.0)[0] for prompt in prompts]
 
 
 def test_accuracy_counts_right_answers(tokenizer, careless_samples, monkeypatch):
     assert 0.3 < toy.accuracy(None, tokenizer, n=300) < 0.6
-    monkeypatch.setattr(toy, "_sample", lambda model, tokenizer, prompts, *rest: list(map(toy.answer, prompts)))
+    monkeypatch.setattr(toy.feedback, "sample", lambda model, tokenizer, prompts, *_: list(map(toy.answer, prompts)))
     assert toy.accuracy(None, tokenizer, n=30) == 1.0
 
 
@@ -334,7 +337,7 @@ def test_groups_are_complete_and_scored(cache, careless_samples):
 def test_test_prompts_are_held_out(cache, careless_samples, kind):
     data = toy.load_feedback_data(kind, 0, 64, cache, progress=False, _recipe=SHORT)
     for split, source in (("train", "feedback"), ("test", "test")):
-        assert {toy._split_of(content(prompt, "user")) for prompt in data[split]["prompt"]} == {source}
+        assert {split_of(content(prompt, "user")) for prompt in data[split]["prompt"]} == {source}
 
 
 @pytest.mark.parametrize("kind", ["unpaired", "paired", "scored"])
@@ -346,7 +349,7 @@ def test_prompts_with_an_empty_sample_are_left_out(tmp_path, monkeypatch, kind):
         samples[0] = ""
         return samples
 
-    monkeypatch.setattr(toy, "_sample", sample)
+    monkeypatch.setattr(toy.feedback, "sample", sample)
     data = toy.load_feedback_data(kind, 0, 16, tmp_path, progress=False, _recipe=SHORT)["train"]
     first, second = toy.make_prompts(2, 0, "feedback")
     assert content(data[0]["prompt"], "user") == second
@@ -370,6 +373,6 @@ def test_impossible_requests_are_refused(cache, monkeypatch):
         toy.load_feedback_data("ranked", cache_dir=cache)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         toy.load_feedback_data("unpaired", n=0, cache_dir=cache)
-    monkeypatch.setattr(toy, "_sample", lambda model, tokenizer, prompts, *rest: ["wrong"] * len(prompts))
+    monkeypatch.setattr(toy.feedback, "sample", lambda model, tokenizer, prompts, *rest: ["wrong"] * len(prompts))
     with pytest.raises(RuntimeError, match="gave 0 paired rows, 8 were asked for"):
         toy.load_feedback_data("paired", 0, 8, cache, progress=False, _recipe=SHORT)

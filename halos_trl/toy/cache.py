@@ -1,0 +1,64 @@
+"""Directories of a cache on disk, each named by what decides its content."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+
+VERSION = 3  # raise it with any change that alters the weights or the rows, so that older caches are not read
+
+
+def cached(
+    name: str, cache_dir: Any, build: Callable[[Path], None], files: Sequence[str] = (), **determinants: Any
+) -> Path:
+    """The directory of the cache that belongs to the determinants, filled by `build` when it is not there.
+
+    It is filled anew, with a warning, when one of `files` is missing or cannot be read.
+    """
+    root = Path(cache_dir or os.environ.get("HALOS_TRL_CACHE") or "~/.cache/halos_trl").expanduser()
+    # other library versions may give other numbers, or write files that this one cannot read
+    determinants |= {"version": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
+    key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:16]
+    target, partial = root / f"{name}-{key}", root / f"{name}-{key}.partial"
+    if target.is_dir() and _damage(target, files) is None:
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        damage = _damage(target, files) if target.is_dir() else None
+        if damage is not None:
+            logger.warning(f"The cache of the toy task is damaged ({damage}). {target} is made again.")
+            shutil.rmtree(target)
+        if not target.is_dir():
+            # a directory gets its final name only when complete, so an interrupted run leaves nothing that is read
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            build(partial)
+            os.replace(partial, target)
+    return target
+
+
+def _damage(directory: Path, files: Sequence[str]) -> str | None:
+    """What is wrong with a directory of the cache, which has to hold these files; None where they can be read."""
+    for path in (directory / name for name in files):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    continue
+            text = path.read_text(encoding="utf-8")
+            holds_something = isinstance(json.loads(text), dict) if path.suffix == ".json" else bool(text)
+        except (SafetensorError, OSError, ValueError) as error:
+            return f"{path.name} cannot be read: {error}"
+        if not holds_something:
+            return f"{path.name} holds {text[:20]!r}"
+    return None
