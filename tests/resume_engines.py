@@ -1,6 +1,6 @@
 """Runs in every process of a launch, as `two_processes.py` does: a run with humanline, resumed from its middle.
 
-python -m torch.distributed.run --nproc_per_node 2 tests/resume_engines.py OUT [fsdp2]
+accelerate launch --config_file FILE --num_processes 2 tests/resume_engines.py OUT [fsdp2|zero]
 """
 
 import os
@@ -46,6 +46,7 @@ def main(out: Path, engine: str | None = None) -> None:
         "problem": problem_of(middle, deepspeed=whole.is_deepspeed_enabled),
         "last": Path(last_complete_checkpoint(str(out / "run"))).name,
         "whole": end,
+        "processes": whole.accelerator.num_processes,
     }
     resumed = make(out, engine)
     resumed.train(resume_from_checkpoint=str(middle))

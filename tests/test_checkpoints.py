@@ -220,6 +220,7 @@ def test_files_of_engines_are_no_damage(run_of):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_under_an_engine_resumes_exactly(tmp_path, engine):
     results = launch(Path(__file__).with_name("resume_engines.py"), tmp_path, engine)
+    assert results["processes"] == 2
     assert results["problem"] is None, results["files"]
     assert results["last"] == "checkpoint-4"
     assert torch.equal(results["resumed"], results["whole"])
