@@ -1,4 +1,4 @@
-"""The README's methods of one's own, taken from its text and trained as they stand there."""
+"""The methods of docs/custom_methods.md, taken from its text and trained as they stand there."""
 
 import copy
 import importlib.util
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def quoted(marker):
-    """The Python block of the README that follows an HTML comment."""
-    text = (ROOT / "README.md").read_text()
+    """The Python block of the page that follows an HTML comment."""
+    text = (ROOT / "docs" / "custom_methods.md").read_text()
     return re.search(rf"<!-- {re.escape(marker)} -->\n```python\n(.*?)```\n", text, flags=re.S).group(1)
 
 
