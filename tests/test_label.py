@@ -187,7 +187,6 @@ def test_nothing_is_lost_or_asked_twice_when_the_process_is_killed(folder, monke
     ("settings", "message"),
     [
         ({"samples": []}, "nothing to label"),
-        ({"output": None}, "Name the file to write"),
         ({"output": "out.csv"}, "ends in '.csv'"),
         ({"output": "samples.jsonl", "overwrite": True}, "is one of the inputs"),
         ({"samples": ["nowhere.jsonl"]}, "nowhere.jsonl cannot be opened"),

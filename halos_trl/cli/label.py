@@ -19,6 +19,7 @@ from ..data.labelling import binary_threshold, group_positions, score_problem
 from ..scoring.feedback import Rule, feedback_rows
 from ..scoring.samples import Sample, Samples, read_samples
 from ..scoring.verdict import Scorer, Verdict
+from .arguments import read_arguments
 from .data import load_data
 from .label_flags import LabelArguments
 from .output import OutputFile, begun_with
@@ -69,6 +70,11 @@ class LabelReport:
         return "scores" if rule.kind == "scalar" else "groups"
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand."""
+    print(label(read_arguments(LabelArguments, argv, "label")))
+
+
 def label(arguments: LabelArguments) -> LabelReport:
     """Score samples, make feedback of the scores, and write it.
 
@@ -95,8 +101,6 @@ def label(arguments: LabelArguments) -> LabelReport:
 def _checked_output(arguments: LabelArguments) -> Path:
     if not arguments.samples:
         raise ValueError("There is nothing to label. Name files of samples with `--samples`.")
-    if arguments.output is None:
-        raise ValueError("Name the file to write with `--output`, e.g. `--output feedback.jsonl`.")
     output = Path(arguments.output)
     if output.suffix not in (".json", ".jsonl"):
         raise ValueError(
@@ -147,8 +151,9 @@ def _judge(arguments: LabelArguments) -> Scorer:
     from ..scoring.chat_client import ChatClient
     from ..scoring.judge import PATTERN, TEMPLATE, JudgePrompt, JudgeScorer
 
+    options: Any = arguments.judge_options  # a config file may have it as settings by name
     try:
-        options = json.loads(arguments.judge_options)
+        options = json.loads(options) if isinstance(options, str) else options
     except ValueError as error:
         raise ValueError(f"`--judge_options {arguments.judge_options}` is not JSON: {error}.") from None
     if not isinstance(options, dict):
@@ -286,4 +291,4 @@ def _write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     partial.replace(output)
 
 
-__all__ = ["LabelReport", "label"]
+__all__ = ["LabelReport", "label", "main"]

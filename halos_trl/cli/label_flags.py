@@ -10,17 +10,22 @@ from ..scoring.feedback import FEEDBACK_FORMATS, FEEDBACK_KINDS
 
 @dataclass
 class LabelArguments:
-    """Flags of `halos-trl label`."""
+    """Score samples with a reward model, a Python function or a judge, and write labels, pairs or scores.
+
+    Scores are appended to `<output>.scores` as they come: a run that was stopped goes on where it was when it is
+    started again with the same flags.
+    """
 
     samples: list[str] = field(
-        default_factory=list,
+        default_factory=lambda: ["samples.jsonl"],
         metadata={
             "help": "Files of samples (`halos-trl sample`, HALOs' `train.sample`, any JSON array or JSON Lines), or a "
             "dataset (hub id, Parquet, CSV, folder): `prompt` with `completion`, `output` or the list `completions`."
         },
     )
-    output: str | None = field(
-        default=None, metadata={"help": "The feedback: `.jsonl` (JSON Lines) or `.json` (one array, as HALOs reads)."}
+    output: str = field(
+        default="feedback.jsonl",
+        metadata={"help": "The feedback: `.jsonl` (JSON Lines) or `.json` (one array, as HALOs reads)."},
     )
     feedback: str = field(
         default="binary",
@@ -119,6 +124,10 @@ class LabelArguments:
         default=False,
         metadata={"help": "Replace an existing output, and scores in `<output>.scores` made with other settings."},
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samples, str):  # as a config file may have it
+            self.samples = [self.samples]
 
 
 __all__ = ["LabelArguments"]

@@ -148,7 +148,7 @@ class ChatClient:
         if status in _REFUSED:
             return RefusedError(problem)
         remedy = {
-            401: "Check the API key.",
+            401: "Check the API key." if self.key else "No API key was given.",
             403: "Check the API key and what it may use.",
             404: "Check the base URL (it ends where `/chat/completions` begins) and the model's name.",
         }.get(status, "Name the address that it redirects to." if 300 <= status < 400 else "Check the base URL.")

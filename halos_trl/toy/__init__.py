@@ -27,6 +27,7 @@ from .task import (
     USER,
     answer,
     make_prompts,
+    reward,
     verify,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "load_feedback_data",
     "load_model_path",
     "make_prompts",
+    "reward",
     "tiny_model",
     "verify",
 ]

@@ -41,6 +41,14 @@ def verify(prompt: str, completion: str) -> bool:
     return completion.replace(END, "").replace(PAD, "").strip() == answer(prompt)
 
 
+def reward(prompt: str | list[dict[str, str]], completion: str) -> float:
+    """1 for a right completion, 0 for any other; for `halos-trl label --reward_function halos_trl.toy:reward`.
+
+    `prompt` is the text, or the messages whose last one holds it.
+    """
+    return float(verify(prompt if isinstance(prompt, str) else prompt[-1]["content"], completion))
+
+
 def _prompt_stream(seed: int, split: Split) -> Iterator[str]:
     rng = random.Random(f"{split}-{seed}")
     seen = set()
