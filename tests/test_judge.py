@@ -128,7 +128,9 @@ def test_a_dead_server_stops_the_run_after_what_was_under_way():
 
     with judge_server(behave) as (url, log):
         found = []
-        with pytest.raises(ValueError, match=r"about s.jsonl, item 1 in 4 tries: status 500.*same command again"):
+        with pytest.raises(
+            ValueError, match=r"about s\.jsonl, item 1 \(attempts: 4, the last error: status 500.*same command again"
+        ):
             for verdict in judge(url, concurrency=3)(list(enumerate(samples(50)))):
                 found.append(verdict.position)
     assert sorted(found) == sorted(set(map(number_of, log.answered)))

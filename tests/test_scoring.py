@@ -62,6 +62,7 @@ def test_every_form_of_samples_is_read():
         ([{"prompt": 4, "output": "4"}], "item 0 has prompt 4 of type int"),
         ([{"prompt": USER, "output": 4}], "item 0 has `output` 4 of type int"),
         ([{"prompt": [], "output": "4"}], "item 0 has an empty prompt"),
+        ([{"prompt": [USER[0] | {"role": "system"}], "output": "4"}], "item 0 has a prompt without a user turn"),
         ([{"prompt": USER, "output": "4"}, {"prompt": USER, "output": [{"role": "x"}]}], "item 1 has"),
         ([{"prompt": USER, "output": "4", "prompt_id": [1]}], "`prompt_id` .*expected a number or a text"),
         (
@@ -226,6 +227,8 @@ def test_other_classifiers_are_refused(tokenizer, tmp_path):
         RewardModelScorer(str(tmp_path))
     with pytest.raises(ValueError, match="expected at least 1"):
         RewardModelScorer(str(tmp_path), batch_size=0)
+    with pytest.raises(ValueError, match=r"'\./nowhere' cannot be loaded"):
+        RewardModelScorer("./nowhere")
 
 
 # -- feedback ------------------------------------------------------------------------------------------------------

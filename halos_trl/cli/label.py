@@ -45,11 +45,12 @@ class LabelReport:
     """Prompts with one scored sample only, which gives no pair."""
 
     def __str__(self) -> str:
-        lines = [f"{self.samples} samples of {self.groups} prompts: {len(self.scores)} scored{self._mean()}."]
+        counts = f"{_counted(self.samples, 'sample')} of {_counted(self.groups, 'prompt')}"
+        lines = [f"{counts}: {len(self.scores)} scored{self._mean()}."]
         if self.empty:
-            lines.append(f"{self.empty} samples left out: their completion is empty.")
-        lines += [f"{count} samples left out: {reason}." for reason, count in self.unscored.most_common()]
-        lines.append(f"Wrote {self.rows} {self._what()} to {self.output}.")
+            lines.append(f"{_counted(self.empty, 'sample')} left out: empty completion.")
+        lines += [f"{_counted(n, 'sample')} left out: {reason}." for reason, n in self.unscored.most_common()]
+        lines.append(f"Wrote {self._what()} to {self.output}.")
         return "\n".join(lines)
 
     def _mean(self) -> str:
@@ -63,11 +64,14 @@ class LabelReport:
         if rule.kind == "binary":
             bound = binary_threshold(self.scores, "median" if rule.threshold is None else rule.threshold)
             desirable = sum(score >= bound for score in self.scores)
-            return f"labels (threshold {bound:.6g}: {desirable} desirable, {self.rows - desirable} undesirable)"
+            sides = f"{desirable} desirable, {self.rows - desirable} undesirable"
+            one_sided = "; methods on labels need both" if desirable in (0, self.rows) else ""
+            return f"{_counted(self.rows, 'label')} (threshold {bound:.6g}: {sides}{one_sided})"
         if rule.kind == "pairwise":
-            without = f", {self.single} prompts with a single sample give none" if self.single else ""
-            return f"pairs ({rule.pair_mode}, difference above {float(rule.threshold or 0):g}{without})"
-        return "scores" if rule.kind == "scalar" else "groups"
+            without = f"; {_counted(self.single, 'prompt')} with a single sample" if self.single else ""
+            bound = float(rule.threshold or 0)
+            return f"{_counted(self.rows, 'pair')} ({rule.pair_mode}, difference above {bound:g}{without})"
+        return _counted(self.rows, "score" if rule.kind == "scalar" else "group")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -164,10 +168,14 @@ def _judge(arguments: LabelArguments) -> Scorer:
             template = Path(arguments.judge_template).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"`--judge_template {arguments.judge_template}` cannot be read: {error}.") from None
+    variable = arguments.judge_key_variable
+    key = os.environ.get(variable) or None
+    if key is None and variable != "OPENAI_API_KEY":
+        raise ValueError("The environment variable that `--judge_key_variable` names is not set.")
     client = ChatClient(
         arguments.judge_url,
         str(arguments.judge_model),
-        os.environ.get(arguments.judge_key_variable) or None,
+        key,
         options,
         timeout=arguments.judge_timeout,
         retries=arguments.judge_retries,
@@ -274,6 +282,10 @@ def _write(arguments: LabelArguments, output: Path, found: Samples, verdicts: li
         groups=len(group_positions([sample.group for sample in found.samples])),
         single=sum(len(group) == 1 for group in members),
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _general(reason: str | None) -> str:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 COMMANDS = {
     "sample": "write completions of a model for the prompts of a dataset",
+    "label": "score samples, and make labels, pairs or scores of them",
     "convert": "convert between HALOs' feedback files, rows for trainers and Parquet",
 }
 """Each is the module of its name in this folder, with `main(argv)`."""

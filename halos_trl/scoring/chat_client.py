@@ -110,8 +110,8 @@ class ChatClient:
                 if self._stopped.wait(wait):
                     break
         raise ValueError(
-            f"{self._url} could not be asked about {purpose} in {number + 1} tries: {problem}. Run the same command "
-            "again to go on from there."
+            f"{self._url} gives no answer about {purpose} (attempts: {number + 1}, the last error: {problem}). Run "
+            "the same command again to go on from there."
         )
 
     @property

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..data.labelling import score_problem
-from ..spelling import did_you_mean
 from .samples import Sample
 from .verdict import Verdict
 
@@ -97,13 +97,18 @@ class FunctionScorer:
         if missing:
             raise ValueError(
                 f"`{self.name}` has a parameter `{missing[0]}`, which {sample.where} does not hold.{_names(given)}"
-                f"{did_you_mean(missing[0], given)}"
+                f"{_meant(missing[0], given)}"
             )
         return given if self._takes_all else {k: v for k, v in given.items() if k in self._parameters}
 
 
 def _names(given: dict[str, Any]) -> str:
     return f" It offers {', '.join(f'`{name}`' for name in sorted(given))}."
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""
 
 
 def _resolve(name: str) -> tuple[Function, str | None]:
@@ -118,7 +123,7 @@ def _resolve(name: str) -> tuple[Function, str | None]:
     function = getattr(module, attribute, None)
     if function is None:
         public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise ValueError(f"{place} has no function `{attribute}`.{did_you_mean(attribute, public)}")
+        raise ValueError(f"{place} has no function `{attribute}`.{_meant(attribute, public)}")
     if not callable(function):
         raise ValueError(f"`{name}` is of type {type(function).__name__}, not a function.")
     return function, getattr(module, "__file__", None)

@@ -27,14 +27,17 @@ class RewardModelScorer:
             model takes.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
 
-    Raises ValueError for a model that is no reward model or has another number of labels.
+    Raises ValueError for a model that cannot be loaded, is no reward model, or has another number of labels.
     """
 
     def __init__(self, name_or_path: str, batch_size: int = 16, max_length: int | None = None, dtype: str = "auto"):
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise ValueError(f"batch_size is {batch_size} and max_length {max_length}; expected at least 1.")
-        model = load_reward_model(name_or_path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        try:
+            model = load_reward_model(name_or_path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except OSError as error:  # no such model, no access, no network: in the words of huggingface_hub
+            raise ValueError(f"The reward model {name_or_path!r} cannot be loaded: {error}") from error
         if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is not None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if max_length is not None:

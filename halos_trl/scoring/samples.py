@@ -76,7 +76,7 @@ def read_samples(rows: Iterable[tuple[str, Row]]) -> Samples:
 
 def _samples_of(where: str, row: Row) -> Iterator[Sample]:
     prompt = _prompt(where, row)
-    if problem := prompt_problem(prompt):
+    if problem := prompt_problem(prompt) or _turns_problem(prompt):
         raise ValueError(f"{where} {problem}")
     column = _completion_column(where, row)
     values = row[column]
@@ -101,6 +101,13 @@ def _prompt(where: str, row: Row) -> Any:
     if isinstance(row.get("instruction"), str):
         return [{"role": "user", "content": row["instruction"]}]
     raise ValueError(f"{where} has no `prompt`. It has {_names(row)}. A sample holds a prompt and its completion.")
+
+
+def _turns_problem(prompt: Any) -> str | None:
+    if isinstance(prompt, str) or any(turn["role"] == "user" for turn in prompt):
+        return None
+    roles = ", ".join(str(turn["role"]) for turn in prompt)
+    return f"has a prompt without a user turn (roles: {roles}). Add the turn that the completion answers."
 
 
 def _completion_column(where: str, row: Row) -> str:
