@@ -1,11 +1,14 @@
 """`batch_order="halos"`: the trainers' batches are HALOs' recorded ones, and a KTO step is HALOs' step."""
 
 import copy
-import types
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturbed, unpaired_rows
+from conftest import cpu_config, perturbed, unpaired_rows
+from launch import TORCHRUN
 from test_halos_batching import FOLDER, RECORDED, feedback
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
@@ -117,28 +120,29 @@ def log_prob(model, ids, start):
     return sum(logps[i - 1, ids[i]] for i in range(start, len(ids)))
 
 
-def halos_kto_loss(policy, reference, tokenizer, prompts, batch, beta=0.1, weights=(1.0, 1.0)):
-    """HALOs' loss of a recorded micro-batch, the mean of 1 - sigmoid(+-beta (log-ratio - KL)); and its KL."""
+def halos_kto_losses(policy, reference, tokenizer, prompts, batches, beta=0.1, weights=(1.0, 1.0)):
+    """HALOs' loss of the recorded micro-batch of each process, the mean of 1 - sigmoid(+-beta (log-ratio - KL)); and
+    their KL.
+    """
 
-    def log_ratio(prompt, completion):
-        ids, start = sequence(tokenizer, prompt, completion)
+    def log_ratio(key, other, i):
+        ids, start = sequence(tokenizer, prompts[key].prompt, prompts[other].generations[i])
         with torch.no_grad():
             stays = log_prob(reference, ids, start)
         return log_prob(policy, ids, start) - stays
 
     with torch.no_grad():
-        mismatched = [
-            log_ratio(prompts[row["prompt"]].prompt, prompts[key].generations[i])
-            for row in batch
-            for key, i in [row["kl_completion"]]
-        ]
+        mismatched = [log_ratio(row["prompt"], *row["kl_completion"]) for batch in batches for row in batch]
         kl = (sum(mismatched) / max(sum(float(x != 0) for x in mismatched), 1)).clamp(min=0)
-    losses = []
-    for row in batch:
-        ratio = log_ratio(prompts[row["prompt"]].prompt, prompts[row["prompt"]].generations[row["completion"]])
-        sign, weight = (1, weights[0]) if row["status"] == "chosen" else (-1, weights[1])
-        losses.append(weight * (1 - torch.sigmoid(sign * beta * (ratio - kl))))
-    return sum(losses) / len(losses), kl
+    means = []
+    for batch in batches:
+        losses = []
+        for row in batch:
+            sign, weight = (1, weights[0]) if row["status"] == "chosen" else (-1, weights[1])
+            ratio = log_ratio(row["prompt"], row["prompt"], row["completion"])
+            losses.append(weight * (1 - torch.sigmoid(sign * beta * (ratio - kl))))
+        means.append(sum(losses) / len(losses))
+    return means, kl
 
 
 def float64_model(tokenizer, seed=0):
@@ -158,12 +162,26 @@ def give_float64_head(model):
             logits, shift_labels = logits[:, :-1], labels[:, 1:]
         wanted = shift_labels != -100
         logps = logits.log_softmax(-1).gather(-1, shift_labels.clamp(min=0)[..., None])[..., 0].where(wanted, 0.0)
-        return types.SimpleNamespace(**dict.fromkeys(UNUSED), log_probs=logps)
+        return Answer(log_probs=logps)
 
     model.forward = forward
 
 
-UNUSED = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "aux_loss")
+class Answer(dict):
+    """A model output, in which DDP looks for tensors as in any dict."""
+
+    __getattr__ = dict.get
+
+
+class RecordingKTOTrainer(KTOTrainer):
+    """Keeps the loss and the KL term of each training micro-batch."""
+
+    seen = ()
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.seen += ((loss.item(), self.kl.item()),)
+        return loss
 
 
 STEPS = [[0], [1], [2], [3], [4], [5], [6], [7], [8]], [[0, 1], [2, 3], [4, 5], [6], [7, 8]]
@@ -176,20 +194,12 @@ def test_kto_steps_are_those_of_halos(packed, steps, halos_tokenizer, make_confi
     run = recorded_run(loader="unpaired", data="binary_feedback", num_processes=1, microbatch_size=4)
     start = float64_model(halos_tokenizer)
     reference = perturbed(start, 0.1)
-    seen = []
-
-    class Recording(KTOTrainer):
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            seen.append((loss.item(), self.kl.item()))
-            return loss
-
     config = make_config(
         KTOConfig, batch_order="halos", per_device_train_batch_size=4, max_steps=len(steps), seed=run["seed"],
         packed=packed, learning_rate=1.0, max_grad_norm=0, max_length=None, desirable_weight=1.2,
         undesirable_weight=0.7, gradient_accumulation_steps=len(steps[0]),
     )  # fmt: skip
-    trainer = Recording(
+    trainer = RecordingKTOTrainer(
         copy.deepcopy(start), copy.deepcopy(reference), config,
         train_dataset=rows_for("unpaired"), processing_class=copy.deepcopy(halos_tokenizer),
     )  # fmt: skip
@@ -202,18 +212,65 @@ def test_kto_steps_are_those_of_halos(packed, steps, halos_tokenizer, make_confi
     for step in steps:
         policy.zero_grad()
         for i in step:
-            loss, kl = halos_kto_loss(
-                policy, reference, halos_tokenizer, prompts, run["processes"][0][i], weights=(1.2, 0.7)
+            [loss], kl = halos_kto_losses(
+                policy, reference, halos_tokenizer, prompts, [run["processes"][0][i]], weights=(1.2, 0.7)
             )
-            assert seen[i] == pytest.approx((loss.item(), kl.item()), rel=1e-11)
+            assert trainer.seen[i] == pytest.approx((loss.item(), kl.item()), rel=1e-11)
             (loss / len(step)).backward()
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter -= parameter.grad
-    assert len(seen) == 9
-    assert len({kl for _, kl in seen}) > 5  # where all were clamped to 0, they would say nothing
+    assert len(trainer.seen) == 9
+    assert len({kl for _, kl in trainer.seen}) > 5  # where all were clamped to 0, they would say nothing
     for ours, theirs in zip(trainer.model.parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_kto_steps_of_two_processes_are_those_of_halos(halos_tokenizer, tmp_path):
+    """Partners come from the micro-batch of a process, and the KL term is the mean over both of them."""
+    saved = [torch.load(path) for path in two_kto_processes(tmp_path)]
+    run = recorded_run(loader="unpaired", data="binary_feedback", num_processes=2, microbatch_size=2, n_epochs=2)
+    policy, reference = float64_model(halos_tokenizer), perturbed(float64_model(halos_tokenizer), 0.1)
+    prompts = {prompt.key: prompt for prompt in load_prompts(feedback("binary_feedback"))}
+    for step in range(TWO_PROCESS_STEPS):
+        losses, kl = halos_kto_losses(
+            policy, reference, halos_tokenizer, prompts, [batches[step] for batches in run["processes"]]
+        )
+        for process, loss in enumerate(losses):
+            assert saved[process][step] == pytest.approx((loss.item(), kl.item()), rel=1e-11)
+        policy.zero_grad()
+        (sum(losses) / 2).backward()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter -= parameter.grad
+
+
+TWO_PROCESS_STEPS = 9  # of which 7 in the first epoch
+
+
+def two_kto_processes(folder):
+    """Train in two processes; the files with what each of them has seen."""
+    command = [*TORCHRUN, __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [folder / f"{process}.pt" for process in range(2)]
+
+
+def train_one_of_two(folder):
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
+    start = float64_model(tokenizer)
+    config = cpu_config(
+        KTOConfig, folder / "out", batch_order="halos", per_device_train_batch_size=2, max_steps=TWO_PROCESS_STEPS,
+        learning_rate=1.0, max_grad_norm=0, max_length=None, seed=0, ddp_backend="gloo",
+    )  # fmt: skip
+    trainer = RecordingKTOTrainer(
+        start, perturbed(start, 0.1), config, train_dataset=rows_for("unpaired"), processing_class=tokenizer
+    )
+    for model in (trainer.model, trainer.ref_model):
+        give_float64_head(model)
+    trainer.train()
+    torch.save(trainer.seen, folder / f"{trainer.accelerator.process_index}.pt")
 
 
 class Collected:
@@ -379,3 +436,7 @@ def test_evaluation_and_a_row_that_is_left_out(tokenizer, model, make_config, sa
     trainer.train()
     assert "leaves 2 of 14 rows out of every epoch" in said()
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+if __name__ == "__main__":
+    train_one_of_two(Path(sys.argv[1]))
