@@ -1,4 +1,4 @@
-.PHONY: check format lint types test quick fuzz
+.PHONY: check format lint types test quick fuzz gpu
 
 check: lint types test   ## everything that has to pass before a commit
 
@@ -21,3 +21,6 @@ quick:                   ## the tests that start no processes and train for mome
 
 fuzz:                    ## two thousand runs on wrong input: each trains or names its cause (minutes)
 	python -m pytest -q -n auto --dist load -m fuzz tests/test_fuzz.py
+
+gpu:                     ## kernels, half precision and training on packed rows, on a machine with a CUDA device
+	python -m pytest -q -m gpu tests/test_gpu.py
