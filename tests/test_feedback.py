@@ -504,6 +504,12 @@ def test_splits_of_a_file(load_data, tmp_path):
         load_data(write(tmp_path, [binary("p", "a", 1, split="train")]), "unpaired", dataset_train_split="dev")
 
 
+def test_a_folder_of_files_of_halos(load_data, tmp_path):
+    write(tmp_path, [binary("p", "a", 1)], "train.json")
+    with pytest.raises(ValueError, match=r"is a folder, and train.json in it is in a format of HALOs"):
+        load_data(tmp_path, "unpaired")
+
+
 def test_duplicates_by_flag(load_data, tmp_path):
     path = write(tmp_path, [binary("p", "a", 1)] * 2)
     with pytest.raises(ValueError, match="repeats"):

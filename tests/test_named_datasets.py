@@ -1,12 +1,15 @@
 """Named datasets: from hand-written rows in each source's schema to the rows of the trainers."""
 
 import json
+import re
+from pathlib import Path
 
 import datasets
 import pytest
 import trl
 
 from halos_trl import cli
+from halos_trl.cli.sample import SampleArguments, prompts_of
 from halos_trl.data.named import NAMED, dialogue, load_named
 
 
@@ -163,6 +166,15 @@ def load(folder, name, rows, for_, **options):
     return load_named(name, for_, split, path=local_copy(folder, rows, name, split), cache_dir=folder / "c", **options)
 
 
+def test_the_page_has_every_name_with_its_hub_id_and_splits():
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `([\w/.-]+)`[^|]* \| ([\w, ]+) \|", page, flags=re.M)
+    found = {name: (hub, splits) for names, hub, splits in rows for name in re.findall(r"`(\w+)`", names)}
+    assert {name: (hub, set(splits.split(", "))) for name, (hub, splits) in found.items()} == {
+        name: (source.hub_id, set(source.splits)) for name, source in NAMED.items()
+    }
+
+
 def test_every_name_is_tested():
     alike = {"hh_helpful": "hh", "hh_harmless": "hh", "ultrafeedback_armorm_gemma": "ultrafeedback_armorm"}
     assert {alike.get(name, name) for name in NAMED} == PAIRS.keys() | COMPLETIONS.keys()
@@ -239,6 +251,8 @@ def test_a_name_behind_dataset_name(tmp_path, monkeypatch):
     copy = local_copy(tmp_path, PAIRS["safe_rlhf"][0], "safe_rlhf", "train")
     (tmp_path / "PKU-Alignment").mkdir()
     copy.rename(tmp_path / "PKU-Alignment" / "PKU-SafeRLHF-single-dimension")
+    (prompt,) = prompts_of(SampleArguments(model_name_or_path="m", dataset_name="safe_rlhf"))
+    assert prompt == {"prompt": [user("Hi")], "prompt_id": 0}
     arguments = cli.HalosScriptArguments(dataset_name="safe_rlhf")
     data = cli.load_data(arguments, trl.DatasetMixtureConfig(), "unpaired")
     assert data["train"]["label"] == [True, False]

@@ -36,10 +36,10 @@ def load_data(
     name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
     path = Path(name)
     _check_local(path, name, script_args)
-    if for_ is not None and is_feedback_file(path):
-        return _feedback(script_args, for_, evaluates)
-    if for_ is not None and not path.exists() and name in NAMED:
-        return _named(script_args, for_, evaluates)
+    if for_ is not None:
+        found = _own_rows(path, script_args, for_, evaluates)
+        if found is not None:
+            return found
     try:
         if path.is_file():
             return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), streaming=streaming)
@@ -53,6 +53,16 @@ def load_data(
         raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
 
 
+def _own_rows(path: Path, script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:
+    """The splits of what `datasets` cannot read as rows: HALOs' files, and datasets with a name of their own here."""
+    _refuse_folder_of_feedback(path, str(path))
+    if is_feedback_file(path):
+        return _feedback(script_args, for_, evaluates)
+    if not path.exists() and str(script_args.dataset_name) in NAMED:
+        return _named(script_args, for_, evaluates)
+    return None
+
+
 def _check_local(path: Path, name: str, script_args: ScriptArguments) -> None:
     if path.exists() and script_args.dataset_config:
         raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
@@ -62,6 +72,15 @@ def _check_local(path: Path, name: str, script_args: ScriptArguments) -> None:
         raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"`--dataset_name {name}` is an empty file.")
+
+
+def _refuse_folder_of_feedback(path: Path, name: str) -> None:
+    feedback = next(filter(is_feedback_file, sorted(path.iterdir())), None) if path.is_dir() else None
+    if feedback:
+        raise ValueError(
+            f"`--dataset_name {name}` is a folder, and {feedback.name} in it is in a format of HALOs. Name the file "
+            "itself, or make rows of the files with `halos-trl convert`."
+        )
 
 
 def _feedback(script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from trl import DatasetMixtureConfig, ScriptArguments
 
 from .. import toy
+from ..data.named import NAMED, named_items
 from ..data.prompts import unique_prompts
 from ..sampling import Completion, Sampler, SamplingSettings, TransformersSampler, VLLMSampler, load_sampler, samples
 from .arguments import read_arguments
@@ -34,7 +35,9 @@ class SampleArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Model or adapter: hub id or folder. None, and no dataset: the embedded task."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, local file or folder with prompts."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, a name such as `shp` (docs/data.md), local file or folder."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts of."})
     num_prompts: int | None = field(default=None, metadata={"help": "Prompts to sample for. None: all."})
@@ -95,6 +98,9 @@ def prompts_of(arguments: SampleArguments) -> list[dict[str, Any]]:
     if arguments.dataset_name is None:
         count = (arguments.num_prompts or EMBEDDED_PROMPTS) + arguments.num_skip
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in toy.make_prompts(count, 0, "feedback")]
+    elif arguments.dataset_name in NAMED and not Path(arguments.dataset_name).exists():
+        items = named_items(arguments.dataset_name, arguments.dataset_split)
+        rows = unique_prompts(({"prompt": item["prompt"]} for item in items), f"`{arguments.dataset_name}`")
     else:
         names = ScriptArguments(dataset_name=arguments.dataset_name, dataset_config=arguments.dataset_config)
         splits = load_data(names, DatasetMixtureConfig())

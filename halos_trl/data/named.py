@@ -55,6 +55,19 @@ def load_named(
 
     Raises ValueError for an unknown name or split, and what `load_feedback` raises.
     """
+    items = named_items(name, split, path=path, cache_dir=cache_dir)
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "halos_trl" / "named"
+    file = _write(items, folder, f"{name}-{split}.jsonl")
+    return load_feedback(file, for_, **{"duplicates": "keep", "cache_dir": cache_dir, **options})
+
+
+def named_items(
+    name: str, split: str, *, path: str | Path | None = None, cache_dir: str | Path | None = None
+) -> Iterator[Row]:
+    """The items of a dataset of `NAMED`: a `prompt` each, with completions and what is said about them.
+
+    Arguments and errors as of `load_named`.
+    """
     source = named(name)
     if split not in source.splits:
         raise ValueError(f"{name!r} has splits {sorted(source.splits)}, not {split!r}.")
@@ -67,9 +80,7 @@ def load_named(
         split=source.splits[split],
         cache_dir=None if cache_dir is None else str(cache_dir),
     )
-    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "halos_trl" / "named"
-    file = _write(source.items(raw, split), folder, f"{name}-{split}.jsonl")
-    return load_feedback(file, for_, **{"duplicates": "keep", "cache_dir": cache_dir, **options})
+    return source.items(raw, split)
 
 
 def named(name: str) -> Named:
@@ -333,4 +344,4 @@ NAMED: dict[str, Named] = {
 }
 """Every dataset by its name."""
 
-__all__ = ["NAMED", "Named", "load_named", "named"]
+__all__ = ["NAMED", "Named", "load_named", "named", "named_items"]

@@ -203,8 +203,9 @@ def _score(value: Object, key: str) -> float | None:
 
 def _sample_id(value: Object, key: str = "sample_id", position: int = 0) -> str | None:
     """Rows of `load_feedback` hold a list of them."""
-    ids = value.get("sample_ids")
-    found = ids[position] if isinstance(ids, list) and len(ids) > position else value.get(key)
+    found, ids = value.get(key), value.get("sample_ids")
+    if found is None and isinstance(ids, list) and len(ids) > position:
+        found = ids[position]
     return None if found is None else str(found)
 
 
