@@ -1,8 +1,11 @@
 """`halos-trl label`: files in, files out, what is refused, and runs that are stopped and gone on with."""
 
+import dataclasses
 import json
 import multiprocessing
+import re
 import time
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -10,6 +13,7 @@ from judge_server import Behaviour, judge_server
 
 from halos_trl.cli.label import label
 from halos_trl.cli.label_flags import LabelArguments
+from halos_trl.cli.main import main
 
 KEY = "sk-secret-0123456789"
 
@@ -177,6 +181,47 @@ def test_nothing_is_lost_or_asked_twice_when_the_process_is_killed(folder, monke
     scores = {row["prompt_id"]: row["score"] for row in read(folder / "out.jsonl")}
     assert scores == {i: i % 10 for i in range(n) if i != 5}
     assert all(KEY.encode() not in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_flags_and_config_files(rows, folder, capsys):
+    (folder / "label.yaml").write_text(
+        "samples: samples.jsonl\nreward_function: rewards.py:length\nthreshold: 3.5\njudge_options: {top_p: 1}\n"
+    )
+    assert main(["label", "--config", "label.yaml", "--output", "labels.json"]) == 0
+    printed = capsys.readouterr()
+    assert "threshold: 3.5\n" in printed.err and "to labels.json.\n" in printed.out
+    assert [row["label"] for row in json.loads((folder / "labels.json").read_text())] == [0, 0, 1, 0, 1, 0]
+
+
+def test_errors_are_one_line_and_those_of_functions_a_traceback(rows, folder, capsys):
+    assert main(["label", "--feedback", "pairwise", "--threshold", "mean"]) == 2
+    assert capsys.readouterr().err.endswith("halos-trl label: The threshold is 'mean'; expected a number.\n")
+    (folder / "rewards.py").write_text("def length(completion): return {}[completion]\n")
+    with pytest.raises(ValueError, match="raised KeyError for samples") as error:
+        main(["label", "--reward_function", "rewards.py:length"])
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_several_processes_are_refused(rows, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["label", "--reward_function", "rewards.py:length"]) == 2
+    assert "runs in one process" in capsys.readouterr().err
+
+
+def test_flags_in_the_documentation_exist():
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    lines = [
+        line
+        for page in pages
+        for line in page.read_text().replace("\\\n", " ").splitlines()
+        if line.startswith("halos-trl label ")
+    ]
+    flags = {flag for line in lines for flag in re.findall(r"--(\w+)", line)}
+    assert flags and flags <= {field.name for field in dataclasses.fields(LabelArguments)}
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

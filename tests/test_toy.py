@@ -60,6 +60,7 @@ def careless_samples(monkeypatch):
 def test_verify(completion, right):
     assert toy.answer("Sort fatbm") == "abfmt"
     assert toy.verify("Sort fatbm", completion) is right
+    assert toy.reward([{"role": "user", "content": "Sort fatbm"}], completion) == float(right)
 
 
 @pytest.mark.parametrize("prompt", ["", "fatbm", "Reverse fatbm", "Sort f4tbm"])

@@ -76,6 +76,8 @@ class LabelReport:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("`halos-trl label` runs in one process. Start it without `accelerate launch` or `torchrun`.")
     print(label(read_arguments(LabelArguments, argv, "label")))
 
 
