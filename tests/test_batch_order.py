@@ -1,14 +1,14 @@
 """`batch_order="halos"`: the trainers' batches are HALOs' recorded ones, and a KTO step is HALOs' step."""
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import cpu_config, perturbed, unpaired_rows
-from launch import TORCHRUN
+from accelerate.utils import gather_object
+from conftest import cpu_config, perturbed, unpaired_rows, weights
+from launch import launch
 from test_halos_batching import FOLDER, RECORDED, feedback
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
@@ -32,6 +32,7 @@ from halos_trl.data.halos import (
     HalosPairedBatches,
     HalosTokenizer,
     HalosUnpairedBatches,
+    flat_rows,
     load_prompts,
 )
 
@@ -229,7 +230,7 @@ def test_kto_steps_are_those_of_halos(packed, steps, halos_tokenizer, make_confi
 @pytest.mark.slow
 def test_kto_steps_of_two_processes_are_those_of_halos(halos_tokenizer, tmp_path):
     """Partners come from the micro-batch of a process, and the KL term is the mean over both of them."""
-    saved = [torch.load(path) for path in two_kto_processes(tmp_path)]
+    saved = launch(__file__, tmp_path, "ddp")
     run = recorded_run(loader="unpaired", data="binary_feedback", num_processes=2, microbatch_size=2, n_epochs=2)
     policy, reference = float64_model(halos_tokenizer), perturbed(float64_model(halos_tokenizer), 0.1)
     prompts = {prompt.key: prompt for prompt in load_prompts(feedback("binary_feedback"))}
@@ -249,14 +250,6 @@ def test_kto_steps_of_two_processes_are_those_of_halos(halos_tokenizer, tmp_path
 TWO_PROCESS_STEPS = 9  # of which 7 in the first epoch
 
 
-def two_kto_processes(folder):
-    """Train in two processes; the files with what each of them has seen."""
-    command = [*TORCHRUN, __file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [folder / f"{process}.pt" for process in range(2)]
-
-
 def train_one_of_two(folder):
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "tokenizer")
     start = float64_model(tokenizer)
@@ -270,7 +263,9 @@ def train_one_of_two(folder):
     for model in (trainer.model, trainer.ref_model):
         give_float64_head(model)
     trainer.train()
-    torch.save(trainer.seen, folder / f"{trainer.accelerator.process_index}.pt")
+    seen = gather_object([trainer.seen])
+    if trainer.accelerator.is_main_process:
+        torch.save(seen, folder / "results.pt")
 
 
 class Collected:
@@ -337,6 +332,58 @@ def test_trainers_read_the_recorded_batches(name, halos_tokenizer, make_config):
         assert [[row["score"] for row in batch] for batch in collected.batches] == [
             [row["score"] for row in batch] for batch in run["processes"][0]
         ]
+
+
+CAPPED = [
+    run for run in RECORDED["batching"] if run["frac_unique_desirable"] is not None and not run["max_prompt_count"]
+]
+
+
+@pytest.mark.parametrize("run", CAPPED, ids=lambda run: run["note"][:20])
+def test_capped_rows_give_the_recorded_batches(run):
+    caps = {name: run[name] for name in ("frac_unique_desirable", "frac_unique_undesirable")}
+    rows = flat_rows(feedback(run["data"]), run["loader"], **caps)
+    sampler = HalosUnpairedBatches(
+        [row["content"] for (row, *_) in rows["prompt"]], microbatch_size=run["microbatch_size"], seed=run["seed"]
+    )
+    loaded = {prompt.key: prompt for prompt in load_prompts(feedback(run["data"]))}
+    assert [[rows[i] for i in batch] for batch in sampler] == [
+        [
+            {
+                "prompt": loaded[row["prompt"]].prompt,
+                "completion": loaded[row["prompt"]].generations[row["completion"]],
+                "label": row["status"] == "chosen",
+                "score": row["score"],
+            }
+            for row in batch
+        ]
+        for batch in run["processes"][0]
+    ]
+
+
+def test_pairs_of_the_flat_list_are_those_of_the_file():
+    rows, read = flat_rows(feedback("pairwise_feedback"), "paired"), rows_for("paired", "pairwise_feedback")
+    assert list(rows) == [{name: row[name] for name in rows.column_names} for row in read]
+
+
+# -- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_goes_on_in_the_same_order(model, tokenizer, make_config, tmp_path):
+    """From the middle of the second epoch; an epoch has three steps."""
+
+    def trainer(**settings):
+        config = make_config(KTOConfig, batch_order="halos", per_device_train_batch_size=4, **settings)
+        rows = unpaired_rows(14)
+        return KTOTrainer(
+            copy.deepcopy(model), args=config, train_dataset=rows, processing_class=copy.deepcopy(tokenizer)
+        )
+
+    whole = trainer(max_steps=6, save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed = trainer(max_steps=6)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert torch.equal(weights(resumed.model), weights(whole.model))
 
 
 # -- truncation ----------------------------------------------------------------------------------------------------

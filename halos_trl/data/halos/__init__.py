@@ -1,7 +1,7 @@
 """HALOs' own batches: its flat list, order, deal and truncation, for a run that repeats one of HALOs."""
 
 from .batches import HalosBatches, HalosGroupBatches, HalosPairedBatches, HalosPartners, HalosUnpairedBatches
-from .order import microbatches
+from .order import flat_rows, microbatches
 from .prompts import HalosPrompt, load_prompts
 from .tokenization import HalosTokenizer, HalosTokens, padded
 
@@ -14,6 +14,7 @@ __all__ = [
     "HalosTokenizer",
     "HalosTokens",
     "HalosUnpairedBatches",
+    "flat_rows",
     "load_prompts",
     "microbatches",
     "padded",

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from datasets import Dataset
+
 from .prompts import HalosPrompt, Source, load_prompts
 
 Loader = Literal["paired", "unpaired", "group"]
@@ -124,6 +126,43 @@ def _judged(prompt: HalosPrompt) -> Iterator[Single]:
         )
 
 
+def flat_rows(
+    source: Source,
+    loader: Loader,
+    *,
+    split: str = "train",
+    frac_unique_desirable: float | None = None,
+    frac_unique_undesirable: float | None = None,
+) -> Dataset:
+    """HALOs' flat list of a feedback file as rows for the trainers, with HALOs' caps, which `microbatches` explains.
+
+    `prompt`, `chosen` and `rejected` for `"paired"`, else `prompt`, `completion`, `label` and `score`. Raises
+    ValueError as `microbatches` does.
+    """
+    _check_loader(loader)
+    prompts = load_prompts(source, split)
+    if loader == "paired":
+        _require_pairs(prompts)
+        return Dataset.from_list(
+            [
+                {"prompt": p.prompt, "chosen": p.generations[better], "rejected": p.generations[worse]}
+                for p, (better, worse) in flat_pairs(prompts)
+            ]
+        )
+    singles = flat_singles(prompts, Caps(None, frac_unique_desirable, frac_unique_undesirable))
+    return Dataset.from_list(
+        [
+            {
+                "prompt": single.prompt.prompt,
+                "completion": single.prompt.generations[single.completion],
+                "label": single.status == "chosen",
+                "score": float(single.score),
+            }
+            for single in singles
+        ]
+    )
+
+
 # -- micro-batches -------------------------------------------------------------------------------------------------
 
 
@@ -171,8 +210,7 @@ def microbatches(
     without end), and where the file has no feedback of the loader's kind. Groups may leave processes with different
     numbers of micro-batches, as in HALOs; `HalosGroupBatches` evens them out for training.
     """
-    if loader not in LOADERS:
-        raise ValueError(f"`loader={loader!r}` is not known. Use one of {LOADERS}.")
+    _check_loader(loader)
     if global_batch_size is None:
         global_batch_size = microbatch_size * num_processes
     counts = {
@@ -185,17 +223,27 @@ def microbatches(
     if n_epochs is None and n_examples is None:
         raise ValueError("Neither `n_epochs` nor `n_examples` says where to stop. Pass one of them.")
     prompts = load_prompts(source, split)
-    if loader == "paired" and not any(prompt.pairs for prompt in prompts):
-        raise ValueError(
-            f"None of the {len(prompts)} prompts has a pair, which `loader='paired'` is made of. Pass pairwise "
-            "feedback, or use another loader."
-        )
+    if loader == "paired":
+        _require_pairs(prompts)
     run = _Run(
         prompts, loader, microbatch_size, global_batch_size, num_processes, process_index,
         Caps(max_prompt_count, frac_unique_desirable, frac_unique_undesirable),
     )  # fmt: skip
     run.refuse_without_batch(can_end=n_epochs is not None)
     return run.batches(random.Random(seed), n_epochs, n_examples, num_skip)
+
+
+def _check_loader(loader: str) -> None:
+    if loader not in LOADERS:
+        raise ValueError(f"`loader={loader!r}` is not known. Use one of {LOADERS}.")
+
+
+def _require_pairs(prompts: list[HalosPrompt]) -> None:
+    if not any(prompt.pairs for prompt in prompts):
+        raise ValueError(
+            f"None of the {len(prompts)} prompts has a pair, which `loader='paired'` is made of. Pass pairwise "
+            "feedback, or use another loader."
+        )
 
 
 def _require_count(name: str, value: Any) -> None:
@@ -307,6 +355,7 @@ __all__ = [
     "Caps",
     "Loader",
     "flat_pairs",
+    "flat_rows",
     "flat_singles",
     "grouped_share",
     "microbatches",
