@@ -14,6 +14,7 @@ from transformers import LlamaForSequenceClassification
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 import halos_trl
+import halos_trl.online
 from halos_trl import cli
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,8 @@ def test_scripts_in_commands_exist():
 def flags_of(method):
     """Flags of a method's script; a script may extend its config class with flags of its own."""
     own = re.findall(r"^    (\w+): .* = field\(", EXAMPLES[f"train_{method}.py"].read_text(), flags=re.M)
-    config_class = getattr(halos_trl, f"{CONFIG_OF[method]}Config")
+    online = method == "grpo_online"
+    config_class = halos_trl.online.GRPOConfig if online else getattr(halos_trl, f"{CONFIG_OF[method]}Config")
     parser = TrlParser((cli.HalosScriptArguments, config_class, ModelConfig, DatasetMixtureConfig))
     return {option for action in parser._actions for option in action.option_strings} | {
         f"--{name}" for name in [*own, "config", "help"]

@@ -106,22 +106,30 @@ class HalosScriptArguments(ScriptArguments):
 
 
 def parse(
-    config_class: type, toy_kind: str, toy_defaults: dict[str, Any] | None = None, argv: list[str] | None = None
-) -> tuple[HalosScriptArguments, Any, ModelConfig, datasets.DatasetDict]:
+    config_class: type,
+    toy_kind: str,
+    toy_defaults: dict[str, Any] | None = None,
+    argv: list[str] | None = None,
+    arguments: type[HalosScriptArguments] = HalosScriptArguments,
+) -> tuple[Any, Any, ModelConfig, datasets.DatasetDict]:
     """Read the flags (and `--config FILE.yaml`), and load the data.
 
     With neither a model nor a dataset given, the embedded default is used: its model, its feedback of `toy_kind`
     ("unpaired", "paired", "scored") and `toy_defaults` for every setting that no flag or config file names.
+    `arguments` holds the flags that are not of the training config; a script with flags of its own derives a dataclass
+    from it.
 
     Returns (script arguments, training config, model config, dataset splits). Raises ValueError for flags and paths
     that cannot work, before any model is loaded.
     """
-    dataclass_types: Any = (HalosScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+    dataclass_types: Any = (arguments, config_class, ModelConfig, DatasetMixtureConfig)
     parser: Any = TrlParser(dataclass_types, usage=_USAGE, description=_DESCRIPTION)
     argv, config = split_off_config(sys.argv[1:] if argv is None else argv)
     embedded = _names_nothing(parser, argv, config)
     if embedded:
-        parser.set_defaults_with_config(**(TOY_DEFAULTS | (toy_defaults or {})))
+        known = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
+        defaults = TOY_DEFAULTS | (toy_defaults or {})
+        parser.set_defaults_with_config(**{name: value for name, value in defaults.items() if name in known})
     script_args, training_args, model_args, mixture = parser.parse_args_and_config(args=argv)
     script_args.embedded = embedded
     _refuse_what_cannot_work(script_args, model_args, mixture)

@@ -111,6 +111,11 @@ def _meant(name: str, known: Iterable[str]) -> str:
     return f" Did you mean `{close[0]}`?" if close else ""
 
 
+def resolve_function(name: str) -> Function:
+    """The function that `module:function` or `file.py:function` names. Raises ValueError where there is none."""
+    return _resolve(name)[0]
+
+
 def _resolve(name: str) -> tuple[Function, str | None]:
     """The function, and the file that its module stands in."""
     place, _, attribute = name.rpartition(":")
