@@ -384,6 +384,8 @@ def test_a_resumed_run_goes_on_in_the_same_order(model, tokenizer, make_config, 
     resumed = trainer(max_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     assert torch.equal(weights(resumed.model), weights(whole.model))
+    with pytest.raises(ValueError, match="`max_prompt_length=None` has become 40"):
+        trainer(max_steps=6, max_prompt_length=40).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
 
 
 # -- truncation ----------------------------------------------------------------------------------------------------

@@ -214,10 +214,15 @@ def _file_problem(path: Path) -> str | None:
 
 
 def lasting_settings(args: Any) -> dict[str, Any]:
-    """The settings of humanline and of the moving reference that a resumed run has to share. Periods may change."""
+    """The settings of humanline, of the moving reference and of HALOs' batches that a resumed run has to share.
+
+    Periods may change.
+    """
     settings = {"humanline": args.humanline, "sync_ref_model": args.sync_ref_model}
     if args.humanline:
         settings |= {"log_epsilon_p": args.log_epsilon_p, "log_epsilon_r": args.log_epsilon_r}
+    if getattr(args, "batch_order", "trl") == "halos":
+        settings |= {"batch_order": "halos", "max_prompt_length": args.max_prompt_length}
     return settings
 
 
