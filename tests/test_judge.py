@@ -108,7 +108,7 @@ def test_scores_are_read_from_replies(reply, score):
     assert JudgePrompt().score(reply) == score
 
 
-def test_unreadable_replies_are_kept_out_and_not_asked_again():
+def test_unreadable_replies_are_kept_out_and_not_asked_again(caplog):
     def behave(text, _):
         return Behaviour(None if number_of(text) == 1 else "banana" if number_of(text) == 2 else "Score: 4")
 
@@ -117,6 +117,7 @@ def test_unreadable_replies_are_kept_out_and_not_asked_again():
     assert [v.score for v in found] == [4.0, None, None, 4.0]
     assert found[1].reason == found[2].reason == "the judge's reply holds no score"
     assert found[2].reply == "banana"
+    assert caplog.text.count("holds no score") == 1 and "The judge's reply about s.jsonl, item" in caplog.text
     assert len(log.texts) == 4
 
 

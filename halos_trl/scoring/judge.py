@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -11,6 +12,8 @@ from typing import Any
 from .chat_client import ChatClient, RefusedError
 from .samples import Sample
 from .verdict import Verdict
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = """\
 Judge how good the response to the following conversation is. Consider whether it does what was asked, is correct, \
@@ -100,6 +103,7 @@ class JudgeScorer:
     concurrency: int = 8
 
     def __post_init__(self) -> None:
+        self._warned = False
         if self.concurrency < 1:
             raise ValueError(f"The judge's concurrency is {self.concurrency}; expected at least 1.")
 
@@ -159,6 +163,12 @@ class JudgeScorer:
         except RefusedError as refusal:
             return Verdict(position, None, f"the server refused the request: {refusal}"), True
         score = self.prompt.score(reply)
+        if score is None and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"The judge's reply about {sample.where} holds no score: {(reply or '')[-200:]!r}. Samples with such "
+                "replies are left out and counted; this is the first one."
+            )
         return Verdict(position, score, "the judge's reply holds no score" if score is None else None, reply), False
 
 
