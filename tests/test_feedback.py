@@ -462,6 +462,18 @@ def test_an_error_about_a_row_names_the_item(load, tmp_path, make_config, model,
     assert f"row 3 ({path}#3), has an empty `rejected`" in said()
 
 
+def test_an_error_of_the_chat_template_names_the_item(load, tmp_path, make_config, model, tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('no such turn') }}"
+    path = write(tmp_path, toy_items(lambda prompt, good, bad: binary(prompt, good, 1)))
+    with pytest.raises(ValueError, match=r"Row 0 of the train dataset \(.*feedback.json#0\) cannot be rendered"):
+        KTOTrainer(
+            model=model,
+            args=make_config(KTOConfig),
+            train_dataset=load(path, "unpaired"),
+            processing_class=tokenizer,
+        )
+
+
 # -- by `--dataset_name` ---------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import ProcessorMixin
 
+from .checks import source_of
 from .turns import (
     OTHER_TURNS,
     Processing,
@@ -120,7 +121,9 @@ class RowTokenizer:
 
     def __call__(self, row: Row, index: int) -> Row:
         try:
-            made, notes = self._made(row, f"Row {row.get(ROW_NUMBER, index)} of the {self.name} dataset")
+            made, notes = self._made(
+                row, f"Row {row.get(ROW_NUMBER, index)} of the {self.name} dataset{source_of(row)}"
+            )
         except ValueError as error:
             if not self.drop_invalid:
                 raise
