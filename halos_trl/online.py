@@ -27,10 +27,11 @@ from .configs import HumanlineConfig
 from .humanline import clamp, log_ratios, unclamped_counts
 from .reference import FrozenAdapter, FrozenCopy, Reference, ReferenceSync, restore_reference, write_reference
 from .trainers.checkpoints import (
-    ResumableTrainer,
     begin_checkpoint,
     lasting_settings,
     refuse_other_settings,
+    stops_finished_run,
+    train_from,
     write_settings,
 )
 
@@ -77,7 +78,7 @@ class GRPOConfig(HumanlineConfig, trl.GRPOConfig):
             )
 
 
-class GRPOTrainer(ResumableTrainer, OnlineHost):  # type: ignore[misc]
+class GRPOTrainer(OnlineHost):
     """`trl.GRPOTrainer`, with humanline where `args.humanline` says so. Takes TRL's arguments.
 
     Logs `unclamped` under humanline: the fraction of completion tokens whose log-ratio lies inside the bounds.
@@ -127,6 +128,17 @@ class GRPOTrainer(ResumableTrainer, OnlineHost):  # type: ignore[misc]
         assert humanline is not None
         self.log_share("unclamped", *unclamped_counts(raw_BT, humanline))
         return clamp(raw_BT, humanline)
+
+    # -- loops --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`, from a whole checkpoint or from the start, with the output directory to itself."""
+        train = super().train
+        return train_from(self, resume_from_checkpoint, lambda checkpoint: train(checkpoint, *args, **kwargs))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        """The host's; but a finished run, when it is resumed, gets no batch."""
+        return ([], None) if stops_finished_run(self) else super().get_batch_samples(*args, **kwargs)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 

@@ -50,9 +50,9 @@ def test_trls_own_script_with_the_name_of_the_package_replaced(method, files, tm
     script.write_text(source.replace("from trl import", "from halos_trl import"))
     monkeypatch.setattr(sys, "argv", [script.name, *arguments(files, method, tmp_path / "out")])
     seen = []
-    train = halos_trl.trainers.base.StepAsBatch.get_batch_samples
+    train = halos_trl.trainers.run.TrainingRun.get_batch_samples
     monkeypatch.setattr(
-        halos_trl.trainers.base.StepAsBatch,
+        halos_trl.trainers.run.TrainingRun,
         "get_batch_samples",
         lambda self, *args: seen.append(type(self).__module__) or train(self, *args),
     )

@@ -27,10 +27,10 @@ from ..reference import (
     write_reference,
 )
 from ..sharded import parameters_by_name, shape_of
-from .checkpoints import ResumableTrainer, begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
+from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
 from .loss import BatchTables, batch_loss, mean_loss
+from .run import TrainingRun
 from .start import check_start, hold_reference, refuse_frozen, refuse_unfit_models
-from .step import StepAsBatch
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -57,7 +57,7 @@ EvalDataset: TypeAlias = (
 Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None]
 
 
-class AlignmentTrainer(ResumableTrainer, StepAsBatch, Generic[ConfigT]):
+class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
     """Mixed in front of a host trainer. Subclasses turn a batch into a record, and a record into a loss."""
 
     # -- construction ------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.logging import get_logger
@@ -19,11 +19,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import TrainOutput
 
-if TYPE_CHECKING:
-    from .._trl import TrainerHost as _Host
-else:
-    _Host = object
-
 logger = get_logger(__name__)
 
 _SETTINGS = "halos_trl.settings"
@@ -32,47 +27,52 @@ _SETTINGS = "halos_trl.settings"
 _LOCK = "_training.lock"  # uploads leave out what begins with an underscore
 
 
-class ResumableTrainer(_Host):
-    """A trainer that resumes from a whole checkpoint or not at all, and has its output directory to itself."""
+class Resumable(Protocol):
+    """What a trainer that resumes brings along."""
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """`Trainer.train`, which a resumed run goes on with exactly.
-
-        `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one with missing or
-        damaged files is passed over with a warning. A checkpoint that is named and is not complete is refused. A run
-        that had reached its last step trains no further.
-        """
-        checkpoint = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
-        writes = self.args.save_strategy != "no" and self.args.process_index == 0
-        with only_run_in(self.args.output_dir) if writes else contextlib.nullcontext():
-            if not checkpoint or not os.path.isdir(checkpoint):  # transformers refuses a path that leads nowhere
-                if writes and any(Path(self.args.output_dir).glob("checkpoint-*")):
-                    logger.warning(
-                        f"{self.args.output_dir!r} holds checkpoints of an earlier run, and this one starts anew. "
-                        "Later, `resume_from_checkpoint=True` takes that of the highest step, whichever run wrote it."
-                    )
-                return super().train(checkpoint, *args, **kwargs)
-            folder = os.fspath(checkpoint)
-            require_complete(folder, deepspeed=self.is_deepspeed_enabled)
-            step = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
-            self.restore(folder)
-            result = super().train(folder, *args, **kwargs)
-        if self.state.global_step == step:
-            logger.warning(
-                f"{folder} is that of a finished run (step {self.state.global_step} of {self.state.max_steps}), so "
-                "nothing was trained. To go on, raise `max_steps` or `num_train_epochs`."
-            )
-        return result
+    args: Any
+    state: Any
+    control: Any
+    is_deepspeed_enabled: bool
 
     def restore(self, folder: str) -> None:
-        """Hook: take from a checkpoint what `before_checkpoint` wrote."""
+        """Take from a checkpoint what the trainer wrote into it beside the host's files."""
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The host's; but a finished run, when it is resumed, gets no batch."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+
+def train_from(trainer: Resumable, resume_from_checkpoint: Any, train: Callable[[Any], TrainOutput]) -> TrainOutput:
+    """The host's `train`, from a whole checkpoint or from the start, with the output directory to itself.
+
+    Raises ValueError for a checkpoint that is not complete, and while another run trains in that directory.
+    """
+    checkpoint = checkpoint_of(resume_from_checkpoint, trainer.args.output_dir)
+    writes = trainer.args.save_strategy != "no" and trainer.args.process_index == 0
+    with only_run_in(trainer.args.output_dir) if writes else contextlib.nullcontext():
+        if not checkpoint or not os.path.isdir(checkpoint):  # transformers refuses a path that leads nowhere
+            if writes and any(Path(trainer.args.output_dir).glob("checkpoint-*")):
+                logger.warning(
+                    f"{trainer.args.output_dir!r} holds checkpoints of an earlier run, and this one starts anew. "
+                    "Later, `resume_from_checkpoint=True` takes that of the highest step, whichever run wrote it."
+                )
+            return train(checkpoint)
+        folder = os.fspath(checkpoint)
+        require_complete(folder, deepspeed=trainer.is_deepspeed_enabled)
+        step = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+        trainer.restore(folder)
+        result = train(folder)
+    if trainer.state.global_step == step:
+        logger.warning(
+            f"{folder} is that of a finished run (step {trainer.state.global_step} of {trainer.state.max_steps}), so "
+            "nothing was trained. To go on, raise `max_steps` or `num_train_epochs`."
+        )
+    return result
+
+
+def stops_finished_run(trainer: Resumable) -> bool:
+    """Whether the run has had its last step, as a finished one has that is resumed; it is told to stop."""
+    if trainer.state.global_step < trainer.state.max_steps:
+        return False
+    trainer.control.should_training_stop = True
+    return True
 
 
 @contextlib.contextmanager
@@ -250,7 +250,6 @@ def _settings_in(folder: str) -> dict[str, Any]:
 
 
 __all__ = [
-    "ResumableTrainer",
     "begin_checkpoint",
     "checkpoint_of",
     "last_complete_checkpoint",
@@ -259,5 +258,7 @@ __all__ = [
     "problem_of",
     "refuse_other_settings",
     "require_complete",
+    "stops_finished_run",
+    "train_from",
     "write_settings",
 ]

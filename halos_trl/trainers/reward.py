@@ -15,8 +15,8 @@ from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from ..forward.rewards import score_sequences
 from . import reward_head
-from .checkpoints import ResumableTrainer
-from .step import StepAsBatch, weighted, without_share
+from .run import TrainingRun
+from .step import weighted, without_share
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .base import EvalDataset, Optimizers
 
 
-class BradleyTerryTrainer(ResumableTrainer, StepAsBatch, RewardHost):
+class BradleyTerryTrainer(TrainingRun, RewardHost):
     """Reward model under the Bradley-Terry model: loss = -log sigmoid(score(chosen) - score(rejected)).
 
     Extends `trl.RewardTrainer` and takes the same arguments. The score is the single logit of an

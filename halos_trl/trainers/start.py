@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig
 
 from .._trl import is_peft_model, rates_in_config, saved_with_adapter, score_tokens
 from ..reference import FrozenAdapter, NoReference, PrecomputedColumn, spread_evenly
@@ -15,10 +15,7 @@ from ..sharded import parameters_by_name
 from ..value_head import NAME as VALUE_HEAD
 
 if TYPE_CHECKING:
-    from .._trl import TrainerHost as _Host
     from .base import AlignmentTrainer
-else:
-    _Host = object
 
 logger = get_logger(__name__)
 
@@ -89,39 +86,15 @@ def refuse_frozen(model: torch.nn.Module) -> None:
     )
 
 
-class StartChecks(_Host):
-    """Checks around the first update of every run."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._gradients_seen = False
-        self.add_callback(_BeforeUpdate(self))
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_frozen(self.accelerator.unwrap_model(self.model))
-        self._gradients_seen = False
-        return super().train(*args, **kwargs)
-
-    def before_update(self) -> None:
-        """Hook: gradients are there, and no weight has changed by them (DeepSpeed may have updated earlier)."""
-        if self._gradients_seen or self.is_deepspeed_enabled:  # which keeps gradients to itself
-            return
-        self._gradients_seen = True
-        trained = trained_parameters(self.accelerator.unwrap_model(self.model))
-        if all(parameter.grad is None for parameter in trained.values()):
-            raise ValueError(
-                f"None of the {len(trained)} trainable parameters got a gradient in the first step, so nothing would "
-                f"be trained. The loss does not reach them: {_some(trained)}. Choose modules that take part in the "
-                "forward pass of this dataset (an adapter on a vision tower needs images)."
-            )
-
-
-class _BeforeUpdate(TrainerCallback):
-    def __init__(self, trainer: StartChecks):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.before_update()
+def refuse_missing_gradients(model: torch.nn.Module) -> None:
+    """Raise where a backward pass has left every trainable parameter of the policy without a gradient."""
+    trained = trained_parameters(model)
+    if all(parameter.grad is None for parameter in trained.values()):
+        raise ValueError(
+            f"None of the {len(trained)} trainable parameters got a gradient in the first step, so nothing would "
+            f"be trained. The loss does not reach them: {_some(trained)}. Choose modules that take part in the "
+            "forward pass of this dataset (an adapter on a vision tower needs images)."
+        )
 
 
 # -- the reference does not train along ------------------------------------------------------------------------------
@@ -275,10 +248,10 @@ def _in_half_precision(trainer: AlignmentTrainer) -> bool:
 
 
 __all__ = [
-    "StartChecks",
     "check_start",
     "hold_reference",
     "refuse_frozen",
+    "refuse_missing_gradients",
     "refuse_unfit_models",
     "trained_parameters",
 ]

@@ -1,4 +1,4 @@
-"""One optimizer step as one batch, however it is split over micro-batches and processes. And the model card.
+"""One optimizer step as one batch, however it is split over micro-batches and processes.
 
 What a micro-batch has to know about its step travels inside it, so `compute_loss` is a function of its batch: it
 remembers nothing between calls, and whoever overrides it gets TRL's meaning.
@@ -6,16 +6,17 @@ remembers nothing between calls, and whoever overrides it gets TRL's meaning.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import model_card
 from .._trl import STEP_SHARE, overridden
 from ..metrics import RunningMeans
-from .start import StartChecks
+
+if TYPE_CHECKING:
+    from .run import TrainingRun
 
 
 @dataclass(frozen=True)
@@ -45,104 +46,67 @@ def weighted(mean_loss: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
     return mean_loss if share is None else mean_loss * share.weight
 
 
-class StepAsBatch(StartChecks):
-    """One optimizer step is one batch, however it is split over micro-batches and processes. And the model card."""
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """All micro-batches of the next optimizer step, each with its `StepShare`."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches:
-            self.model.train()
-            for batch, share in zip(batches, self.shares_of([self.on_device(b) for b in batches]), strict=True):
-                batch[STEP_SHARE] = share
-        return batches, num_items
-
-    def shares_of(self, batches: list[dict[str, Any]]) -> list[StepShare]:
-        """The share of each micro-batch that this process holds of a step; every process has to call this."""
-        sizes = [torch.as_tensor(self._size_of(batch), device=self.accelerator.device) for batch in batches]
-        step_size = self.accelerator.reduce(torch.stack(sizes).sum(), reduction="sum").clamp(min=1)
-        slots = self.accelerator.num_processes * len(batches)
-        return [
-            StepShare(size * slots / step_size, prepared)
-            for size, prepared in zip(sizes, self.prepare_step(batches), strict=True)
-        ]
-
-    def _size_of(self, batch: dict[str, Any]) -> Any:
-        try:
-            return self.batch_size(batch)
-        except KeyError as error:
-            raise ValueError(
-                f"`data_collator` returned a batch with {sorted(batch)}, and {type(self).__name__} also reads "
-                f"{error}. Leave `data_collator` out, or take the batch of the trainer's own collator and add to it."
-            ) from error
-
-    def prepare_step(self, batches: list[dict[str, Any]]) -> Sequence[Any]:
-        """Hook: what has to be computed from the whole step before its first loss, for each micro-batch."""
-        return [None] * len(batches)
-
-    def prepare_batch(self, batch: dict[str, Any]) -> Any:
-        """The same for a batch that belongs to no step, e.g. one of an evaluation."""
-        return self.prepare_step([batch])[0]
-
-    def batch_size(self, batch: dict[str, Any]) -> Any:
-        """Number of examples (rows or pairs) in a collated batch."""
-        raise NotImplementedError
-
-    # -- evaluation --------------------------------------------------------------------------------------------
-
-    def own_size(self, batch: dict[str, Any]) -> Any:
-        """Number of examples of an evaluation batch, without the rows that accelerate repeats to fill the last one."""
-        return self.real_rows(self.batch_size(batch))
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """The host's loop. Its loss is the mean over all examples, also where the last batch of a stream is short."""
-        predict, zero = self.prediction_step, torch.zeros((), device=self.accelerator.device)
-        losses, batches = RunningMeans(), 0
-        losses.add({"loss": (zero, zero)})  # every process has to reduce
-
-        def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal batches
-            batches += 1
-            result = predict(model, inputs, *args, **kwargs)
-            if result[0] is not None:
-                size = torch.as_tensor(self.own_size(inputs), device=zero.device)
-                losses.add({"loss": (result[0].detach().mean().where(size > 0, 0.0) * size, size)})
-            return result
-
-        with overridden(self, prediction_step=counted):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        if not batches:
-            raise ValueError(f"{description}: the dataset gives no batch. {self.why_no_batch('eval')}")
-        for mean in losses.drain(lambda x: self.accelerator.reduce(x, reduction="sum")).values():
-            output.metrics[f"{metric_key_prefix}_loss"] = mean
-        return output
-
-    # -- model card --------------------------------------------------------------------------------------------
-
-    card_fields: tuple[str, ...] = ("beta",)
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | Sequence[str] | None = None,
-        tags: str | list[str] | None = None,
-    ) -> None:
-        """Write `README.md` into the output directory: method, paper, base model, hyper-parameters, versions.
-
-        Differs from TRL's card: a local base model is named as such instead of being linked as `None`, and the
-        hyper-parameters are listed.
-        """
-        if self.is_world_process_zero():
-            model_card.write(self, model_name, dataset_name, tags)
+def attach_shares(trainer: TrainingRun, batches: list[dict[str, Any]]) -> None:
+    """Put into each micro-batch of an optimizer step what it has to know of the step; every process calls this."""
+    trainer.model.train()
+    for batch, share in zip(batches, shares_of(trainer, [trainer.on_device(b) for b in batches]), strict=True):
+        batch[STEP_SHARE] = share
 
 
-__all__ = ["StepAsBatch", "StepShare", "share_in", "weighted", "without_share"]
+def shares_of(trainer: TrainingRun, batches: list[dict[str, Any]]) -> list[StepShare]:
+    """The share of each micro-batch that this process holds of a step; every process has to call this."""
+    sizes = [torch.as_tensor(_size_of(trainer, batch), device=trainer.accelerator.device) for batch in batches]
+    step_size = trainer.accelerator.reduce(torch.stack(sizes).sum(), reduction="sum").clamp(min=1)
+    slots = trainer.accelerator.num_processes * len(batches)
+    return [
+        StepShare(size * slots / step_size, prepared)
+        for size, prepared in zip(sizes, trainer.prepare_step(batches), strict=True)
+    ]
+
+
+def _size_of(trainer: TrainingRun, batch: dict[str, Any]) -> Any:
+    try:
+        return trainer.batch_size(batch)
+    except KeyError as error:
+        raise ValueError(
+            f"`data_collator` returned a batch with {sorted(batch)}, and {type(trainer).__name__} also reads "
+            f"{error}. Leave `data_collator` out, or take the batch of the trainer's own collator and add to it."
+        ) from error
+
+
+def mean_over_examples(trainer: TrainingRun, loop: Callable[[], Any], description: str, prefix: str) -> Any:
+    """The host's evaluation `loop`, with a loss that is the mean over all examples, however long the batches are.
+
+    Raises ValueError where the loop has no batch.
+    """
+    predict, zero = trainer.prediction_step, torch.zeros((), device=trainer.accelerator.device)
+    losses, batches = RunningMeans(), 0
+    losses.add({"loss": (zero, zero)})  # every process has to reduce
+
+    def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        result = predict(model, inputs, *args, **kwargs)
+        if result[0] is not None:
+            size = torch.as_tensor(trainer.own_size(inputs), device=zero.device)
+            losses.add({"loss": (result[0].detach().mean().where(size > 0, 0.0) * size, size)})
+        return result
+
+    with overridden(trainer, prediction_step=counted):
+        output = loop()
+    if not batches:
+        raise ValueError(f"{description}: the dataset gives no batch. {trainer.why_no_batch('eval')}")
+    for mean in losses.drain(lambda x: trainer.accelerator.reduce(x, reduction="sum")).values():
+        output.metrics[f"{prefix}_loss"] = mean
+    return output
+
+
+__all__ = [
+    "StepShare",
+    "attach_shares",
+    "mean_over_examples",
+    "share_in",
+    "shares_of",
+    "weighted",
+    "without_share",
+]
