@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import halos_trl
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "halos_trl"
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -115,6 +117,33 @@ def test_mathematics_needs_torch_and_the_standard_library_only(module):
 
     outside = {name.split(".")[0] for name, _ in imports(MODULES[module])} - {"halos_trl", "torch"}
     assert outside <= set(sys.stdlib_module_names)
+
+
+# -- few classes above a method --------------------------------------------------------------------------------------
+
+BASES = {
+    halos_trl.PairedPreferenceTrainer: ("CDPO", "DPO", "IPO", "SLiC", "SimPO"),
+    halos_trl.UnpairedPreferenceTrainer: ("KTO",),
+    halos_trl.ScoredTrainer: ("GRPO", "PPO"),
+}
+METHODS = [(getattr(halos_trl, f"{name}Trainer"), base) for base, names in BASES.items() for name in names]
+
+
+@pytest.mark.parametrize(("method", "base"), METHODS)
+def test_a_batch_becomes_metrics_in_the_class_of_the_method_and_its_base(method, base):
+    """Besides functions: what `trainers/loss.py` asks a trainer for stands in one of the two."""
+    assert method.__bases__[0] is base
+    for hook in ("record", "loss", "checked", "own_rows", "metric_sums", "batch_size", "check_rows"):
+        owner = next(c for c in method.__mro__ if hook in vars(c))
+        assert owner in (method, base), f"{hook} of {method.__name__} is that of {owner.__name__}"
+
+
+@pytest.mark.parametrize("method", [*(method for method, _ in METHODS), halos_trl.BradleyTerryTrainer])
+def test_classes_of_trainers_above_a_method(method):
+    """The public base, what has a reference, and what trains; behind them the door to TRL begins."""
+    above = [c.__name__ for c in method.__mro__[1:] if c.__module__.startswith("halos_trl.trainers")]
+    has_reference = method is not halos_trl.BradleyTerryTrainer
+    assert above == [*([method.__mro__[1].__name__, "AlignmentTrainer"] if has_reference else []), "TrainingRun"]
 
 
 # -- one door to private names -------------------------------------------------------------------------------------

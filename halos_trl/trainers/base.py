@@ -12,9 +12,8 @@ from transformers import TrainingArguments
 
 from .._trl import POLICY_ADAPTER, REFERENCE_ADAPTER, TokenTable, edits_base_weights
 from ..configs import REFERENCE_FIELDS, defaults_of
-from ..humanline import log_ratios
-from ..metrics import Sums, loss_sums, total, unclamped_sums
-from ..records import LossOutput, check_output
+from ..metrics import Sums
+from ..records import LossOutput
 from ..reference import (
     AdapterOff,
     FrozenAdapter,
@@ -43,10 +42,6 @@ if TYPE_CHECKING:
         ProcessorMixin,
         TrainerCallback,
     )
-
-UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
-"""Metrics of a loss that are logged as sums over tokens instead, see `clamp_sums`."""
-
 
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 """The config class of a method, for type checkers: `args` is an instance of it."""
@@ -267,9 +262,14 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
     """Hook: the method itself, a function of its record."""
 
     def checked(self, output: Any, record: Any) -> LossOutput:
-        """What `loss` returned for this record. Raises ValueError unless it is one loss for each row or pair."""
-        advice = "Sum or average over the tokens of a row inside `loss`."
-        return check_output(output, (len(record[0]),), advice)
+        """Hook: what `loss` returned for this record. Raises ValueError where it has another form than it should."""
+        raise NotImplementedError
+
+    def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        """Hook: index of the rows that have a loss, without those that accelerate repeats to fill the last evaluation
+        batch; None for all.
+        """
+        raise NotImplementedError
 
     def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
         """Hook: what is logged of a batch."""
@@ -278,15 +278,6 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
     def reference_logps(self, batch: dict[str, Any], prepared: Any) -> torch.Tensor | None:
         """Log-probs `(B, T)` of the reference in nats; `prepared` is what `prepare_step` made for this batch."""
         return self.reference.log_probs(batch)
-
-    def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
-        """Index of the rows without those that accelerate repeats to fill the last evaluation batch; None for all."""
-        # A batch of pairs holds the chosen completions first, then the rejected ones.
-        size = len(batch["completion_mask"]) // len(self.sides)
-        kept = self.real_rows(size)
-        if kept == size:
-            return None
-        return torch.cat([torch.arange(side * size, side * size + kept) for side in range(len(self.sides))])
 
     def refuse_non_finite(self, policy: TokenTable, reference_BT: torch.Tensor | None) -> None:
         """Raise before a NaN or infinity can reach the weights."""
@@ -299,32 +290,6 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
                     f"{rows} of the batch. The weights were not updated with them. Look for NaN in the model's "
                     "weights (a broken checkpoint), lower `learning_rate`, or use `bf16`/`float32` instead of `fp16`."
                 )
-
-    def loss_sums(self, output: LossOutput) -> Sums:
-        """Rewards and the method's own metrics."""
-        # A micro-batch's unclamped fraction cannot be averaged; `clamp_sums` logs its parts instead.
-        return {name: sums for name, sums in loss_sums(output).items() if name not in UNCLAMPED}
-
-    def clamp_sums(self, tokens: TokenTable, reference_BT: torch.Tensor | None, is_chosen_B: torch.Tensor) -> Sums:
-        """Under humanline: the unclamped fraction of all tokens, and of each side's."""
-        clamp = self.args.humanline_clamp
-        if clamp is None:
-            return {}
-        ratios_BT, _ = log_ratios(tokens.logps_BT, reference_BT, tokens.mask_BT)
-        return unclamped_sums(ratios_BT, is_chosen_B, clamp)
-
-    def token_sums(self, tokens: TokenTable) -> Sums:
-        """Metrics of the forward pass that every method logs."""
-        sums: Sums = {}
-        if tokens.entropy_BT is not None:
-            sums["entropy"] = total(tokens.entropy_BT, tokens.mask_BT)
-        if tokens.aux_loss is not None:
-            sums["aux_loss"] = total(tokens.aux_loss.reshape(1))
-        return sums
-
-    def with_aux_loss(self, loss: torch.Tensor, tokens: TokenTable) -> torch.Tensor:
-        """Add the load-balancing loss of mixture-of-experts models."""
-        return loss + self.router_aux_loss_coef * tokens.aux_loss if self.aux_loss_enabled else loss
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 

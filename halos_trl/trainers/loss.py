@@ -3,7 +3,8 @@
     batch -> policy and reference -> record -> loss -> metrics -> mean -> weight in the optimizer step
 
 The functions here are that way. What differs between methods are the hooks of a trainer that they call: `record`,
-`loss`, `checked` and `metric_sums`, and `prepare_batch` for what is computed before the forward passes.
+`loss`, `checked`, `own_rows` and `metric_sums`, in the class of the method or in the public base that it extends; and
+`prepare_step` for what is computed before the forward passes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .. import metrics
 from .._trl import TokenTable
+from ..humanline import Humanline, log_ratios, unclamped_counts
 from ..logprobs import apply_mask
+from ..metrics import Sums
+from ..records import LossOutput
 from .step import share_in, weighted, without_share
 
 if TYPE_CHECKING:
@@ -79,7 +84,10 @@ def mean_loss(trainer: AlignmentTrainer[Any], tables: BatchTables) -> torch.Tens
     output = trainer.checked(trainer.loss(record), record)
     trainer.record_metrics(trainer.metric_sums(output, own))
     trainer.count_tokens(tables.batch)
-    return trainer.with_aux_loss(mean(output.losses, own.tokens.mask_BT), tables.tokens)
+    loss = mean(output.losses, own.tokens.mask_BT)
+    if not trainer.aux_loss_enabled:
+        return loss
+    return loss + trainer.router_aux_loss_coef * tables.tokens.aux_loss  # that balances a mixture of experts
 
 
 def mean(losses: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
@@ -89,4 +97,57 @@ def mean(losses: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return apply_mask(losses, mask_BT).sum() / mask_BT.sum().clamp(min=1)
 
 
-__all__ = ["BatchTables", "batch_loss", "batch_tables", "mean", "mean_loss"]
+def repeats_left_out(trainer: AlignmentTrainer[Any], batch: dict[str, Any], sides: int = 1) -> torch.Tensor | None:
+    """Index of the rows without those that accelerate repeats to fill the last evaluation batch; None for all.
+
+    A batch has the rows of one side after those of the other: the chosen completions, then the rejected ones.
+    """
+    size = len(batch["completion_mask"]) // sides
+    kept = trainer.real_rows(size)
+    if kept == size:
+        return None
+    return torch.cat([torch.arange(side * size, side * size + kept) for side in range(sides)])
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+_UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
+
+
+def loss_sums(output: LossOutput) -> Sums:
+    """Rewards and the method's own metrics."""
+    # A micro-batch's unclamped fraction cannot be averaged; `clamp_sums` logs its parts instead.
+    return {name: sums for name, sums in metrics.loss_sums(output).items() if name not in _UNCLAMPED}
+
+
+def clamp_sums(tables: BatchTables, is_chosen_B: torch.Tensor | None, humanline: Humanline | None) -> Sums:
+    """Under humanline: the unclamped fraction of all tokens, and of each side's where there are sides."""
+    if humanline is None:
+        return {}
+    ratios_BT, _ = log_ratios(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT)
+    if is_chosen_B is None:
+        return {"unclamped": unclamped_counts(ratios_BT, humanline)}
+    return metrics.unclamped_sums(ratios_BT, is_chosen_B, humanline)
+
+
+def token_sums(tokens: TokenTable) -> Sums:
+    """Metrics of the forward pass that every method logs."""
+    sums: Sums = {}
+    if tokens.entropy_BT is not None:
+        sums["entropy"] = metrics.total(tokens.entropy_BT, tokens.mask_BT)
+    if tokens.aux_loss is not None:
+        sums["aux_loss"] = metrics.total(tokens.aux_loss.reshape(1))
+    return sums
+
+
+__all__ = [
+    "BatchTables",
+    "batch_loss",
+    "batch_tables",
+    "clamp_sums",
+    "loss_sums",
+    "mean",
+    "mean_loss",
+    "repeats_left_out",
+    "token_sums",
+]

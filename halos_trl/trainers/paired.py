@@ -10,9 +10,9 @@ from .._trl import PairedHost
 from ..configs import DPO_LOSS_FIELDS, DPOConfig
 from ..data.checks import Rows, check_paired_rows
 from ..metrics import Sums, accuracy_sums, logps_sums, side_sums, total
-from ..records import LossOutput, PairedLogps
+from ..records import LossOutput, PairedLogps, check_output
 from .base import AlignmentTrainer, ConfigT
-from .loss import BatchTables
+from .loss import BatchTables, clamp_sums, loss_sums, repeats_left_out, token_sums
 
 
 class PairedPreferenceTrainer(AlignmentTrainer[ConfigT], PairedHost):
@@ -41,16 +41,22 @@ class PairedPreferenceTrainer(AlignmentTrainer[ConfigT], PairedHost):
             policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_mask, rejected_mask
         )
 
+    def checked(self, output: Any, record: Any) -> LossOutput:
+        return check_output(output, (len(record[0]),), "Sum or average over the tokens of a row inside `loss`.")
+
+    def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        return repeats_left_out(self, batch, sides=2)
+
     def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
         tokens = tables.tokens
         is_chosen_B = torch.arange(len(tokens.logps_BT), device=tokens.logps_BT.device) < len(tokens.logps_BT) // 2
-        sums = self.loss_sums(output) | accuracy_sums(output) | self.token_sums(tokens)
+        sums = loss_sums(output) | accuracy_sums(output) | token_sums(tokens)
         sums |= logps_sums(tokens.logps_BT, is_chosen_B)
         if tokens.mean_logits_BT is not None:
             sums |= side_sums("logits", tokens.mean_logits_BT, tokens.mask_BT, is_chosen_B)
         if tokens.is_top1_BT is not None:
             sums["mean_token_accuracy"] = total(tokens.is_top1_BT.float(), tokens.mask_BT & is_chosen_B[:, None])
-        return sums | self.clamp_sums(tokens, tables.reference_BT, is_chosen_B)
+        return sums | clamp_sums(tables, is_chosen_B, self.args.humanline_clamp)
 
     def batch_size(self, batch: dict[str, Any]) -> int:
         return batch["completion_mask"].shape[0] // 2

@@ -18,12 +18,11 @@ from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
 from ..data.groups import GROUP, ScoreRows, scored_rows, with_advantages
 from ..data.halos import HalosBatches, HalosGroupBatches, HalosUnpairedBatches
-from ..humanline import log_ratios, unclamped_counts
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput, check_output
 from ..reference import PrecomputedTokens, Reference
-from .base import UNCLAMPED, AlignmentTrainer, ConfigT
-from .loss import BatchTables
+from .base import AlignmentTrainer, ConfigT
+from .loss import BatchTables, clamp_sums, loss_sums, repeats_left_out, token_sums
 
 logger = get_logger(__name__)
 
@@ -147,7 +146,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
     def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
         if self.averages_over == "tokens":
-            return super().own_rows(batch)
+            return repeats_left_out(self, batch)
         # A micro-batch that got no example holds a row without a completion, which has no loss.
         return self.without_repeats(batch)["completion_mask"][:, 1:].any(-1).nonzero().flatten()
 
@@ -168,18 +167,20 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         """Scores and advantages, the forward pass, the clamp, and the loss's own metrics, which are means over what
         the losses are averaged over.
         """
-        tokens, clamp = tables.tokens, self.args.humanline_clamp
+        tokens = tables.tokens
         has_tokens_B = tokens.mask_BT.any(-1)
-        sums = {"scores": total(tables.of_rows(tables.batch["score"]), has_tokens_B)} | self.token_sums(tokens)
+        sums = {"scores": total(tables.of_rows(tables.batch["score"]), has_tokens_B)} | token_sums(tokens)
         if "advantage" in tables.batch:
             sums["advantages/abs"] = total(tables.of_rows(tables.batch["advantage"]).abs(), has_tokens_B)
-        if clamp is not None:
-            ratios_BT, _ = log_ratios(tokens.logps_BT, tables.reference_BT, tokens.mask_BT)
-            sums["unclamped"] = unclamped_counts(ratios_BT, clamp)
         count = tokens.mask_BT.sum() if self.averages_over == "tokens" else has_tokens_B.sum()
-        weighted = {name: mean.double().where(count > 0, 0.0) * count for name, mean in output.metrics.items()}
-        rewards = self.loss_sums(output._replace(metrics={}))
-        return sums | rewards | {name: (value, count) for name, value in weighted.items() if name not in UNCLAMPED}
+        logged = loss_sums(output)
+        # The mean over no row or token is no number. Its name stays, since every process has to count the same ones.
+        own = {
+            name: (mean.double().where(count > 0, 0.0) * count, count)
+            for name, mean in output.metrics.items()
+            if name in logged
+        }
+        return sums | logged | own | clamp_sums(tables, None, self.args.humanline_clamp)
 
     def count_tokens(self, batch: dict[str, Any]) -> None:
         # A micro-batch that got no example holds a few tokens without a completion.

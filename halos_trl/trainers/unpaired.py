@@ -16,9 +16,9 @@ from ..data import kl_partners
 from ..data.checks import Rows, check_unpaired_rows
 from ..losses import kto_kl
 from ..metrics import Sums, logps_sums, side_sums
-from ..records import LossOutput, UnpairedLogps
+from ..records import LossOutput, UnpairedLogps, check_output
 from .base import AlignmentTrainer, ConfigT
-from .loss import BatchTables
+from .loss import BatchTables, clamp_sums, loss_sums, repeats_left_out, token_sums
 
 logger = get_logger(__name__)
 
@@ -45,12 +45,18 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         desirable_B = tables.of_rows(tables.batch["label"].bool())
         return UnpairedLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, desirable_B)
 
+    def checked(self, output: Any, record: Any) -> LossOutput:
+        return check_output(output, (len(record[0]),), "Sum or average over the tokens of a row inside `loss`.")
+
+    def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
+        return repeats_left_out(self, batch)
+
     def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
         tokens, desirable_B = tables.tokens, tables.of_rows(tables.batch["label"].bool())
-        sums = self.loss_sums(output) | self.token_sums(tokens) | logps_sums(tokens.logps_BT, desirable_B)
+        sums = loss_sums(output) | token_sums(tokens) | logps_sums(tokens.logps_BT, desirable_B)
         if tokens.mean_logits_BT is not None:
             sums |= side_sums("logits", tokens.mean_logits_BT, tokens.mask_BT, desirable_B)
-        return sums | self.clamp_sums(tokens, tables.reference_BT, desirable_B)
+        return sums | clamp_sums(tables, desirable_B, self.args.humanline_clamp)
 
     def batch_size(self, batch: dict[str, Any]) -> int:
         return batch["label"].shape[0]
