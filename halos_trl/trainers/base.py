@@ -1,4 +1,4 @@
-"""What paired and unpaired trainers share: the reference, what a run may combine, metrics, checkpoints."""
+"""What the methods share: the reference, what a run may combine, the hooks of a batch's loss, checkpoints."""
 
 from __future__ import annotations
 
