@@ -179,7 +179,8 @@ def assert_stopped(trainer: Any, spoil: Spoil, message: str) -> None:
 
 def infinite_loss(trainer: Any) -> None:
     if isinstance(trainer, halos_trl.BradleyTerryTrainer):
-        trainer.model.score.register_forward_hook(lambda module, args, scores: scores * math.inf)
+        # In front of the hook that takes the scores of packed rows.
+        trainer.model.score.register_forward_hook(lambda module, args, scores: scores * math.inf, prepend=True)
     else:
         of_batch = trainer.batch_loss
         trainer.batch_loss = lambda *args, **kwargs: of_batch(*args, **kwargs) * math.inf
