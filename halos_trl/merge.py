@@ -1,4 +1,4 @@
-"""The saved adapter merged into its base model: loaded, merged, checked, saved and pushed."""
+"""A saved adapter merged into its base model: loaded, merged, checked, saved and pushed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
 from . import model_card
@@ -77,6 +79,65 @@ def _write(trainer: Any, folder: Path, used_datasets: list[str]) -> None:
         shutil.copy(value_head, folder)
     trainer.processing_class.save_pretrained(folder)
     model_card.write(trainer, None, used_datasets, None, merged_dir=str(folder))
+
+
+def merge_folder(adapter: str, output: str, *, dtype: str = "auto", overwrite: bool = False) -> None:
+    """Merge a saved adapter into its unquantized base model, and save model and tokenizer in the folder `output`.
+
+    What was saved is loaded once more and compared with the adapter. With `overwrite`, what lies at `output` is moved
+    aside.
+
+    Raises ValueError for a folder without an adapter, an output that exists (without `overwrite`), and where the
+    merged model is not the adapter's; then nothing is left at `output`.
+    """
+    if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
+        raise ValueError(f"`{adapter}` is no folder with an adapter: it has no `adapter_config.json`.")
+    target = Path(output)
+    if target.exists() and not overwrite:
+        raise ValueError(f"`{output}` exists. Name another folder, or pass `--overwrite` to move it aside.")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_merged(adapter, partial, dtype)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _move_away(target)
+    partial.rename(target)
+
+
+def _write_merged(adapter: str, folder: Path, dtype: str) -> None:
+    config = PeftConfig.from_pretrained(adapter)
+    is_classifier = str(config.task_type).endswith("SEQ_CLS")
+    model_class: Any = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager"}
+    if is_classifier:
+        settings["num_labels"] = _labels_of(adapter)
+    base = model_class.from_pretrained(config.base_model_name_or_path, revision=config.revision, **settings)
+    adapted = PeftModel.from_pretrained(base, adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    ids = _sample_ids(tokenizer)
+    expected = outputs_of(adapted, ids)
+    with adapted.disable_adapter():
+        change = (expected - outputs_of(adapted, ids)).abs().mean().item()
+    merged_model(adapted).save_pretrained(folder)
+    reloaded = model_class.from_pretrained(folder, **settings)
+    refuse_other_model(expected, outputs_of(reloaded, ids), change, reloaded.dtype)
+    value_head = os.path.join(adapter, VALUE_HEAD_FILE)
+    if os.path.isfile(value_head):
+        shutil.copy(value_head, folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _labels_of(adapter: str) -> int:
+    """Logits of a reward model's head, which is saved with its adapter; 1 where it is not."""
+    file = os.path.join(adapter, "adapter_model.safetensors")
+    if os.path.isfile(file):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                if name.endswith("score.weight"):
+                    return tensors.get_slice(name).get_shape()[0]
+    return 1
 
 
 # ---------------------------------------------------------------------------------------------------------- the merge
@@ -185,4 +246,4 @@ def _push(args: Any, repo: str, folder: Path) -> None:
     api.upload_folder(repo_id=repo, folder_path=folder, revision=revision, commit_message="Merged model")
 
 
-__all__ = ["merge_adapter", "merged_model", "outputs_of", "refuse_other_model"]
+__all__ = ["merge_adapter", "merge_folder", "merged_model", "outputs_of", "refuse_other_model"]

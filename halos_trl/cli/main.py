@@ -8,9 +8,12 @@ from importlib import import_module
 from importlib.metadata import version
 
 COMMANDS = {
+    "train": "align a model (kto, dpo, cdpo, ipo, simpo, slic, grpo, ppo), or train a reward model",
     "sample": "write completions of a model for the prompts of a dataset",
     "label": "score samples, and make labels, pairs or scores of them",
+    "rounds": "sample, label and train, again and again",
     "convert": "convert between HALOs' feedback files, rows for trainers and Parquet",
+    "merge": "merge an adapter into its base model",
 }
 """Each is the module of its name in this folder, with `main(argv)`."""
 

@@ -1,0 +1,29 @@
+"""`halos-trl merge`: an adapter merged into its base model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..merge import merge_folder
+from .arguments import read_arguments
+
+
+@dataclass
+class MergeArguments:
+    """Merge an adapter into its unquantized base model, check the result against the adapter, and save it."""
+
+    adapter: str | None = field(default=None, metadata={"help": "Folder that training with `--use_peft` wrote."})
+    output: str | None = field(default=None, metadata={"help": "Folder to write. None: `<adapter>-merged`."})
+    dtype: str = field(default="auto", metadata={"help": "Of the base model: `auto`, `float32`, `bfloat16`, ..."})
+    overwrite: bool = field(default=False, metadata={"help": "Move an output that exists aside."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the subcommand."""
+    arguments = read_arguments(MergeArguments, argv, "merge")
+    if arguments.adapter is None:
+        raise ValueError("Nothing was named to merge. Pass `--adapter FOLDER`.")
+    output = arguments.output or f"{arguments.adapter.rstrip('/')}-merged"
+    merge_folder(arguments.adapter, output, dtype=arguments.dtype, overwrite=arguments.overwrite)
+    print(f"Merged model saved to {output}")

@@ -1,0 +1,106 @@
+"""The methods of `halos-trl train` and `rounds`: trainer, config, feedback, settings on the embedded task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trl import get_peft_config, get_quantization_config
+
+from ..configs import (
+    BradleyTerryConfig,
+    CDPOConfig,
+    DPOConfig,
+    GRPOConfig,
+    IPOConfig,
+    KTOConfig,
+    PPOConfig,
+    SimPOConfig,
+    SLiCConfig,
+)
+from ..spelling import did_you_mean
+from ..trainers import (
+    BradleyTerryTrainer,
+    CDPOTrainer,
+    DPOTrainer,
+    GRPOTrainer,
+    IPOTrainer,
+    KTOTrainer,
+    PPOTrainer,
+    SimPOTrainer,
+    SLiCTrainer,
+)
+from .flags import HalosScriptArguments
+
+
+@dataclass
+class PPOScriptArguments(HalosScriptArguments):
+    """The script arguments, and PPO's reward model."""
+
+    reward_model_path: str | None = field(
+        default=None, metadata={"help": "Reward model (hub id or folder) for rows without a score column."}
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method is made of."""
+
+    trainer: Any
+    config: Any
+    feedback: Literal["unpaired", "paired", "scored"]
+    toy: Mapping[str, Any]
+    """Settings on the embedded task, where no flag says otherwise; those of `examples/train_<method>.py`."""
+    script: type[HalosScriptArguments] = HalosScriptArguments
+
+
+_PAIRED = {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "num_train_epochs": 1}
+_SCORED = {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "num_train_epochs": 3}
+_KTO = {
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 10,
+    "adam_beta2": 0.98,
+    "per_device_train_batch_size": 64,
+    "num_train_epochs": 4,
+}
+
+METHODS: dict[str, Method] = {
+    "kto": Method(KTOTrainer, KTOConfig, "unpaired", _KTO),
+    "dpo": Method(DPOTrainer, DPOConfig, "paired", _PAIRED | {"beta": 1.0}),
+    "cdpo": Method(CDPOTrainer, CDPOConfig, "paired", _PAIRED | {"beta": 1.0}),
+    "ipo": Method(IPOTrainer, IPOConfig, "paired", _PAIRED | {"tau": 1.0}),
+    "simpo": Method(SimPOTrainer, SimPOConfig, "paired", _PAIRED),
+    "slic": Method(SLiCTrainer, SLiCConfig, "paired", _PAIRED),
+    "grpo": Method(GRPOTrainer, GRPOConfig, "scored", _SCORED | {"epsilon": 0.5, "epsilon_high": 2.0, "beta": 0.05}),
+    "ppo": Method(PPOTrainer, PPOConfig, "scored", _SCORED | {"kl_coef": 0.01}, PPOScriptArguments),
+    "reward": Method(BradleyTerryTrainer, BradleyTerryConfig, "paired", _PAIRED),
+}
+
+
+def method_of(words: list[str], command: str, methods: Mapping[str, Method]) -> tuple[str, list[str]]:
+    """The method that the command line begins with, and the flags after it. Raises ValueError for an unknown one."""
+    if not words or words[0].startswith("-"):
+        raise ValueError(
+            f"`halos-trl {command}` needs a method first: {', '.join(methods)}. E.g. `halos-trl {command} kto`; "
+            f"`halos-trl {command} kto --help` lists the flags."
+        )
+    name, *flags = words
+    if name not in methods:
+        raise ValueError(f"`{name}` is no method; known are {', '.join(methods)}.{did_you_mean(name, methods)}")
+    return name, flags
+
+
+def make_trainer(method: Method, model: str, training_args: Any, model_args: Any, **arguments: Any) -> Any:
+    """The method's trainer, with the quantization and the adapter of the flags."""
+    return method.trainer(
+        model=model,
+        args=training_args,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+        **arguments,
+    )
+
+
+__all__ = ["METHODS", "Method", "make_trainer", "method_of"]
