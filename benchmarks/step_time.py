@@ -2,6 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py
     OMP_NUM_THREADS=1 python benchmarks/step_time.py --cases pairs groups --lora --gradient_checkpointing
+    OMP_NUM_THREADS=1 python benchmarks/step_time.py --memory --markdown table.md --picture step_time.svg
+
+`--picture` needs matplotlib (`pip install "halos_trl[plots]"`).
 
 The two trainers take turns in one process, a block of steps each, so that whatever else the machine does hits both. A
 ratio compares two neighbouring blocks by CPU time (of all threads; on a GPU by wall-clock time); the median over the
@@ -23,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -40,6 +45,34 @@ CASES = {
     "groups": (1, 8, "GRPO", "KTO", {"loss_type": "apo_zero_unpaired"}),
 }
 LETTERS = "abcdefghijklmnopqrst"
+
+
+HEADER = """\
+| case | lengths | TRL, s | ours, s | ratio (quartiles) | floor | TRL, MiB | ours, MiB | ratio |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+class Row(NamedTuple):
+    """What was measured of one case: seconds of a step, quartiles of their ratio, tokens, bytes (0: not measured)."""
+
+    case: str
+    lengths: str
+    trl: float
+    ours: float
+    ratio: tuple[float, float, float]
+    floor: float
+    memory_trl: int
+    memory_ours: int
+
+    def __str__(self):
+        low, median, high = self.ratio
+        memory = ["", "", ""]
+        if self.memory_trl:
+            memory = [f"{self.memory_trl / 2**20:.0f}", f"{self.memory_ours / 2**20:.0f}"]
+            memory.append(f"{self.memory_ours / self.memory_trl:.2f}")
+        cells = [self.case, self.lengths, f"{self.trl:.2f}", f"{self.ours:.2f}"]
+        cells += [f"{median:.2f} ({low:.2f} to {high:.2f})", f"{self.floor:.2f}", *memory]
+        return f"| {' | '.join(cells)} |"
 
 
 class StepTimer(TrainerCallback):
@@ -186,17 +219,43 @@ def compare(case, lengths, options):
             for side, pair in order if number % 2 == 0 else reversed(order):
                 seconds[side].append(block(*pair))
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["trl"], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     unique, padded = tokens(case, prompts)
     memory = [peak_memory(side, case, lengths, options) for side in ("ours", "trl")] if options.memory else [0, 0]
-    print(
-        f"| {case} | {lengths} | {statistics.median(seconds['trl']):.2f} | {statistics.median(seconds['ours']):.2f} | "
-        f"{median:.2f} ({low:.2f} to {high:.2f}) | {unique / padded:.2f} | "
-        + (
-            f"{memory[1] / 2**20:.0f} | {memory[0] / 2**20:.0f} | {memory[0] / memory[1]:.2f} |" if all(memory) else ""
-        ),
-        flush=True,
+    return Row(
+        case, lengths, statistics.median(seconds["trl"]), statistics.median(seconds["ours"]), tuple(quartiles),
+        unique / padded, memory[1], memory[0],
+    )  # fmt: skip
+
+
+def draw(rows, path):
+    """One group of bars for each case: ours over TRL's time, over TRL's memory, and the floor."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    series = {
+        "time": ([row.ratio[1] for row in rows], "#1f77b4"),
+        "peak memory": ([row.memory_ours / row.memory_trl if row.memory_trl else 0 for row in rows], "#ff7f0e"),
+        "unique tokens (floor)": ([row.floor for row in rows], "#bbbbbb"),
+    }
+    series = {name: bars for name, bars in series.items() if any(bars[0])}
+    figure, axes = pyplot.subplots(figsize=(1.6 + 1.2 * len(rows), 3.2), layout="constrained")
+    width = 0.8 / len(series)
+    for number, (name, (heights, color)) in enumerate(series.items()):
+        drawn = axes.bar(
+            [i + number * width for i in range(len(rows))], heights, width * 0.94, label=name, color=color
+        )
+        axes.bar_label(drawn, fmt="%.2f", fontsize=7)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(
+        [i + width * (len(series) - 1) / 2 for i in range(len(rows))], [f"{r.case}\n{r.lengths}" for r in rows]
     )
+    axes.set_ylabel("ratio to TRL (= 1)")
+    axes.legend(fontsize=8, frameon=False, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, 1.16))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def main():
@@ -208,18 +267,27 @@ def main():
     parser.add_argument("--lora", action="store_true", help="adapters of rank 16 on all linear layers")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory, each side in its own process")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--picture", type=Path, help="also draw the ratios, as .svg or .png")
     parser.add_argument("--only", choices=["ours", "trl"], help="measure the memory of one side and print it as JSON")
     options = parser.parse_args()
     datasets.disable_progress_bars()
     if options.only:
         print(json.dumps({"bytes": measure_memory(options.only, options.cases[0], options.lengths[0], options)}))
         return
-    print(f"{torch.get_num_threads()} threads, trl {trl.__version__}, torch {torch.__version__}")
-    print("| case | lengths | TRL, s | ours, s | ratio (quartiles) | floor | TRL, MiB | ours, MiB | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    settings = [name for name in ("lora", "gradient_checkpointing") if getattr(options, name)]
+    title = f"{torch.get_num_threads()} threads, trl {trl.__version__}, torch {torch.__version__}"
+    title = ", ".join([title, *settings])
+    print(f"{title}\n\n{HEADER}")
+    rows = []
     for case in options.cases:
         for lengths in options.lengths:
-            compare(case, lengths, options)
+            rows.append(compare(case, lengths, options))
+            print(rows[-1], flush=True)
+    if options.markdown:
+        options.markdown.write_text("\n".join([title, "", HEADER, *map(str, rows), ""]))
+    if options.picture:
+        draw(rows, options.picture)
 
 
 if __name__ == "__main__":
