@@ -503,14 +503,21 @@ def test_nan_stops_at_its_step_and_never_reaches_the_weights(fit, which):
 
     class Poison(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 1:
-                target = model if which == "policy" else trainer.ref_model
-                target.model.norm.weight.data[0] = float("nan")
-                self.before = weights(model).clone()
+            if state.global_step == 1 and which == "policy":
+                self.poison(model, model)
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 1 and which == "reference":
+                self.poison(trainer.ref_model, model)
+
+        def poison(self, target, model):
+            target.model.norm.weight.data[0] = float("nan")
+            self.before = weights(model).clone()
 
     poison = Poison()
     trainer = fit(unpaired_rows(24), train=False, callbacks=[poison])
-    # The callback fires after the KL estimate of step 2, so the forward of step 2 meets it.
-    with pytest.raises(ValueError, match=rf"The {which} model gave .* NaN or infinite at step 2, in rows"):
+    # A step begins after its KL estimate, so the loss meets the policy's NaN, and the estimate the reference's.
+    message = {"policy": "The policy model gave .* NaN or infinite at step 2, in rows", "reference": "KL .* at step 2"}
+    with pytest.raises(ValueError, match=message[which]):
         trainer.train()
     assert torch.equal(weights(trainer.model).nan_to_num(7.0), poison.before.nan_to_num(7.0))

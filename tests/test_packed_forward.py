@@ -10,7 +10,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from halos_trl.forward.layout import Span, shared_prompt_layout, table
 from halos_trl.forward.packing import give_packing, packing_of
-from halos_trl.forward.score import score_tokens
+from halos_trl.forward.score import score_together, score_tokens
 
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -175,6 +175,20 @@ def test_one_layout_serves_every_forward_of_a_batch(monkeypatch):
     batch["completion_mask"] = batch["completion_mask"].clone()
     score_tokens(models[0], batch)
     assert len(made) == 2
+
+
+def test_batches_that_share_prompts_share_a_forward():
+    rows = random_rows([(9, [3, 14]), (30, [7, 1])])
+    model, batches = llama(), [batch_of(rows[::2]), batch_of(rows[1::2])]
+    give_packing([model], "on")
+    alone = [score_tokens(model, batch).logps_BT for batch in batches]
+    seen = []
+    model.model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    together = score_together(model, batches)
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    # Both prompts once, and every completion without its last token.
+    assert [ids.shape for ids in seen] == [(1, 9 + 2 + 13 + 30 + 6 + 0)]
 
 
 def test_plain_forward_and_generation_stay_as_they_were():

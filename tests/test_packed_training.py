@@ -8,6 +8,7 @@ from conftest import assistant, paired_rows, perturbed, unpaired_rows, weights
 from datasets import concatenate_datasets
 from peft import LoraConfig
 from policy_runs import scored
+from transformers import LlamaModel
 
 import halos_trl
 from halos_trl.forward.packing import packing_of
@@ -85,6 +86,24 @@ def test_split_of_a_step_does_not_matter(method, make_config, model, tokenizer):
         for size in (8, 2)
     )  # fmt: skip
     torch.testing.assert_close(weights(whole.model), weights(split.model), rtol=0, atol=1e-6)
+
+
+def test_reference_of_kto_reads_rows_and_partners_at_once(make_config, model, tokenizer, monkeypatch):
+    calls = []
+    forward = LlamaModel.forward
+
+    def noting(self, *args, **kwargs):
+        calls.append((self, torch.is_grad_enabled()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", noting)
+    trainer = run("KTO", "on", make_config, model, tokenizer)
+    reference = [grad for backbone, grad in calls if backbone is trainer.ref_model.model]
+    policy = [grad for backbone, grad in calls if backbone is trainer.model.model]
+    # In the first step packed rows are compared with padded ones.
+    assert len(reference) == 2 + 1 + 1 + 1
+    # The policy: without gradient for the estimate of the KL, with it for the loss.
+    assert policy[-4:] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "bco_pair", "discopop"])

@@ -39,7 +39,7 @@ from __future__ import annotations
 from accelerate.utils import is_peft_model
 from trl.trainer.utils import get_config_model_id
 
-from ..forward.score import STEP_SHARE, TokenTable, score_tokens
+from ..forward.score import STEP_SHARE, TokenTable, score_together, score_tokens
 from . import compat  # noqa: F401  (fills in for an older TRL)
 from .adapters import (
     POLICY_ADAPTER,
@@ -89,5 +89,6 @@ __all__ = [
     "restored_by_switch",
     "run_urls",
     "saved_with_adapter",
+    "score_together",
     "score_tokens",
 ]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .attention import packed_forward
@@ -64,6 +65,31 @@ def score_tokens(model: torch.nn.Module, batch: dict[str, Any], *, output_router
     packing = packing_of(model)
     packed = packing is not None and packing.serves(model_inputs(batch), lambda: _difference(model, batch))
     return (_packed if packed else _padded)(model, batch, output_router_logits)
+
+
+def score_together(model: torch.nn.Module, batches: list[dict[str, Any]]) -> list[Tensor]:
+    """Log-probs `(B, T)` in nats of the completion tokens of several batches.
+
+    One forward pass over one layout where rows are packed, so that prompts which occur in several of the batches go
+    through the model once; where they are padded, one for each batch.
+    """
+    packing, first = packing_of(model), batches[0]
+    packed = packing is not None and all(packing.takes(model_inputs(batch)) for batch in batches)
+    # Asked also before the first batch has decided, so that a resumed run joins what the interrupted one did.
+    if not (packed and packing and packing.serves(model_inputs(first), lambda: _difference(model, first))):
+        return [score_tokens(model, batch).logps_BT for batch in batches]
+    tables = score_tokens(model, _joined(batches)).logps_BT.split([len(batch["input_ids"]) for batch in batches])
+    return [table[:, : batch["input_ids"].shape[1] - 1] for table, batch in zip(tables, batches, strict=True)]
+
+
+def _joined(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The rows of all batches in one, filled up on the right with tokens that no mask holds."""
+    width = max(batch["input_ids"].shape[1] for batch in batches)
+
+    def column(name: str) -> Tensor:
+        return torch.cat([pad(batch[name], (0, width - batch[name].shape[1])) for batch in batches])
+
+    return {name: column(name) for name in ("input_ids", "attention_mask", "completion_mask")}
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
@@ -144,4 +170,12 @@ def _difference(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, 
     return (packed_BT - padded_BT)[layout.mask_BT].abs().float(), len(layout.seen_by)
 
 
-__all__ = ["NOT_MODEL_INPUTS", "STEP_SHARE", "TokenTable", "layout_of", "model_inputs", "score_tokens"]
+__all__ = [
+    "NOT_MODEL_INPUTS",
+    "STEP_SHARE",
+    "TokenTable",
+    "layout_of",
+    "model_inputs",
+    "score_together",
+    "score_tokens",
+]

@@ -15,6 +15,7 @@ from .._trl import (
     add_reference_adapter,
     reading_adapter,
     restored_by_switch,
+    score_together,
     score_tokens,
 )
 from ..forward.packing import without_dropout
@@ -35,6 +36,11 @@ class Reference:
         """Per-token log-probs `(B, T)` in nats of a collated batch, without gradient; 0 outside the completion."""
         with self.reading() as model:
             return score_tokens(model, batch).logps_BT
+
+    def log_probs_of(self, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """The same of several batches, which share a forward pass where their rows are packed."""
+        with self.reading() as model:
+            return score_together(model, batches)
 
     def reading(self) -> AbstractContextManager[torch.nn.Module]:
         """A context in which a forward pass of the model that it yields is one of the reference, without gradient."""
@@ -65,6 +71,9 @@ class NoReference(Reference):
 
     def log_probs(self, batch: dict[str, Any]) -> None:  # type: ignore[override]
         return None
+
+    def log_probs_of(self, batches: list[dict[str, Any]]) -> list[None]:  # type: ignore[override]
+        return [None] * len(batches)
 
 
 class FrozenCopy(Reference):

@@ -23,6 +23,9 @@ class PrecomputedColumn(Reference):
             sums_B = batch["ref_logps"]
         return spread_evenly(sums_B, batch["completion_mask"][:, 1:])
 
+    def log_probs_of(self, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+        return [self.log_probs(batch) for batch in batches]
+
 
 def spread_evenly(sums_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     """`(B, T)` tables with these row sums, the same number at each completion token of a row."""

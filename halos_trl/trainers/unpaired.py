@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.logging import get_logger
@@ -21,6 +21,15 @@ from .base import AlignmentTrainer, ConfigT
 from .loss import BatchTables, clamp_sums, loss_sums, repeats_left_out, token_sums
 
 logger = get_logger(__name__)
+
+
+class KLEstimate(NamedTuple):
+    """What the estimate of KTO's KL leaves for the loss of a micro-batch."""
+
+    kl: torch.Tensor
+    """In nats, of the whole optimizer step."""
+    reference_BT: torch.Tensor | None = None
+    """The reference's log-probs of the micro-batch itself, where they came with those of its prompts' partners."""
 
 
 class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
@@ -41,7 +50,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
 
     def record(self, tables: BatchTables) -> UnpairedLogps:
-        self.kl = tables.prepared
+        self.kl = tables.prepared.kl
         desirable_B = tables.of_rows(tables.batch["label"].bool())
         return UnpairedLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, desirable_B)
 
@@ -67,11 +76,14 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     """The estimate that `loss` reads: that of the batch's optimizer step, or of an evaluation batch by itself. Set
     before each call of `loss`."""
 
-    def prepare_step(self, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
+    def prepare_step(self, batches: list[dict[str, Any]]) -> list[KLEstimate]:
         """The KL estimate of the step, for each micro-batch; in HALOs' order that of the micro-batch alone."""
         if self.args.batch_order == "halos":
-            return [self.estimate_kl([batch]) for batch in batches]
-        return [self.estimate_kl(batches)] * len(batches)
+            return [estimate for batch in batches for estimate in self._estimates([batch])]
+        return self._estimates(batches)
+
+    def reference_logps(self, batch: dict[str, Any], prepared: KLEstimate) -> torch.Tensor | None:
+        return super().reference_logps(batch, prepared) if prepared.reference_BT is None else prepared.reference_BT
 
     def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """KL of policy and reference in nats, over the prompts of `batches` with each other's completions.
@@ -80,14 +92,25 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         process of the run must call this at the same time. Scalar, at least 0, without gradient; 0 for methods that
         do not use it. Equation 8 of the KTO paper (arXiv:2402.01306).
         """
+        return self._estimates(batches)[0].kl
+
+    def _estimates(self, batches: list[dict[str, Any]]) -> list[KLEstimate]:
+        """The estimate over all batches, for each of them."""
         device = self.accelerator.device
         if not self.estimates_kl:
             zero = torch.zeros((), device=device)
             if self.needs_kl:
                 self.record_metrics({"kl": (zero, torch.ones_like(zero))})
-            return zero
+            return [KLEstimate(zero)] * len(batches)
         model = self.model_wrapped if self.mode == "train" else self.model
-        parts = [self._kl_of(model, batch) for batch in self._kl_batches(batches)]
+        mismatched = self._kl_batches(batches)
+        # One process scores the prompts of its own rows, so a reference that packs them reads them once for both.
+        alike = self.accelerator.num_processes == 1 and len(mismatched) == len(batches)
+        parts, references = [], []
+        for i, batch in enumerate(mismatched):
+            part, of_own = self._kl_of(model, batch, batches[i : i + 1] if alike else [])
+            parts.append(part)
+            references += of_own
         sum_count = (
             torch.stack([torch.stack(part) for part in parts]).sum(0) if parts else torch.zeros(2, device=device)
         )
@@ -101,13 +124,16 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
             )
         kl = kl.clamp(min=0)
         self.record_metrics({"kl": (kl, torch.ones_like(kl))})
-        return kl
+        return [KLEstimate(kl, reference_BT) for reference_BT in references or [None] * len(batches)]
 
-    def _kl_of(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _kl_of(
+        self, model: Any, batch: dict[str, Any], others: list[dict[str, Any]]
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Any]]:
+        """(sum, count) of the KL of a batch, and what the reference says about other batches beside it."""
         with self.no_grad_forward():
             tokens = score_tokens(model, batch)
-        reference_BT = self.reference.log_probs(batch)
-        return kto_kl(tokens.logps_BT, reference_BT, tokens.mask_BT, self.args.humanline_clamp)
+        reference_BT, *of_others = self.reference.log_probs_of([batch, *others])
+        return kto_kl(tokens.logps_BT, reference_BT, tokens.mask_BT, self.args.humanline_clamp), of_others
 
     def _kl_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What this process scores."""
