@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -280,3 +281,42 @@ def test_merge(files, tmp_path, method, data, capsys):
     assert "exists. Name another folder" in capsys.readouterr().err
     assert command.main(["merge", "--adapter", str(files / "tiny")]) == 2
     assert "no folder with an adapter" in capsys.readouterr().err
+
+
+# -- the pages -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_commands_of_the_pages_run(files, tmp_path, monkeypatch):
+    """Each command of docs/command.md and docs/rounds.md as it stands there, on a tiny model."""
+    pages = [(EXAMPLES.parent / "docs" / f"{name}.md").read_text() for name in ("command", "rounds")]
+    commands = [
+        line.split()[1:]
+        for page in pages
+        for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S)
+        for line in block.splitlines()
+        if line.startswith("halos-trl ")
+    ]
+    assert {words[0] for words in commands} == {"sample", "label", "train", "rounds", "merge"}
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(files / "tiny", "MODEL")
+    shutil.copy(files / "prompts.jsonl", ".")
+    Path("rewards.py").write_text("def score(completion, number):\n    return float(len(completion) + number)\n")
+    lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
+    assert train(files, "kto", "unpaired.jsonl", "policy-lora", *lora) == 0
+    small = {
+        "sample": ["--max_tokens", "4", "--num_prompts", "4"],
+        "train": [*QUIET, "--max_steps", "1"],
+        "rounds": [*QUIET, "--max_steps", "1", "--max_tokens", "4", "--rounds", "1", "--prompts_per_round", "4"],
+    }
+    for words in commands:
+        assert command.main([*words, *small.get(words[0], [])]) == 0, words
+    for output in (
+        "samples.jsonl",
+        "feedback.jsonl",
+        "policy",
+        "run/round-01/policy",
+        "run-dpo/rounds.csv",
+        "policy-merged",
+    ):
+        assert Path(output).exists()
