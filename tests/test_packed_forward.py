@@ -191,6 +191,34 @@ def test_batches_that_share_prompts_share_a_forward():
     assert [ids.shape for ids in seen] == [(1, 9 + 2 + 13 + 30 + 6 + 0)]
 
 
+@pytest.mark.parametrize(
+    "name, column, value", [("input_ids", 0, 7), ("attention_mask", 0, 0), ("completion_mask", 6, 0)]
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_layout_is_that_of_the_batch_as_it_is(name, column, value, in_place):
+    model, rows = llama(), random_rows([(5, [3, 4]), (6, [6])])
+    give_packing([model], "on")
+    batch, changed = batch_of(rows), batch_of(rows)
+    changed[name][:, column] = value
+    expected = score_tokens(model, changed).logps_BT
+    assert not score_tokens(model, batch).logps_BT.equal(expected)
+    if in_place:
+        batch[name].copy_(changed[name])
+    else:
+        batch[name] = changed[name].clone()
+    assert score_tokens(model, batch).logps_BT.equal(expected)
+
+
+def test_each_model_is_judged_by_its_own_layers():
+    models, batch = [llama(), llama()], batch_of(random_rows([(5, [3])]))  # one row is the same, packed or padded
+    for layer in models[1].model.layers:
+        layer.self_attn.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
+    give_packing(models, "auto")
+    for model in models:
+        score_tokens(model, batch)
+    assert [packing_of(model).active for model in models] == [True, False]
+
+
 def test_plain_forward_and_generation_stay_as_they_were():
     plain = llama().eval()
     packed = copy.deepcopy(plain)

@@ -103,10 +103,23 @@ _layouts: Any = WeakTensorKeyDictionary()
 
 def layout_of(batch: dict[str, Any]) -> TokenLayout:
     """The batch's layout, made once for all forward passes over it."""
-    mask = batch["completion_mask"]
-    if mask not in _layouts:
-        _layouts[mask] = shared_prompt_layout(batch["input_ids"], batch["attention_mask"], mask)
-    return _layouts[mask]
+    ids, attended, mask = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+    versions = [None if t.is_inference() else t._version for t in (ids, attended, mask)]
+    known = _layouts.get(mask)
+    # Another batch may have the same mask, and a batch may be changed in place.
+    if known is None or known.ids is not ids or known.attended is not attended or known.versions != versions:
+        known = _Known(shared_prompt_layout(ids, attended, mask), ids, attended, versions)
+        _layouts[mask] = known
+    return known.layout
+
+
+class _Known(NamedTuple):
+    """A layout, and what it was made of besides the mask under which it is kept."""
+
+    layout: TokenLayout
+    ids: Tensor
+    attended: Tensor
+    versions: list[int | None]
 
 
 def _packed(model: torch.nn.Module, batch: dict[str, Any], output_router_logits: bool) -> TokenTable:
@@ -164,6 +177,7 @@ def _table_of(outputs: Any, as_table: Callable[[Tensor], Tensor], mask_BT: Tenso
 def _difference(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
     """How far packed and padded rows are apart at each wanted token, nats, and how many layers saw the packed row."""
     layout = layout_of(batch)
+    layout.seen_by.clear()  # by another model, which was given the same batch
     padded_BT, packed_BT = both_ways(
         model, lambda: _padded(model, batch, False).logps_BT, lambda: _packed(model, batch, False).logps_BT
     )
