@@ -175,6 +175,7 @@ TOLERATED = {
     "_foreach_copy_",
     "_foreach_mul_",
     "_foreach_add_",
+    "_version",
 }
 
 

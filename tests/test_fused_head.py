@@ -80,6 +80,20 @@ def test_a_forward_that_somebody_put_on_the_model_stays(build, model):
     assert calls == [1]
 
 
+@pytest.mark.parametrize("first", ["dpo", "ppo"])
+def test_a_model_may_go_through_several_trainers(build, model, first):
+    policy = copy.deepcopy(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = policy(input_ids=ids).logits
+    for method in (first, "dpo", first):
+        trainer = build(method, policy)
+    batch = first_batch(trainer)
+    once = score_tokens(build(first, copy.deepcopy(model)).model, batch)
+    for running in (policy, copy.deepcopy(policy)):
+        assert running(input_ids=ids).logits.equal(plain)
+        assert score_tokens(running, batch).logps_BT.equal(once.logps_BT)
+
+
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

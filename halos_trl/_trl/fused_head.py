@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from .overridden import overridden
 
-_UNFUSED = "_forward_without_fused_head"
+_heads = itertools.count()
 
 
 def add_copyable_head(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -30,15 +31,17 @@ def add_copyable_head(model: Any, *args: Any, **kwargs: Any) -> None:
     """
     if is_peft_model(model):
         model = model.get_base_model()
+    # Under a name of its own, since a model may get a head from each of several trainers.
+    unfused = f"_forward_without_fused_head_{next(_heads)}"
     if "forward" in vars(model):  # somebody's own; bound methods are copied along with their object
-        vars(model)[_UNFUSED] = model.forward
+        vars(model)[unfused] = model.forward
     add_fused_lm_head(model, *args, **kwargs)
     fused = model.forward.__func__
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            own = vars(self).get(_UNFUSED)
+            own = vars(self).get(unfused)
             return type(self).forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
         if not has_router_logits(self):
             kwargs["output_router_logits"] = False

@@ -41,7 +41,7 @@ def _attach(head: ValueHead, causal_lm: Any) -> None:
     @functools.wraps(fused_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = fused_forward(self, *args, **kwargs)
-        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN)
+        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN, None)  # None behind the head of another trainer
         if not kwargs.get("fused_lm_head"):
             return outputs
         wanted_BTH = hidden_BSH if only_wanted() else hidden_BSH[:, :-1]
