@@ -111,6 +111,7 @@ def test_optimizer_and_schedule_are_carried_over(finished):
     state = torch.load(finished / "round-02" / "checkpoint-4" / "optimizer.pt", weights_only=True)
     assert {int(s["step"]) for s in state["state"].values()} == {4}
     assert [entry["step"] for entry in log(finished / "round-02")] == [1, 2, 3, 4]
+    assert log(finished / "round-02")[:2] == log(finished / "round-01")  # not four steps on the second round's rows
     # linear from 0.01 to 0 over the four steps of both rounds
     assert [entry["learning_rate"] for entry in log(finished / "round-02")] == pytest.approx(
         [0.01, 0.0075, 0.005, 0.0025]
