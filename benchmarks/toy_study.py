@@ -35,21 +35,20 @@ METHODS = {
 }
 
 
-def toy_settings(method):
+def toy_settings(method, humanline):
     """The settings that the method's example uses on the embedded task."""
     spec = importlib.util.spec_from_file_location(method, EXAMPLES / f"train_{method}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return cli.TOY_DEFAULTS | module.TOY
+    under_humanline = getattr(module, "TOY_HUMANLINE", {}) | {"humanline": True} if humanline else {}
+    return cli.TOY_DEFAULTS | module.TOY | under_humanline
 
 
 def run(method, seed, *, humanline=False, overrides=None):
     """One alignment run; a row of what came out."""
     trainer_name, config_name, kind = METHODS[method]
     data = toy.load_feedback_data(kind, seed=seed, progress=False)
-    settings = toy_settings(method) | {"seed": seed, "disable_tqdm": True, "logging_steps": 10_000}
-    if humanline:
-        settings["humanline"] = True
+    settings = toy_settings(method, humanline) | {"seed": seed, "disable_tqdm": True, "logging_steps": 10_000}
     with tempfile.TemporaryDirectory() as folder:
         args = getattr(halos_trl, config_name)(**(settings | {"output_dir": folder} | (overrides or {})))
         trainer = getattr(halos_trl, trainer_name)(

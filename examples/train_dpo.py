@@ -18,10 +18,11 @@ from trl import get_peft_config, get_quantization_config
 from halos_trl import DPOConfig, DPOTrainer, cli
 
 TOY = {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "num_train_epochs": 1, "beta": 1.0}
+TOY_HUMANLINE = {"humanline_sync_steps": 32}
 
 
 def main() -> None:
-    script_args, training_args, model_args, data = cli.parse(DPOConfig, "paired", TOY)
+    script_args, training_args, model_args, data = cli.parse(DPOConfig, "paired", TOY, toy_humanline=TOY_HUMANLINE)
     trainer = DPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

@@ -24,10 +24,11 @@ TOY = {
     "per_device_train_batch_size": 64,
     "num_train_epochs": 4,
 }
+TOY_HUMANLINE = {"humanline_sync_steps": 32, "undesirable_weight": 0.3}
 
 
 def main() -> None:
-    script_args, training_args, model_args, data = cli.parse(KTOConfig, "unpaired", TOY)
+    script_args, training_args, model_args, data = cli.parse(KTOConfig, "unpaired", TOY, toy_humanline=TOY_HUMANLINE)
     trainer = KTOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,

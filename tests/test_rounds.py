@@ -233,6 +233,7 @@ def test_methods_are_those_of_the_examples(name):
     spec.loader.exec_module(example)
     method = METHODS[name]
     assert dict(method.toy) == example.TOY
+    assert dict(method.toy_humanline) == getattr(example, "TOY_HUMANLINE", {})
     text = path.read_text()
     assert f"{method.trainer.__name__}(" in text and f'"{method.feedback}", TOY' in text
 

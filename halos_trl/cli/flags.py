@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -111,11 +110,13 @@ def parse(
     toy_defaults: dict[str, Any] | None = None,
     argv: list[str] | None = None,
     arguments: type[HalosScriptArguments] = HalosScriptArguments,
+    toy_humanline: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, ModelConfig, datasets.DatasetDict]:
     """Read the flags (and `--config FILE.yaml`), and load the data.
 
     With neither a model nor a dataset given, the embedded default is used: its model, its feedback of `toy_kind`
-    ("unpaired", "paired", "scored") and `toy_defaults` for every setting that no flag or config file names.
+    ("unpaired", "paired", "scored"), and `toy_defaults` for every setting that no flag or config file names; with
+    `--humanline`, `toy_humanline` before those.
     `arguments` holds the flags that are not of the training config; a script with flags of its own derives a dataclass
     from it.
 
@@ -125,10 +126,12 @@ def parse(
     dataclass_types: Any = (arguments, config_class, ModelConfig, DatasetMixtureConfig)
     parser: Any = TrlParser(dataclass_types, usage=_USAGE, description=_DESCRIPTION)
     argv, config = split_off_config(sys.argv[1:] if argv is None else argv)
-    embedded = _names_nothing(parser, argv, config)
+    given = refuse_unknown(parser, argv, config)
+    embedded = _names_nothing(given, config)
     if embedded:
         known = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
-        defaults = TOY_DEFAULTS | (toy_defaults or {})
+        humanline = given.get("humanline") or config.get("humanline")
+        defaults = TOY_DEFAULTS | (toy_defaults or {}) | ((toy_humanline or {}) if humanline else {})
         parser.set_defaults_with_config(**{name: value for name, value in defaults.items() if name in known})
     script_args, training_args, model_args, mixture = parser.parse_args_and_config(args=argv)
     script_args.embedded = embedded
@@ -154,11 +157,10 @@ def parse(
     return script_args, training_args, model_args, data
 
 
-def _names_nothing(parser: argparse.ArgumentParser, argv: list[str], config: dict[str, Any]) -> bool:
-    """Whether neither a model nor a dataset is named. Refuses unknown names, and one of the two without the other."""
-    known = refuse_unknown(parser, argv, config)
+def _names_nothing(given: dict[str, Any], config: dict[str, Any]) -> bool:
+    """Whether neither a model nor a dataset is named. Refuses one of the two without the other."""
     has_model, *has_data = (
-        bool(known[name] or config.get(name)) for name in ("model_name_or_path", "dataset_name", "datasets")
+        bool(given[name] or config.get(name)) for name in ("model_name_or_path", "dataset_name", "datasets")
     )
     refuse_half_named(has_model, any(has_data))
     return not has_model

@@ -53,6 +53,8 @@ class Method:
     toy: Mapping[str, Any]
     """Settings on the embedded task, where no flag says otherwise; those of `examples/train_<method>.py`."""
     script: type[HalosScriptArguments] = HalosScriptArguments
+    toy_humanline: Mapping[str, Any] = field(default_factory=dict)
+    """Those that differ with `--humanline`."""
 
 
 _PAIRED = {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "num_train_epochs": 1}
@@ -65,10 +67,11 @@ _KTO = {
     "per_device_train_batch_size": 64,
     "num_train_epochs": 4,
 }
+_SELDOM = {"humanline_sync_steps": 32}
 
 METHODS: dict[str, Method] = {
-    "kto": Method(KTOTrainer, KTOConfig, "unpaired", _KTO),
-    "dpo": Method(DPOTrainer, DPOConfig, "paired", _PAIRED | {"beta": 1.0}),
+    "kto": Method(KTOTrainer, KTOConfig, "unpaired", _KTO, toy_humanline=_SELDOM | {"undesirable_weight": 0.3}),
+    "dpo": Method(DPOTrainer, DPOConfig, "paired", _PAIRED | {"beta": 1.0}, toy_humanline=_SELDOM),
     "cdpo": Method(CDPOTrainer, CDPOConfig, "paired", _PAIRED | {"beta": 1.0}),
     "ipo": Method(IPOTrainer, IPOConfig, "paired", _PAIRED | {"tau": 1.0}),
     "simpo": Method(SimPOTrainer, SimPOConfig, "paired", _PAIRED),

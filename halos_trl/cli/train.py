@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, flags = method_of(words, "train", METHODS)
     method = METHODS[name]
     script_args, training_args, model_args, data = parse(
-        method.config, method.feedback, dict(method.toy), flags, method.script
+        method.config, method.feedback, dict(method.toy), flags, method.script, dict(method.toy_humanline)
     )
     if training_args.process_index == 0:
         show(set_by_the_user(script_args, training_args, model_args), f"train {name}")
