@@ -145,7 +145,11 @@ class GRPOTrainer(OnlineHost):
     @property
     def lasting_settings(self) -> dict[str, Any]:
         """The settings that a resumed run has to share with the one that wrote its checkpoint."""
-        return lasting_settings(self.args)
+        return (
+            lasting_settings(self.args)
+            if self.reference is not None
+            else {"humanline": False, "sync_ref_model": False}
+        )
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         if self.reference is None:
@@ -158,7 +162,7 @@ class GRPOTrainer(OnlineHost):
     def restore(self, folder: str) -> None:
         if self.reference is not None:
             restore_reference(self.reference, self.sync_callback, self.model, folder)
-            refuse_other_settings(self.lasting_settings, folder)
+        refuse_other_settings(self.lasting_settings, folder)
 
 
 __all__ = ["GRPOConfig", "GRPOTrainer"]

@@ -186,6 +186,10 @@ def test_a_resumed_run_goes_on_bit_for_bit(model, tokenizer, tmp_path, peft_conf
 
     with pytest.raises(ValueError, match=r"log_epsilon_p=-1.0` has become -0.5"):
         run(tmp_path / "other", log_epsilon_p=-0.5).train(resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match=r"`humanline=True` has become False"):
+        online_trainer(str(tmp_path / "policy"), tokenizer, tmp_path / "other", peft_config=peft_config).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
     (checkpoint / "reference.safetensors").unlink()
     with pytest.raises(ValueError, match=r"reference\.safetensors is missing"):
         run(tmp_path / "other").train(resume_from_checkpoint=str(checkpoint))

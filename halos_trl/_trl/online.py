@@ -27,7 +27,7 @@ class OnlineHost(SavesPolicy, trl.GRPOTrainer):
     def build(self, model: Any, args: Any, **trl_arguments: Any) -> None:
         """TRL's constructor, which makes a reference (a copy, or an adapter's base) whatever `beta` is.
 
-        It is then read in `with_reference` alone: TRL's own pass while it samples is one with `beta=0`.
+        It is then read in `loss_against_reference` alone: while TRL samples, `beta` is 0.
         """
         beta = args.beta
         with (
