@@ -286,6 +286,8 @@ def test_part_of_the_different_completions(load, tmp_path):
         ("pairs", {}, "`for_` is 'pairs'; expected one of 'paired'"),
         ("paired", {"duplicates": True}, "`duplicates` is True"),
         ("paired", {"pair_threshold": -1}, "cannot be negative"),
+        ("sft", {"label_threshold": "medain"}, "The threshold is 'medain'"),
+        ("sft", {"pair_mode": "best"}, "The pair mode is 'best'"),
         ("unpaired", {"split": "dev"}, "has split 'dev'; there are \\['train'\\]"),
     ],
 )
@@ -320,6 +322,7 @@ GOOD = json.dumps(scalar("p", "a", 1.0))
         (f"{GOOD}{GOOD}", r"item 0 \(line 1\) is invalid JSON: more text follows on its line"),
         (b"\xff\xfe[\x00", "is not text in UTF-8"),
         (f"[{GOOD}, {{}}]", "item 1 .* is of no known format: it has no `type`, and the keys \\[\\]"),
+        (f'[{GOOD}, {{"score": 1{"0" * 5000}}}]', r"item 1 \(line 1\) is invalid JSON: .*digits"),
         ('[{"type": "ranking"}]', "item 0 .* has `type` 'ranking'; known are 'sample', 'binary_feedback'"),
     ],
 )
@@ -376,6 +379,24 @@ def test_labels_that_are_none(load, tmp_path, label):
         load(write(tmp_path, [binary("p", "a", label)]), "unpaired")
 
 
+@pytest.mark.parametrize(
+    ("item", "key"),
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": []}, "rejected"),
+        ({"prompt": "p", "chosen": None, "rejected": ["a", "b"]}, "chosen"),
+        ({"prompt": "p", "chosen": "c", "rejected": ["a", []]}, "rejected"),
+        ({"prompt": "p", "completions": ["a", 3], "scores": [1, 2]}, "completions"),
+        (
+            {"type": "pairwise_feedback", "prompt": chat("p"), "output_A": "a", "output_B": None, "label": 1},
+            "output_B",
+        ),
+    ],
+)
+def test_completions_are_named_by_their_key(load, tmp_path, item, key):
+    with pytest.raises(ValueError, match=f"`{key}`"):
+        load(write(tmp_path, [item]), "paired")
+
+
 def test_scores_of_some_items_only(load, tmp_path):
     path = write(tmp_path, [binary("p", "a", 1, 1.0), binary("p", "b", 0)])
     with pytest.raises(ValueError, match=r"item 1 .* lacks `reward`, and the items before it have it"):
@@ -404,6 +425,18 @@ def test_duplicates_are_named(load, tmp_path, said):
 def test_a_changed_file_is_read_anew(load, tmp_path):
     assert text(load(write(tmp_path, [binary("p", "old", 1)]), "sft")[0]["completion"]) == "old"
     assert text(load(write(tmp_path, [binary("p", "new", 1)]), "sft")[0]["completion"]) == "new"
+
+
+def test_rows_name_their_items_after_the_file_has_changed(load, tmp_path):
+    kept = binary("p", "a", 1, split="train")
+    assert load(write(tmp_path, [kept]), "unpaired", "train")[0]["sources"][0].endswith("#0")
+    other = binary("p", "b", 0, split="test")
+    assert load(write(tmp_path, [other, kept]), "unpaired", "train")[0]["sources"][0].endswith("#1")
+
+
+def test_a_split_may_be_null_or_a_number(load, tmp_path):
+    path = write(tmp_path, [binary("p", name, 1, split=split) for name, split in (("a", None), ("b", 1), ("c", 2))])
+    assert [text(row["completion"]) for row in load(path, "unpaired", "1")] == ["a", "b"]
 
 
 def test_long_items_and_chunks_that_cut_characters(load, tmp_path):

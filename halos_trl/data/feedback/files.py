@@ -131,6 +131,8 @@ def _object(text: _Text, name: str, index: int) -> Item:
         raise _fault(text, name, index, None if at_end else f"{error.msg} (line {text.line_of(error.pos)})") from None
     except RecursionError:
         raise _fault(text, name, index, "it is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise _fault(text, name, index, str(error)) from None
     return Item(value, name, index, line, offset, text.offset - offset)
 
 

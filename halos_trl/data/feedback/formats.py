@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ class Format(NamedTuple):
 
     name: str
     needs: tuple[str, ...]
+    sides: tuple[str, ...]
+    """The keys of its completions; the last one holds all that are left."""
     read: Callable[[Object], Judged]
     scores: tuple[str, ...] = ()
     """The keys of its scores, which all items of a file have, or none."""
@@ -131,18 +134,30 @@ def _sft_row(value: Object) -> Judged:
 _BY_TYPE = {
     form.name: form
     for form in (
-        Format("sample", ("output",), _sample),
-        Format("binary_feedback", ("prompt", "output", "label"), _binary, ("reward",)),
-        Format("pairwise_feedback", ("prompt", "output_A", "output_B", "label"), _pairwise, ("reward_A", "reward_B")),
-        Format("scalar_feedback", ("prompt", "output", "reward"), _scalar, ("reward",)),
+        Format("sample", ("output",), ("output",), _sample),
+        Format("binary_feedback", ("prompt", "output", "label"), ("output",), _binary, ("reward",)),
+        Format(
+            "pairwise_feedback",
+            ("prompt", "output_A", "output_B", "label"),
+            ("output_A", "output_B"),
+            _pairwise,
+            ("reward_A", "reward_B"),
+        ),
+        Format("scalar_feedback", ("prompt", "output", "reward"), ("output",), _scalar, ("reward",)),
     )
 }
 _BY_KEYS = (
-    Format("pairs", ("prompt", "chosen", "rejected"), _pair_row, ("score_chosen", "score_rejected")),
-    Format("groups", ("prompt", "completions", "scores"), _group_row, ("scores",)),
-    Format("labelled", ("prompt", "completion", "label"), _labelled_row, ("score",)),
-    Format("scored", ("prompt", "completion", "score"), _scored_row, ("score",)),
-    Format("completions", ("prompt", "completion"), _sft_row),
+    Format(
+        "pairs",
+        ("prompt", "chosen", "rejected"),
+        ("chosen", "rejected"),
+        _pair_row,
+        ("score_chosen", "score_rejected"),
+    ),
+    Format("groups", ("prompt", "completions", "scores"), ("completions",), _group_row, ("scores",)),
+    Format("labelled", ("prompt", "completion", "label"), ("completion",), _labelled_row, ("score",)),
+    Format("scored", ("prompt", "completion", "score"), ("completion",), _scored_row, ("score",)),
+    Format("completions", ("prompt", "completion"), ("completion",), _sft_row),
 )
 
 
@@ -179,7 +194,7 @@ def judged(item: Item, form: Format) -> Judged:
         )
     try:
         found = form.read(value)
-        _check_texts(found, is_chat=form.name in _BY_TYPE)
+        _check_texts(found, form)
     except ValueError as error:
         raise ValueError(f"{item.where} {error}") from None
     return found
@@ -218,12 +233,14 @@ def is_list_of_completions(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, str | list) for part in value)
 
 
-def _check_texts(found: Judged, is_chat: bool) -> None:
+def _check_texts(found: Judged, form: Format) -> None:
+    is_chat = form.name in _BY_TYPE
     problem = prompt_problem(found.prompt) or _user_problem(found.prompt, is_chat) or _turns_problem(found.prompt)
     if problem is None:
         texts = [completion.text for completion in found.completions]
-        column = "output" if is_chat else "completion"
-        problem = _first(side_problem(text, found.prompt, column, True) or _turns_problem(text) for text in texts)
+        keys = itertools.chain(form.sides, itertools.repeat(form.sides[-1]))
+        sides = zip(texts, keys, strict=False)
+        problem = _first(side_problem(text, found.prompt, key, True) or _turns_problem(text) for text, key in sides)
     if problem is not None:
         raise ValueError(problem)
 
@@ -269,9 +286,25 @@ def _encoding_problem(text: str) -> Problem:
     return None
 
 
+def split_of(value: Object) -> str | None:
+    """The split that an item belongs to; None for every split."""
+    split = value.get("split")
+    return None if split is None else str(split)
+
+
 def known_types() -> Sequence[str]:
     """The values of `type` that HALOs' files have."""
     return tuple(_BY_TYPE)
 
 
-__all__ = ["Completion", "Format", "Judged", "Text", "format_of", "is_list_of_completions", "judged", "known_types"]
+__all__ = [
+    "Completion",
+    "Format",
+    "Judged",
+    "Text",
+    "format_of",
+    "is_list_of_completions",
+    "judged",
+    "known_types",
+    "split_of",
+]

@@ -19,8 +19,8 @@ from datasets.utils import tqdm
 
 from ..labelling import PairMode
 from .files import open_file, read_items
-from .formats import Completion, Judged, Text, is_list_of_completions, known_types
-from .plan import PURPOSES, Plan, Purpose, Rules, plan_rows
+from .formats import Completion, Judged, Text, is_list_of_completions, known_types, split_of
+from .plan import PURPOSES, Plan, Purpose, Rules, check_rules, plan_rows
 from .prompts import Duplicates, FeedbackIndex, index_feedback
 from .selection import Selection, check_selection, select_rows
 
@@ -76,8 +76,10 @@ def load_feedback(
     _check_arguments(paths, for_, duplicates)
     selection = Selection(max_per_prompt, frac_unique_desirable, frac_unique_undesirable, seed)
     check_selection(selection, for_)
+    rules = Rules(pair_mode, pair_threshold, label_threshold, seed)
+    check_rules(rules)
     index = index_feedback(paths, split, duplicates)
-    plan = plan_rows(index, for_, Rules(pair_mode, pair_threshold, label_threshold, seed))
+    plan = plan_rows(index, for_, rules)
     plan = select_rows(plan, index, selection, for_)
     features = _features(index, plan, for_)
     tokens = control_tokens if for_ == "csft" else None
@@ -105,7 +107,7 @@ def is_feedback_file(path: str | Path) -> bool:
 
 def feedback_splits(path: str | Path) -> set[str]:
     """The values of `split` in a file of feedback."""
-    return {str(item.value["split"]) for item in read_items(path) if "split" in item.value}
+    return {split for item in read_items(path) if (split := split_of(item.value)) is not None}
 
 
 def _check_arguments(paths: list[Any], for_: Any, duplicates: Any) -> None:
@@ -220,7 +222,8 @@ def _fingerprint(index: FeedbackIndex, plan: Plan, features: Features, control_t
     """The same for the same rows only: `datasets` loads rows of a known fingerprint from its cache."""
     seen = hashlib.blake2b(digest_size=16)
     seen.update(json.dumps([_LAYOUT, index.files, str(features), control_tokens]).encode())
-    for column in (index.item_digest, plan.label, plan.first, plan.completion, plan.score):
+    places = (index.item_digest, index.item_file, index.item_index)  # the last two are in `sources`
+    for column in (*places, plan.label, plan.first, plan.completion, plan.score):
         seen.update(column.tobytes())
     return seen.hexdigest()
 

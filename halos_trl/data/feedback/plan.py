@@ -28,6 +28,12 @@ class Rules(NamedTuple):
     seed: int = 0
 
 
+def check_rules(rules: Rules) -> None:
+    """Raise ValueError for rules that cannot work, whether or not the files need them."""
+    binary_labels([0.0], rules.label_threshold)
+    preferences([0.0], [0], rules.pair_mode, rules.pair_threshold, rules.seed)
+
+
 class Row(NamedTuple):
     """One row: its prompt, its completions (of a pair, the preferred one first), and its label where it has one."""
 
@@ -239,4 +245,4 @@ def _check_all_scored(index: FeedbackIndex, prompt: Prompt) -> None:
         )
 
 
-__all__ = ["PURPOSES", "Plan", "Purpose", "Row", "Rules", "plan_rows"]
+__all__ = ["PURPOSES", "Plan", "Purpose", "Row", "Rules", "check_rules", "plan_rows"]

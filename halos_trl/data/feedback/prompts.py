@@ -19,7 +19,7 @@ import numpy as np
 from datasets.utils import tqdm
 
 from .files import Item, Object, item_at, open_file, read_items
-from .formats import Format, Judged, Text, format_of, judged
+from .formats import Format, Judged, Text, format_of, judged, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +205,9 @@ def index_feedback(
                 bar.update(item.offset + item.size - done)
                 done = item.offset + item.size
                 _check_schema(index, item, found)
-                if split is not None and item.value.get("split", split) != split:
-                    index.skipped_splits.add(str(item.value["split"]))
+                own = split_of(item.value)
+                if split is not None and own is not None and own != split:
+                    index.skipped_splits.add(own)
                     continue
                 index.add(number, item, found)
     if not len(index):
