@@ -198,6 +198,8 @@ def test_templates_replace_what_they_name_only():
         (lambda: judge("http://localhost/v1?key=1"), "without `\\?`"),
         (lambda: judge("http://localhost/v1", key="two words"), "API key holds"),
         (lambda: judge("http://localhost/v1", concurrency=0), "expected at least 1"),
+        (lambda: judge("http://localhost/v1", retries=-1), "a count of at least 0"),
+        (lambda: judge("http://localhost/v1", timeout=0), "a time above 0"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):

@@ -56,7 +56,7 @@ def test_unknown_thresholds_are_refused(threshold):
         binary_labels([0.0, 1.0], threshold)
 
 
-@pytest.mark.parametrize("score", [None, "0.5", True, math.nan, -math.inf])
+@pytest.mark.parametrize("score", [None, "0.5", True, math.nan, -math.inf, 1e13, 10**400])
 def test_scores_that_are_not_finite_numbers_are_refused_by_position(score):
     with pytest.raises(ValueError, match="Score 1 of 2: "):
         binary_labels([0.0, score])

@@ -144,7 +144,7 @@ def test_an_exception_names_the_row_and_is_kept(script):
 
 
 @pytest.mark.parametrize(
-    "value", ["'1'", "True", "float('nan')", "float('inf')", "[1.0]", "__import__('numpy').True_"]
+    "value", ["'1'", "True", "float('nan')", "float('inf')", "[1.0]", "__import__('numpy').True_", "10**400"]
 )
 def test_what_is_no_finite_number_is_refused_by_row(script, value):
     name = script(f"def score(completion): return 1 if completion == '4' else {value}")

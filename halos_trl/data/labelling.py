@@ -11,7 +11,9 @@ import numbers
 import random
 import statistics
 from collections.abc import Hashable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
+
+from .row_values import LARGEST_SCORE, shown
 
 PairMode = Literal["random", "max", "min"]
 PAIR_MODES: tuple[PairMode, ...] = get_args(PairMode)
@@ -38,13 +40,16 @@ class Preference(NamedTuple):
         return self.b if self.label else self.a
 
 
-def score_problem(score: object) -> str | None:
-    """What is wrong with a value as a score, in words; None for a finite number."""
+def score_problem(score: Any) -> str | None:
+    """What is wrong with a value as a score, in words; None for a finite number that the trainers take."""
     if score is None:
         return "it is missing"
     if isinstance(score, bool) or not isinstance(score, numbers.Real):
         return f"{score!r} is of type {type(score).__name__}, not a number"
-    return None if math.isfinite(score) else f"{score!r} is not a finite number"
+    if abs(score) <= LARGEST_SCORE:  # type: ignore[operator]
+        return None
+    # Digits of a whole number may be many.
+    return f"{shown(score)} is not a finite number of at most {LARGEST_SCORE:.0e} in absolute value"
 
 
 def binary_threshold(scores: Sequence[float], threshold: float | str = "median") -> float:

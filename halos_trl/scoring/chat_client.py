@@ -6,6 +6,7 @@ import email.utils
 import http.client
 import json
 import logging
+import math
 import random
 import threading
 import time
@@ -59,7 +60,7 @@ class ChatClient:
         delay: Seconds before the first repetition, twice as many before each later one, at most a minute, and at
             random half of it less; or what the server's `Retry-After` says, at most ten minutes.
 
-    Raises ValueError for a URL that is no base URL.
+    Raises ValueError for a URL that is no base URL, and for a timeout or a number of retries that is out of range.
     """
 
     base_url: str
@@ -74,6 +75,11 @@ class ChatClient:
         self.base_url = _checked_url(self.base_url)
         if self.key is not None and (not self.key.isascii() or not self.key.isprintable() or " " in self.key):
             raise ValueError("The API key holds a space, a line break or a character that no key has. Check it.")
+        if self.retries < 0 or not 0 < self.timeout < math.inf:
+            raise ValueError(
+                f"The judge's timeout is {self.timeout} seconds, repeated {self.retries} times; expected a time above "
+                "0 and a count of at least 0."
+            )
         self._stopped = threading.Event()
         self._opener = urllib.request.build_opener(_NoRedirect)
 
