@@ -1,5 +1,6 @@
 """`halos-trl convert`: HALOs' files to rows to Parquet and back."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -90,6 +91,30 @@ def test_nothing_is_overwritten_unasked_and_nothing_written_in_part(convert, tmp
     assert (
         convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Name another file.")
     )
+
+
+def test_other_columns_of_a_table_may_be_of_any_type(convert):
+    rows = {"prompt": ["p"], "completion": ["c"], "label": [True], "asked": [datetime.date(2026, 1, 1)]}
+    datasets.Dataset.from_dict(rows).to_parquet("rows.parquet")
+    assert convert("rows.parquet", "out.jsonl")[1].strip().endswith("Not kept: `asked`.")
+    datasets.Dataset.from_dict({**rows, "prompt": [b"p"]}).to_parquet("bytes.parquet")
+    code, said = convert("bytes.parquet", "bytes.jsonl")
+    assert code == 2 and "bytes.parquet, row 0 cannot be written as JSON" in said
+
+
+def test_a_folder_in_the_way_of_the_output_is_one_line(convert, tmp_path):
+    path = write(tmp_path, [scalar("p", "a", 1.0), scalar("q", "b", 2.0)])
+    Path("out.jsonl").mkdir()
+    code, said = convert(path, "out.jsonl", "--overwrite")
+    assert code == 2 and "Traceback" not in said and "s a directory" in said
+
+
+def test_a_single_input_of_a_config_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, [scalar("p", "a", 1.0), scalar("q", "b", 2.0)])
+    Path("convert.yaml").write_text("input: feedback.json\noutput: rows.jsonl\n")
+    assert main(["convert", "--config", "convert.yaml"]) == 0
+    assert len(read("rows.jsonl")) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`halos-trl label`: files in, files out, what is refused, and runs that are stopped and gone on with."""
 
 import dataclasses
+import datetime
 import json
 import multiprocessing
 import re
@@ -259,6 +260,28 @@ def test_scores_that_are_no_finite_numbers_are_refused_by_item(folder, score):
     write(folder / "samples.jsonl", [sample(0, 0, "a", reward=1.0), sample(0, 1, "b", reward=score)])
     with pytest.raises(ValueError, match=r"samples\.jsonl, item 1 \(line 2\) has a wrong score"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("content", "feedback", "message"),
+    [
+        ({"output": "\ud83d"}, "binary", r"samples\.jsonl, item 1 \(line 2\) has a `completion` that cannot"),
+        ({"output": "b", "note": "\ud83d"}, "scalar", r"item 1 \(line 2\) has a `note` that cannot"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_scored(folder, content, feedback, message):
+    (folder / "rewards.py").write_text("def length(completion): return len(completion)\n")
+    write(folder / "samples.jsonl", [sample(0, 0, "a"), {**sample(0, 1, "b"), **content}])
+    with pytest.raises(ValueError, match=message):
+        run(reward_function="rewards.py:length", feedback=feedback)
+    assert not list(folder.glob("*.scores"))
+
+
+def test_dates_of_a_dataset_are_refused_by_column(folder):
+    rows = {"prompt": ["p"], "completion": ["c"], "score": [1.0], "asked": [datetime.date(2026, 1, 1)]}
+    Dataset.from_dict(rows).to_parquet(folder / "rows.parquet")
+    with pytest.raises(ValueError, match=r"Row 0 of rows\.parquet \(train\) has a `asked` that cannot be written"):
+        run(samples=["rows.parquet"], feedback="scalar")
 
 
 def test_duplicates_over_several_files_are_refused(rows, folder):

@@ -50,14 +50,14 @@ class ConvertArguments:
         },
     )
     split: str | None = field(default=None, metadata={"help": "Only items of this split, and those without one."})
-    pair_mode: str = field(default="max", metadata={"help": "How scores become pairs: `random`, `max` or `min`."})
+    pair_mode: Literal["random", "max", "min"] = field(default="max", metadata={"help": "How scores become pairs."})
     pair_threshold: float = field(default=0.0, metadata={"help": "Difference of scores that a pair has to exceed."})
     label_threshold: str = field(
         default="median", metadata={"help": "Score from which on a completion is desirable: `mean`, `median`, number."}
     )
     seed: int = field(default=0, metadata={"help": "Decides the draws of `pair_mode`."})
-    duplicates: str = field(
-        default="error", metadata={"help": "Items that repeat another one in all fields: `error`, `drop` or `keep`."}
+    duplicates: Literal["error", "drop", "keep"] = field(
+        default="error", metadata={"help": "What to do with items that repeat another one in all fields."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
 
@@ -126,8 +126,17 @@ def _as_json(path: Path, folder: Path) -> Path:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
     rows = (row for batch in parquet.iter_batches(batch_size=1000) for row in batch.to_pylist())
     with copy.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_set_only(row), ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(_line(row, f"{path}, row {number}") + "\n" for number, row in enumerate(rows))
     return copy
+
+
+def _line(row: dict[str, Any], where: str) -> str:
+    """A row as JSON. Of columns that no format has, other types are written as text: only their names are used."""
+    others = {key: value if key in _READ else str(value) for key, value in row.items() if value is not None}
+    try:
+        return json.dumps(others, ensure_ascii=False)
+    except TypeError as error:
+        raise ValueError(f"{where} cannot be written as JSON: {error}. Convert the column first.") from None
 
 
 def _set_only(row: dict[str, Any]) -> dict[str, Any]:
@@ -144,16 +153,16 @@ def _rows(inputs: list[Path], arguments: ConvertArguments) -> datasets.Dataset:
         inputs,
         purpose,  # type: ignore[arg-type]
         arguments.split,
-        pair_mode=arguments.pair_mode,  # type: ignore[arg-type]
+        pair_mode=arguments.pair_mode,
         pair_threshold=arguments.pair_threshold,
         label_threshold=arguments.label_threshold,
         seed=arguments.seed,
-        duplicates=arguments.duplicates,  # type: ignore[arg-type]
+        duplicates=arguments.duplicates,
     )
 
 
 def _halos(inputs: list[Path], arguments: ConvertArguments) -> Iterator[dict[str, Any]]:
-    index = index_feedback(inputs, arguments.split, arguments.duplicates)  # type: ignore[arg-type]
+    index = index_feedback(inputs, arguments.split, arguments.duplicates)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(path.open("rb")) for path in inputs]
         for number in index.kept().tolist():

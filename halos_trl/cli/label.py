@@ -93,6 +93,8 @@ def label(arguments: LabelArguments) -> LabelReport:
     found = read_samples(_rows(arguments))
     if not found.samples:
         raise ValueError(f"{', '.join(arguments.samples)}: there are no samples with a completion.")
+    for sample in found.samples:
+        _check_writable(sample, with_columns=arguments.feedback == "scalar")
     if scorer is None:
         verdicts = [Verdict(i, _given_score(sample)) for i, sample in enumerate(found.samples)]
         return _write(arguments, output, found, verdicts)
@@ -210,6 +212,19 @@ def _dataset_rows(name: str, arguments: LabelArguments) -> Iterator[tuple[str, d
         )
     for number, row in enumerate(splits[arguments.dataset_split]):
         yield f"Row {number} of {name} ({arguments.dataset_split})", row
+
+
+def _check_writable(sample: Sample, with_columns: bool) -> None:
+    """Before anything is scored: a row of a dataset may hold what JSON cannot, and a text half of a character."""
+    written = {"prompt": sample.prompt, "completion": sample.completion, **(sample.columns if with_columns else {})}
+    for name, value in written.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{sample.where} has a `{name}` that cannot be written as JSON: {error}. Mend the value, or remove "
+                "the column."
+            ) from None
 
 
 def _given_score(sample: Sample) -> float:
