@@ -73,6 +73,22 @@ def test_finished_and_foreign_files_are_not_overwritten(tmp_path):
     assert foreign.read_text() == "precious"
 
 
+def test_half_a_character_is_written_as_its_escape(tmp_path):
+    with OutputFile(tmp_path / "out.jsonl", SETTINGS) as output:
+        output.write({"reply": "\ud83d é"})
+    assert (tmp_path / "out.jsonl").read_bytes() == '{"reply": "\\ud83d é"}\n'.encode()
+    assert list(output.items()) == [{"reply": "\ud83d é"}]
+
+
+def test_refused_file_leaves_no_lock_and_a_folder_is_none(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("precious")
+    with pytest.raises(ValueError, match="beside it does not"):
+        OutputFile(tmp_path / "mine.jsonl", SETTINGS)
+    with pytest.raises(ValueError, match="is a folder"):
+        OutputFile(tmp_path, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
 def test_two_writers_at_once_are_refused(tmp_path):
     with OutputFile(tmp_path / "out.jsonl", SETTINGS) as output:
         output.write({"n": 0})

@@ -17,6 +17,8 @@ from conftest import assistant, unpaired_rows, user
 
 from halos_trl import toy
 from halos_trl.cli import main as command
+from halos_trl.cli.arguments import read_arguments
+from halos_trl.cli.sample import SampleArguments
 from halos_trl.data.prompts import unique_prompts
 from halos_trl.sampling import SamplingSettings, TransformersSampler, prompt_tokens, samples, window_size
 
@@ -311,12 +313,43 @@ def test_help_fits_a_screen_and_imports_no_torch(capsys):
         (["sample", "--dataset_name", "x"], "name a dataset but not `--model_name_or_path`"),
         (["sample", "--top_p", "3"], "`top_p` is 3.0"),
         (["sample", "--config", "missing.yaml"], "cannot be opened"),
+        (["sample", "--num_prompts", "-1"], "expected at least 0 prompts to leave out and at least 1"),
+        (["sample", "--num_prompts", "0"], "at least 1 to sample for"),
+        (["sample", "--num_skip", "-1"], "`--num_skip` is -1"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
     assert command.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("dtype: float23", "`dtype` is 'float23'; expected one of 'auto', 'float32'"),
+        ("num_prompts: 2.5", "`num_prompts` is 2.5; expected a whole number"),
+        ("seed: true", "`seed` is True; expected a whole number"),
+        ("top_p: [1]", "`top_p` is [1]; expected a number"),
+    ],
+)
+def test_values_of_a_config_file_are_checked_as_flags_are(tmp_path, setting, message, capsys):
+    (tmp_path / "sample.yaml").write_text(setting)
+    assert command.main(["sample", "--config", str(tmp_path / "sample.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_of_a_config_file_is_a_list_of_one(tmp_path):
+    (tmp_path / "sample.yaml").write_text('stop: "###"\ntop_p: 1\n')
+    arguments = read_arguments(SampleArguments, ["--config", str(tmp_path / "sample.yaml")], "sample")
+    assert arguments.stop == ["###"] and arguments.top_p == 1
+
+
+def test_a_model_that_is_not_there_is_one_line(files, tmp_path, capsys):
+    flags = ["--dataset_name", str(files / "rows.jsonl"), "--output", str(tmp_path / "samples.jsonl")]
+    assert command.main(["sample", "--model_name_or_path", str(tmp_path / "no-such-model"), *flags]) == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("halos-trl sample: ") and "no-such-model" in last
 
 
 def test_bugs_keep_their_traceback(monkeypatch):

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -21,20 +21,47 @@ def read_arguments(arguments: type[T], argv: Sequence[str] | None, command: str)
     """The dataclass `arguments` from flags and `--config FILE.yaml`; prints the settings to standard error.
 
     The docstring of the dataclass is the description in `--help`. Raises ValueError for unknown names (with the one
-    that may have been meant) and config files that cannot be read.
+    that may have been meant), config files that cannot be read, and values in them of another type or choice.
     """
     parser: Any = TrlParser(
         (arguments,),  # type: ignore[arg-type]
         prog=f"halos-trl {command}",
         usage="%(prog)s [--config FILE.yaml] [--flag [value ...]] ...",
         description=(arguments.__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     words, config = split_off_config(list(sys.argv[1:] if argv is None else argv))
     refuse_unknown(parser, words, config)
     (result,) = parser.parse_args_and_config(args=words)
+    check_values(result)
     show(dataclasses.asdict(result), command)
     return result
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Leaves out defaults that say nothing: None and empty lists, whose meaning the help of their flags gives."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def check_values(arguments: Any) -> None:
+    """Of values from a config file, which argparse does not check: a single text becomes a list where one is expected.
+
+    Raises ValueError for a value that is none of the choices or not of the type.
+    """
+    hints = get_type_hints(type(arguments))
+    for field in dataclasses.fields(arguments):
+        value, hint = getattr(arguments, field.name), hints[field.name]
+        choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else None)
+        if choices and value not in choices:
+            raise ValueError(f"`{field.name}` is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+        kind = next((kind for kind in (int, float) if hint in (kind, kind | None)), None)
+        accepted = int if kind is int else (int, float)
+        if kind and value is not None and (isinstance(value, bool) or not isinstance(value, accepted)):
+            raise ValueError(f"`{field.name}` is {value!r}; expected {'a whole' if kind is int else 'a'} number.")
+        if get_origin(hint) is list and not isinstance(value, list):
+            setattr(arguments, field.name, [value])
 
 
 def show(settings: dict[str, Any], command: str) -> None:

@@ -125,9 +125,5 @@ class LabelArguments:
         metadata={"help": "Replace an existing output, and scores in `<output>.scores` made with other settings."},
     )
 
-    def __post_init__(self) -> None:
-        if isinstance(self.samples, str):  # as a config file may have it
-            self.samples = [self.samples]
-
 
 __all__ = ["LabelArguments"]

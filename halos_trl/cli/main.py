@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         import_module(f".{command}", __package__).main(rest)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: no such model, no network, a full disk, ...
         if getattr(error, "keep_traceback", False):
             raise
         print(f"halos-trl {command}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..merge import merge_folder
 from .arguments import read_arguments
@@ -15,7 +16,9 @@ class MergeArguments:
 
     adapter: str | None = field(default=None, metadata={"help": "Folder that training with `--use_peft` wrote."})
     output: str | None = field(default=None, metadata={"help": "Folder to write. None: `<adapter>-merged`."})
-    dtype: str = field(default="auto", metadata={"help": "Of the base model: `auto`, `float32`, `bfloat16`, ..."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the base model; auto: the checkpoint's."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Move an output that exists aside."})
 
 

@@ -35,8 +35,8 @@ class OutputFile:
         count: Items in the file, those of earlier runs included.
         resumed: Whether an earlier run began the file.
 
-    Raises ValueError where the file exists and is finished (without `reopen`), was not begun by this class, was begun
-    with other settings (each is named), or is being written by another process.
+    Raises ValueError where the path is a folder, and where the file exists and is finished (without `reopen`), was not
+    begun by this class, was begun with other settings (each is named), or is being written by another process.
     """
 
     def __init__(
@@ -45,6 +45,8 @@ class OutputFile:
         self.path = Path(path)
         self.settings = json.loads(json.dumps(dict(settings)))
         self._reopen = reopen
+        if self.path.is_dir():
+            raise ValueError(f"`{self.path}` is a folder. Name a file in it.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
@@ -61,7 +63,7 @@ class OutputFile:
             self._save(finished=False)
             self._file = self.path.open("ab" if self.resumed else "wb")
         except BaseException:
-            self._lock.release()
+            self._unlock()
             raise
 
     def _check(self) -> None:
@@ -88,7 +90,9 @@ class OutputFile:
 
     def write(self, *items: Mapping[str, Any]) -> None:
         """Append items, each as one line; they are in the file when this returns."""
-        self._file.write(b"".join(json.dumps(item, ensure_ascii=False).encode() + b"\n" for item in items))
+        # A half of a surrogate pair, which a judge may reply with, becomes its escape.
+        texts = (json.dumps(item, ensure_ascii=False) for item in items)
+        self._file.write(b"".join(text.encode(errors="backslashreplace") + b"\n" for text in texts))
         self._file.flush()
         self.count += len(items)
 
@@ -114,6 +118,9 @@ class OutputFile:
         self._file.close()
         if kind is None:
             self._save(finished=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
 

@@ -61,7 +61,9 @@ class SampleArguments:
         default="auto", metadata={"help": "`auto`: vLLM where it is installed, else transformers."}
     )
     tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model, with vLLM."})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights: `auto`, `float32`, `bfloat16`, ..."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto: the checkpoint's."}
+    )
     alpaca_eval: bool = field(
         default=False,
         metadata={"help": "Write `instruction` (the first turn) in place of `prompt`, as AlpacaEval reads it."},
@@ -80,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def settings_of(arguments: SampleArguments) -> SamplingSettings:
     """What decides the draws."""
+    if arguments.num_skip < 0 or (arguments.num_prompts is not None and arguments.num_prompts < 1):
+        raise ValueError(
+            f"`--num_skip` is {arguments.num_skip} and `--num_prompts` {arguments.num_prompts}; expected at least 0 "
+            "prompts to leave out and at least 1 to sample for."
+        )
     return SamplingSettings(
         n=arguments.num_samples_per_prompt,
         temperature=arguments.temperature,
