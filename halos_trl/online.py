@@ -145,11 +145,7 @@ class GRPOTrainer(OnlineHost):
     @property
     def lasting_settings(self) -> dict[str, Any]:
         """The settings that a resumed run has to share with the one that wrote its checkpoint."""
-        return (
-            lasting_settings(self.args)
-            if self.reference is not None
-            else {"humanline": False, "sync_ref_model": False}
-        )
+        return lasting_settings(self.args)
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         if self.reference is None:

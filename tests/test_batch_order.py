@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.utils import gather_object
-from conftest import cpu_config, perturbed, unpaired_rows, weights
+from conftest import cpu_config, paired_rows, perturbed, unpaired_rows, weights
 from launch import launch
 from test_halos_batching import FOLDER, RECORDED, feedback
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
@@ -386,6 +386,22 @@ def test_a_resumed_run_goes_on_in_the_same_order(model, tokenizer, make_config, 
     assert torch.equal(weights(resumed.model), weights(whole.model))
     with pytest.raises(ValueError, match="`max_prompt_length=None` has become 40"):
         trainer(max_steps=6, max_prompt_length=40).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("orders", [("halos", "trl"), ("trl", "halos")])
+def test_a_reward_model_does_not_resume_in_another_order(model, tokenizer, make_config, tmp_path, orders):
+    config = LlamaForSequenceClassification.config_class(**model.config.to_dict() | {"num_labels": 1})
+    policy = LlamaForSequenceClassification(config)
+
+    def trainer(order, **settings):
+        config = make_config(BradleyTerryConfig, batch_order=order, max_steps=2, **settings)
+        return BradleyTerryTrainer(
+            copy.deepcopy(policy), args=config, train_dataset=paired_rows(8), processing_class=copy.deepcopy(tokenizer)
+        )
+
+    trainer(orders[0], save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match=f"`batch_order='{orders[0]}'` has become '{orders[1]}'"):
+        trainer(orders[1]).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
 
 
 # -- truncation ----------------------------------------------------------------------------------------------------

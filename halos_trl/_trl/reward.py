@@ -23,11 +23,12 @@ from .host import NamedTrainer
 from .overridden import overridden
 from .prepare import SamplesByLength
 from .rows import check_token_ids, noting_policy, refuse_without_special_tokens, token_limits, tokenized_rows
+from .saving import SavesPolicy
 
 logger = get_logger(__name__)
 
 
-class RewardHost(HalosOrder, SamplesByLength, NamedTrainer, HostTrainer):
+class RewardHost(HalosOrder, SamplesByLength, SavesPolicy, NamedTrainer, HostTrainer):
     """`trl.RewardTrainer` behind the door."""
 
     trl_class = HostTrainer

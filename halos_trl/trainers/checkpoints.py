@@ -218,8 +218,8 @@ def lasting_settings(args: Any) -> dict[str, Any]:
 
     Periods may change.
     """
-    settings = {"humanline": args.humanline, "sync_ref_model": args.sync_ref_model}
-    if args.humanline:
+    settings = {name: getattr(args, name, False) for name in ("humanline", "sync_ref_model")}
+    if settings["humanline"]:
         settings |= {"log_epsilon_p": args.log_epsilon_p, "log_epsilon_r": args.log_epsilon_r}
     if getattr(args, "batch_order", "trl") == "halos":
         settings |= {"batch_order": "halos", "max_prompt_length": args.max_prompt_length}
@@ -236,7 +236,8 @@ def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
     before = _settings_in(folder)
     changed = [name for name in before | settings if before.get(name) != settings.get(name)]
     if before and changed:
-        said = ", ".join(f"`{n}={before.get(n)!r}` has become {settings.get(n)!r}" for n in changed)
+        old, new = ({"batch_order": "trl"} | noted for noted in (before, settings))
+        said = ", ".join(f"`{n}={old.get(n)!r}` has become {new.get(n)!r}" for n in changed)
         raise ValueError(
             f"{folder} was written with other settings: {said}. A resumed run would be neither the one nor the other. "
             "Resume with the settings of the checkpoint, or pass the folder as `model` to start a new run from its "

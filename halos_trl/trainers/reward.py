@@ -15,6 +15,7 @@ from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from ..forward.rewards import score_sequences
 from . import reward_head
+from .checkpoints import lasting_settings, refuse_other_settings, write_settings
 from .run import TrainingRun
 from .step import weighted, without_share
 
@@ -121,6 +122,12 @@ class BradleyTerryTrainer(TrainingRun, RewardHost):
 
     def check_rows(self, dataset: Rows, name: str) -> Rows:
         return check_paired_rows(dataset, name, drop_invalid=self.drops_invalid_rows, splits_implicit=False)
+
+    def before_checkpoint(self, checkpoint_dir: str) -> None:
+        write_settings(lasting_settings(self.args), self.state)
+
+    def restore(self, folder: str) -> None:
+        refuse_other_settings(lasting_settings(self.args), folder)
 
 
 def _refuse_task(peft_config: Any) -> None:
