@@ -88,6 +88,16 @@ def test_split_of_a_step_does_not_matter(method, make_config, model, tokenizer):
     torch.testing.assert_close(weights(whole.model), weights(split.model), rtol=0, atol=1e-6)
 
 
+def test_reference_of_kto_reads_the_batch_that_the_loss_gets(make_config, model, tokenizer):
+    trainer = run("KTO", "on", make_config, model, tokenizer)
+    batch = trainer.on_device(next(iter(trainer.get_train_dataloader())))
+    (prepared,) = trainer.prepare_step([batch])
+    batch["input_ids"][:, 2:4] = batch["input_ids"][:, 2:4].flip(1)
+    found = trainer.reference_logps(batch, prepared)
+    assert not found.equal(prepared.reference_BT)
+    torch.testing.assert_close(found, trainer.reference.log_probs(batch), rtol=0, atol=1e-6)
+
+
 def test_reference_of_kto_reads_rows_and_partners_at_once(make_config, model, tokenizer, monkeypatch):
     calls = []
     forward = LlamaModel.forward

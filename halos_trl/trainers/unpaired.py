@@ -30,6 +30,8 @@ class KLEstimate(NamedTuple):
     """In nats, of the whole optimizer step."""
     reference_BT: torch.Tensor | None = None
     """The reference's log-probs of the micro-batch itself, where they came with those of its prompts' partners."""
+    tokens: torch.Tensor | None = None
+    """What they are the log-probs of, see `_tokens_of`."""
 
 
 class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
@@ -83,7 +85,10 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         return self._estimates(batches)
 
     def reference_logps(self, batch: dict[str, Any], prepared: KLEstimate) -> torch.Tensor | None:
-        return super().reference_logps(batch, prepared) if prepared.reference_BT is None else prepared.reference_BT
+        # A `compute_loss` of one's own may have changed the batch.
+        if prepared.tokens is not None and torch.equal(prepared.tokens, _tokens_of(batch)):
+            return prepared.reference_BT
+        return super().reference_logps(batch, prepared)
 
     def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """KL of policy and reference in nats, over the prompts of `batches` with each other's completions.
@@ -124,7 +129,9 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
             )
         kl = kl.clamp(min=0)
         self.record_metrics({"kl": (kl, torch.ones_like(kl))})
-        return [KLEstimate(kl, reference_BT) for reference_BT in references or [None] * len(batches)]
+        if not references:
+            return [KLEstimate(kl)] * len(batches)
+        return [KLEstimate(kl, *known) for known in zip(references, map(_tokens_of, batches), strict=True)]
 
     def _kl_of(
         self, model: Any, batch: dict[str, Any], others: list[dict[str, Any]]
@@ -180,6 +187,11 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
 
     def check_rows(self, dataset: Rows, name: str) -> Rows:
         return check_unpaired_rows(dataset, name, drop_invalid=self.drops_invalid_rows)
+
+
+def _tokens_of(batch: dict[str, Any]) -> torch.Tensor:
+    """Token ids and masks of a collated batch, `(names, B, S)`."""
+    return torch.stack([batch[name] for name in ("input_ids", "attention_mask", "completion_mask") if name in batch])
 
 
 def _fixed_partners(batch: dict[str, Any]) -> dict[str, Any]:
