@@ -9,10 +9,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from conftest import paired_rows, unpaired_rows, user
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from halos_trl import toy
 from halos_trl.cli import main as command
@@ -287,32 +288,91 @@ def test_merge(files, tmp_path, method, data, capsys):
 
 # -- the pages -----------------------------------------------------------------------------------------------------
 
+DOCS = EXAMPLES.parent / "docs"
+SMALL = {
+    "sample": ["--max_tokens", "4", "--num_prompts", "4"],
+    "train": [*QUIET, "--max_steps", "1", "--warmup_steps", "0"],
+    "rounds": [*QUIET, *"--max_steps 1 --warmup_steps 0 --max_tokens 4 --rounds 1 --prompts_per_round 4".split()],
+}
+"""Flags that make a command of a page short, by subcommand."""
+
+
+def blocks(page, language):
+    """The code blocks of a page of the docs, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / f"{page}.md").read_text(), flags=re.S)
+
+
+def commands(page):
+    """The words of each command line of a page, in order."""
+    return [line.split() for block in blocks(page, "bash") for line in block.splitlines()]
+
+
+def run_halos_trl(words):
+    assert command.main([*words, *SMALL.get(words[0], [])]) == 0, words
+
+
+def run_command_for_halos_users(words):
+    """Run a command of docs/from_halos.md; of those of other projects, check what they are given."""
+    program, *rest = words
+    if program == "halos-trl":
+        run_halos_trl(rest)
+    elif program == "accelerate":
+        launched = launch_command_parser().parse_args(rest[1:])
+        assert rest[0] == "launch" and launched.module and launched.training_script == "halos_trl.cli.main"
+        assert Path(launched.config_file).is_file()
+        run_halos_trl(launched.training_script_args)
+    elif program == "alpaca_eval":
+        (path,) = re.findall(r"--model_outputs=(\S+\.json)", " ".join(words))
+        assert [item["instruction"] for item in json.loads(Path(path).read_text())] == ["Say a.", "Say b."]
+    else:
+        assert program == "lm_eval"
+        named = dict(pair.split("=") for pair in rest[rest.index("--model_args") + 1].split(","))
+        assert AutoModelForCausalLM.from_pretrained(named["pretrained"]).config.vocab_size > 0
+        assert AutoTokenizer.from_pretrained(named["tokenizer"]).chat_template
+
+
+@pytest.mark.slow
+def test_commands_for_halos_users_run(files, tmp_path, monkeypatch):
+    """docs/from_halos.md from SFT to online rounds, as it stands there, with folders of the names of hub models."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("Meta-Llama-3-8B", "Meta-Llama-3-8B-Instruct"):
+        shutil.copytree(files / "tiny", f"meta-llama/{name}")
+    shutil.copytree(EXAMPLES.parent / "configs", "configs")
+    shutil.copy(files / "prompts.jsonl", ".")
+    for kind, name in {"binary": "feedback.json", "pairwise": "pairs.json"}.items():
+        shutil.copy(Path(__file__).parent / "data" / "halos" / f"{kind}_feedback.json", name)
+    instructions = [
+        {"instruction": text, "output": "o", "generator": "g", "dataset": "d"} for text in ("Say a.", "Say b.")
+    ]
+    datasets.Dataset.from_list(instructions).to_json("tatsu-lab/alpaca_eval/data/eval-00000-of-00001.jsonl")
+
+    (sft,) = blocks("from_halos", "python")
+    short = sft.replace('_dir="llama3-8b_sft"', '_dir="llama3-8b_sft", use_cpu=True, bf16=False, max_steps=2')
+    assert short != sft
+    exec(compile(short, "docs/from_halos.md", "exec"), {})
+    assert not same(weights_of(Path("llama3-8b_sft")), weights_of(Path("meta-llama/Meta-Llama-3-8B")))
+    for words in commands("from_halos"):
+        run_command_for_halos_users(words)
+
+    assert not same(weights_of(Path("llama3-8b_sft_kto")), weights_of(Path("llama3-8b_sft")))
+    pairs = json.loads(Path("pairwise_feedback_dataset.json").read_text())
+    assert pairs and {pair["type"] for pair in pairs} == {"pairwise_feedback"}
+    assert Path("llama3-8b-online/round-01/policy/model.safetensors").is_file()
+
 
 @pytest.mark.slow
 def test_commands_of_the_pages_run(files, tmp_path, monkeypatch):
     """Each command of docs/command.md and docs/rounds.md as it stands there, on a tiny model."""
-    pages = [(EXAMPLES.parent / "docs" / f"{name}.md").read_text() for name in ("command", "rounds")]
-    commands = [
-        line.split()[1:]
-        for page in pages
-        for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S)
-        for line in block.splitlines()
-        if line.startswith("halos-trl ")
-    ]
-    assert {words[0] for words in commands} == {"sample", "label", "train", "rounds", "merge"}
+    found = [words[1:] for page in ("command", "rounds") for words in commands(page) if words[:1] == ["halos-trl"]]
+    assert {words[0] for words in found} == {"sample", "label", "train", "rounds", "merge"}
     monkeypatch.chdir(tmp_path)
     shutil.copytree(files / "tiny", "MODEL")
     shutil.copy(files / "prompts.jsonl", ".")
     Path("rewards.py").write_text("def score(completion, number):\n    return float(len(completion) + number)\n")
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
     assert train(files, "kto", "unpaired.jsonl", "policy-lora", *lora) == 0
-    small = {
-        "sample": ["--max_tokens", "4", "--num_prompts", "4"],
-        "train": [*QUIET, "--max_steps", "1"],
-        "rounds": [*QUIET, "--max_steps", "1", "--max_tokens", "4", "--rounds", "1", "--prompts_per_round", "4"],
-    }
-    for words in commands:
-        assert command.main([*words, *small.get(words[0], [])]) == 0, words
+    for words in found:
+        run_halos_trl(words)
     for output in (
         "samples.jsonl",
         "feedback.jsonl",

@@ -258,12 +258,52 @@ def test_output_is_refused_finished_or_begun_otherwise_in_one_line(files, tmp_pa
     assert output.read_bytes() == before
 
 
-def test_alpaca_eval_output(files, tmp_path):
-    """AlpacaEval reads `instruction`, `output` and `generator`."""
-    assert run(files, tmp_path / "a.jsonl", "--num_prompts", "1", "--alpaca_eval") == 0
-    item = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[0])
-    assert item["instruction"] == unpaired_rows(1)[0]["prompt"][0]["content"]
-    assert "prompt" not in item and {"output", "generator"} <= item.keys()
+def test_alpaca_eval_file_is_an_array_of_instruction_output_and_generator(files, tmp_path, capsys):
+    samples_file, array = tmp_path / "a.jsonl", tmp_path / "new" / "outputs.json"
+    one = ["--num_samples_per_prompt", "1", "--num_prompts", "2", "--alpaca_eval", str(array)]
+    assert run(files, samples_file, *one) == 0
+    items = [json.loads(line) for line in samples_file.read_text().splitlines()]
+    assert json.loads(array.read_text()) == [
+        {"instruction": row["prompt"][0]["content"], "output": item["output"], "generator": str(files / "tiny")}
+        for row, item in zip(unpaired_rows(2), items, strict=True)
+    ]
+    assert run(files, tmp_path / "b.jsonl", *one) == 2
+    assert "outputs.json` exists" in capsys.readouterr().err
+    assert not (tmp_path / "b.jsonl").exists()
+
+
+def test_alpaca_eval_file_of_a_run_that_was_killed_before_it(files, tmp_path):
+    """All samples are there, the array is not: the same command writes it."""
+    samples_file, array = tmp_path / "a.jsonl", tmp_path / "outputs.json"
+    one = ["--num_samples_per_prompt", "1", "--num_prompts", "2", "--alpaca_eval", str(array)]
+    assert run(files, samples_file, *one) == 0
+    whole = array.read_bytes()
+    array.unlink()
+    settings = tmp_path / ".a.jsonl.settings.yaml"
+    settings.write_text(settings.read_text().replace("finished: true", "finished: false"))
+    assert run(files, samples_file, *one) == 0
+    assert array.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("turns", "more", "message"),
+    [
+        (user("a"), [], "takes one output per prompt, not 3"),
+        (user("a"), ["--alpaca_eval", "outputs.jsonl"], "AlpacaEval reads files that end in `.json`"),
+        (
+            [{"role": "system", "content": "s"}, *user("a")],
+            ["--num_samples_per_prompt", "1"],
+            "prompt 0 of `prompts.jsonl` has the roles ['system', 'user']",
+        ),
+    ],
+)
+def test_what_alpaca_eval_cannot_read_is_refused(files, tmp_path, monkeypatch, capsys, turns, more, message):
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list([{"prompt": turns}]).to_json("prompts.jsonl")
+    named = ["--dataset_name", "prompts.jsonl", "--alpaca_eval", "outputs.json", *more]
+    assert run(files, tmp_path / "a.jsonl", *named) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def _child(arguments):

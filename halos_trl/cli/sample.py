@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,9 +65,11 @@ class SampleArguments:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Of the weights; auto: the checkpoint's."}
     )
-    alpaca_eval: bool = field(
-        default=False,
-        metadata={"help": "Write `instruction` (the first turn) in place of `prompt`, as AlpacaEval reads it."},
+    alpaca_eval: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also write this `.json` file for AlpacaEval: an array of instruction, output and generator."
+        },
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
 
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_of(arguments)
     refuse_half_named(arguments.model_name_or_path is not None, arguments.dataset_name is not None)
     prompts = prompts_of(arguments)
+    check_alpaca_eval(arguments, prompts)
     write_samples(arguments, settings, prompts)
 
 
@@ -147,6 +151,8 @@ def write_samples(
             part = 0
             bar.update()
         bar.close()
+        if arguments.alpaca_eval:
+            write_alpaca_eval(output.items(), Path(arguments.alpaca_eval))
     print(f"{arguments.output}: {n * len(prompts)} samples of {len(prompts)} prompts")
 
 
@@ -154,15 +160,11 @@ def items(
     row: dict[str, Any], completions: Sequence[Completion], arguments: SampleArguments
 ) -> Iterator[dict[str, Any]]:
     """The samples of a prompt in HALOs' format, and what HALOs does not write: tokens, log-probs, other columns."""
-    prompt = row["prompt"]
-    asked = {"prompt": prompt}
-    if arguments.alpaca_eval:
-        asked = {"instruction": prompt if isinstance(prompt, str) else prompt[0]["content"]}
     dataset = Path(arguments.dataset_name).stem if arguments.dataset_name else "embedded"
     for sample_id, completion in enumerate(completions):
         yield {
             **{name: value for name, value in row.items() if name not in ("prompt", "prompt_id")},
-            **asked,
+            "prompt": row["prompt"],
             "output": completion.text,
             "generator": arguments.model_name_or_path or "embedded",
             "dataset": f"{dataset}_{arguments.dataset_split}",
@@ -176,9 +178,51 @@ def items(
         }
 
 
+def check_alpaca_eval(arguments: SampleArguments, prompts: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError for what AlpacaEval cannot read: it takes one output of one text, from a file `*.json`."""
+    if arguments.alpaca_eval is None:
+        return
+    path = Path(arguments.alpaca_eval)
+    if path.suffix != ".json":
+        raise ValueError(f"`--alpaca_eval {path}`: AlpacaEval reads files that end in `.json`. Name such a file.")
+    if path.exists() and not arguments.overwrite:
+        raise ValueError(f"`{path}` exists. Name another file, or pass `--overwrite` to replace it.")
+    if arguments.num_samples_per_prompt != 1:
+        raise ValueError(
+            f"`--alpaca_eval` takes one output per prompt, not {arguments.num_samples_per_prompt}. Leave out "
+            "`--num_samples_per_prompt`."
+        )
+    for row in prompts:
+        if instruction_of(row["prompt"]) is None:
+            raise ValueError(
+                f"`--alpaca_eval` takes prompts of one user turn; prompt {row['prompt_id']} of "
+                f"`{arguments.dataset_name}` has the roles {[turn['role'] for turn in row['prompt']]}. Leave the flag "
+                "out, or name a dataset of single instructions."
+            )
+
+
+def instruction_of(prompt: str | list[dict[str, Any]]) -> str | None:
+    """The text of a prompt of one user turn; None of another one."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[0]["content"] if [turn["role"] for turn in prompt] == ["user"] else None
+
+
+def write_alpaca_eval(samples_: Iterable[dict[str, Any]], path: Path) -> None:
+    """The samples as the JSON array that `alpaca_eval evaluate --model_outputs` reads."""
+    outputs = [
+        {"instruction": instruction_of(item["prompt"]), "output": item["output"], "generator": item["generator"]}
+        for item in samples_
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(outputs, ensure_ascii=False, indent=1), "utf-8")
+    partial.replace(path)
+
+
 def _decisive(arguments: SampleArguments, prompts: list[dict[str, Any]]) -> dict[str, Any]:
     """The settings that the file's content depends on."""
-    free = ("output", "overwrite", "tensor_parallel_size", "dataset_config")
+    free = ("output", "overwrite", "tensor_parallel_size", "dataset_config", "alpaca_eval")
     named = {name: value for name, value in vars(arguments).items() if name not in free}
     return named | {"engine": _engine(arguments), "prompts": fingerprint(prompts)}
 
