@@ -382,3 +382,18 @@ def test_commands_of_the_pages_run(files, tmp_path, monkeypatch):
         "policy-merged",
     ):
         assert Path(output).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--reward_function", "rewards.py:evne"), "there is no file rewards.py"),
+        (("--reward_model", "some-model"), "Both `--reward_model` and `--reward_function` are given"),
+        (("--threshold", "medain"), "The threshold is 'medain'"),
+        (("--temperature", "0"), "`temperature` 0 gives the same completion"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_it_begins(files, tmp_path, flags, message, capsys):
+    assert rounds(files, tmp_path / "run", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists(), "begun, it would refuse the mended flags"

@@ -106,6 +106,13 @@ def label(arguments: LabelArguments) -> LabelReport:
 # -- settings --------------------------------------------------------------------------------------------------------
 
 
+def check_label(arguments: LabelArguments) -> None:
+    """Raise ValueError for a rule and a scorer that cannot work, without reading samples or loading a model."""
+    _check_threshold(arguments)
+    if _chosen_scorer(arguments) != "reward_model":
+        _scorer(arguments)
+
+
 def _checked_output(arguments: LabelArguments) -> Path:
     if not arguments.samples:
         raise ValueError("There is nothing to label. Name files of samples with `--samples`.")
@@ -139,11 +146,16 @@ def _rule(arguments: LabelArguments) -> Rule:
     return Rule(arguments.feedback, arguments.threshold, arguments.pair_mode, arguments.seed)  # type: ignore[arg-type]
 
 
-def _scorer(arguments: LabelArguments) -> Scorer | None:
-    """Its module is imported only here, since a reward model needs much that the others do not."""
+def _chosen_scorer(arguments: LabelArguments) -> str | None:
     chosen = [n for n in ("reward_model", "reward_function", "judge_model") if getattr(arguments, n) is not None]
     if len(chosen) > 1:
         raise ValueError(f"Both `--{chosen[0]}` and `--{chosen[1]}` are given. Samples are scored by one of them.")
+    return chosen[0] if chosen else None
+
+
+def _scorer(arguments: LabelArguments) -> Scorer | None:
+    """Its module is imported only here, since a reward model needs much that the others do not."""
+    _chosen_scorer(arguments)
     if arguments.reward_model is not None:
         from ..scoring.reward_model import RewardModelScorer
 
@@ -320,4 +332,4 @@ def _write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     partial.replace(output)
 
 
-__all__ = ["LabelReport", "label", "main"]
+__all__ = ["LabelReport", "check_label", "label", "main"]

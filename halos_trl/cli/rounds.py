@@ -23,7 +23,7 @@ from trl import ModelConfig, TrlParser
 from .. import toy
 from .arguments import refuse_unknown, show, split_off_config
 from .flags import TOY_DEFAULTS, refuse_half_named
-from .label import label
+from .label import check_label, label
 from .label_flags import LabelArguments
 from .methods import METHODS, Method, method_of
 from .output import differences, is_finished, read_items
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     name, words = method_of(words, "rounds", ONLINE)
     run = read_run(name, words)
+    settings_of(_sampling(run.flags, "", "", 0))
+    check_label(_labelling(run, "", ""))
     if run.training.process_index == 0:
         _check_settings(run)
     run_rounds(run)
@@ -226,20 +228,23 @@ def _sample_and_label(run: Rounds, number: int) -> None:
         arguments = _sampling(flags, str(samples), run.policy(number - 1), run.training.seed * 10_007 + number)
         write_samples(arguments, settings_of(arguments), _prompts(run, number))
     if not feedback.exists():
-        kind = _FEEDBACK[run.method.feedback]
-        arguments_of_label = LabelArguments(
-            samples=[str(samples)],
-            output=str(feedback),
-            feedback=kind,
-            threshold=None if kind == "groups" else flags.threshold if kind == "binary" else _gap(run),
-            pair_mode=flags.pair_mode,
-            seed=run.training.seed,
-            reward_function=flags.reward_function,
-            reward_model=flags.reward_model,
-            judge_model=flags.judge_model,
-            judge_url=flags.judge_url,
-        )
-        print(label(arguments_of_label))
+        print(label(_labelling(run, str(samples), str(feedback))))
+
+
+def _labelling(run: Rounds, samples: str, output: str) -> LabelArguments:
+    flags, kind = run.flags, _FEEDBACK[run.method.feedback]
+    return LabelArguments(
+        samples=[samples],
+        output=output,
+        feedback=kind,
+        threshold=None if kind == "groups" else flags.threshold if kind == "binary" else _gap(run),
+        pair_mode=flags.pair_mode,
+        seed=run.training.seed,
+        reward_function=flags.reward_function,
+        reward_model=flags.reward_model,
+        judge_model=flags.judge_model,
+        judge_url=flags.judge_url,
+    )
 
 
 def _gap(run: Rounds) -> str | None:
