@@ -531,7 +531,9 @@ def test_files_of_halos_are_recognized_by_their_content(load_data, tmp_path, lin
     assert isinstance(load_data(path, "group", dataset_streaming=True)["train"], datasets.IterableDataset)
     ranked = {"prompt": "p", "chosen": "best", "rejected": ["good", "bad"]}
     assert len(load_data(write(tmp_path, [ranked]), "paired")["train"]) == 2
-    rows = {"prompt": "p", "chosen": "best", "rejected": "bad", "own": 1}
+    with pytest.raises(ValueError, match="has `type` 'scalar'; known are"):
+        load_data(write(tmp_path, [{**scalar("p", "a", 1.0), "type": "scalar"}]), "paired")
+    rows = {"prompt": "p", "chosen": "best", "rejected": "bad", "type": "mine"}
     assert load_data(write(tmp_path, [rows], "own.json"), "paired")["train"].column_names == list(rows)
 
 

@@ -100,9 +100,9 @@ def is_feedback_file(path: str | Path) -> bool:
         value = next(read_items(path)).value
     except ValueError:
         return False
-    return value.get("type") in known_types() or (
-        {"prompt", "chosen"} <= value.keys() and is_list_of_completions(value.get("rejected"))
-    )
+    # A `type` that is unknown beside HALOs' other keys is an error that `load_feedback` explains.
+    is_halos = value.get("type") in known_types() or ("type" in value and bool({"output", "output_A"} & value.keys()))
+    return is_halos or ({"prompt", "chosen"} <= value.keys() and is_list_of_completions(value.get("rejected")))
 
 
 def feedback_splits(path: str | Path) -> set[str]:

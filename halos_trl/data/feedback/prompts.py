@@ -279,8 +279,9 @@ def _drop_duplicates(index: FeedbackIndex, is_error: bool) -> None:
             if is_error:
                 raise ValueError(
                     f"{index.where(second)} repeats {index.where(first)} in all its fields. If a file was named or "
-                    "written twice, pass `duplicates='drop'` to load such items once; or `'keep'` where a model gave "
-                    "the same completion several times and the items have no `sample_id`."
+                    "written twice, pass `duplicates='drop'` (`--dataset_duplicates drop`, with `halos-trl convert` "
+                    "`--duplicates drop`) to load such items once; or `'keep'` where a model gave the same completion "
+                    "several times and the items have no `sample_id`."
                 )
             index.dropped.append(second)
     if index.dropped:
