@@ -89,7 +89,8 @@ def run_rounds(run: Rounds) -> list[dict[str, Any]]:
     rounds: list[dict[str, Any]] = [_start(run)]
     for number in range(1, run.flags.rounds + 1):
         if not _prompts(run, number):
-            print(f"The prompts are used up after {number - 1} rounds.")
+            if run.training.process_index == 0:
+                print(f"The prompts are used up after {number - 1} rounds.")
             break
         rounds.append(_round(run, number))
     if run.training.process_index == 0:
