@@ -16,6 +16,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 import halos_trl
 import halos_trl.online
 from halos_trl import cli
+from halos_trl.cli.online import OnlineArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -71,7 +72,8 @@ def flags_of(method):
     own = re.findall(r"^    (\w+): .* = field\(", EXAMPLES[f"train_{method}.py"].read_text(), flags=re.M)
     online = method == "grpo_online"
     config_class = halos_trl.online.GRPOConfig if online else getattr(halos_trl, f"{CONFIG_OF[method]}Config")
-    parser = TrlParser((cli.HalosScriptArguments, config_class, ModelConfig, DatasetMixtureConfig))
+    script_arguments = OnlineArguments if online else cli.HalosScriptArguments
+    parser = TrlParser((script_arguments, config_class, ModelConfig, DatasetMixtureConfig))
     return {option for action in parser._actions for option in action.option_strings} | {
         f"--{name}" for name in [*own, "config", "help"]
     }

@@ -60,9 +60,9 @@ def noisy(model):
 
 
 def reference_sums(trainer):
-    """What training reads, summed over each row of its first step."""
-    read, log_probs = [], trainer.reference.log_probs
-    trainer.reference.log_probs = lambda batch: read.append(log_probs(batch)) or read[-1]
+    """What the losses read, summed over each row."""
+    read, reference_logps = [], trainer.reference_logps
+    trainer.reference_logps = lambda *batch: read.append(reference_logps(*batch)) or read[-1]
     trainer.train()
     return torch.cat([table_BT.sum(-1) for table_BT in read])
 

@@ -1,0 +1,49 @@
+"""Flags, rewards and prompts of `examples/train_grpo_online.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from .. import toy
+from ..scoring.function import resolve_function
+from .flags import HalosScriptArguments
+
+
+@dataclass
+class OnlineArguments(HalosScriptArguments):
+    """The script arguments, and what scores the completions."""
+
+    reward_function: str | None = field(
+        default=None,
+        metadata={"help": "`module:function` or `file.py:function`, called as TRL calls reward functions."},
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or local path of a reward model with one logit."}
+    )
+
+
+def _in_order(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """The embedded task's reward: 1 for a right answer, else 0."""
+    pairs = zip(prompts, completions, strict=True)
+    return [float(toy.verify(p[-1]["content"], c[0]["content"])) for p, c in pairs]
+
+
+def rewards(script_args: OnlineArguments) -> list[Any]:
+    """Reward functions and models as TRL takes them. Raises ValueError where the flags name none."""
+    if script_args.embedded:
+        return [_in_order]
+    named: list[Any] = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
+    if script_args.reward_function:
+        named.append(resolve_function(script_args.reward_function))
+    if not named:
+        raise ValueError("Nothing scores the completions. Pass `--reward_function` or `--reward_model_name_or_path`.")
+    return named
+
+
+def unique_prompts(rows: Dataset) -> Dataset:
+    """The different prompts of rows in which equal ones stand together."""
+    prompts = list(rows["prompt"])
+    return Dataset.from_list([{"prompt": p} for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]])
