@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, ClassVar
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.logging import get_logger
 from datasets import Dataset
-from transformers.trainer_utils import seed_worker
 
 from .._trl import CheckedCollator, ScoredHost
+from .._trl.halos_order import loader_of_batches
 from ..configs import GRPO_LOSS_FIELDS, GRPOConfig
 from ..data.checks import Rows
 from ..data.group_sampler import GroupBatchSampler, ScoredCollator, StepRows
@@ -115,24 +113,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         _report_packing(sampler, len(data))
         if args.remove_unused_columns:
             data = data.select_columns([column for column in self.columns if column in data.column_names])
-        loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-            StepRows(data),
-            batch_sampler=sampler,
-            collate_fn=self.data_collator,
-            worker_init_fn=functools.partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
-            **_loader_settings(args),
-        )
-        # As for one process: sharding the batches once more would lose examples.
-        return prepare_data_loader(
-            loader,
-            self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            non_blocking=self.accelerator.non_blocking,
-        )
+        return loader_of_batches(self, StepRows(data), sampler)
 
     # -- the loss of a batch -----------------------------------------------------------------------------------
 
@@ -186,14 +167,6 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         # A micro-batch that got no example holds a few tokens without a completion.
         real_B1 = batch["completion_mask"].any(-1, keepdim=True)
         super().count_tokens({"attention_mask": batch["attention_mask"] * real_B1})
-
-
-def _loader_settings(args: Any) -> dict[str, Any]:
-    """What `dataloader_...` settings say to `torch.utils.data.DataLoader`, as far as this transformers has them."""
-    names = (
-        "num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order"
-    )  # fmt: skip
-    return {name: getattr(args, f"dataloader_{name}") for name in names if hasattr(args, f"dataloader_{name}")}
 
 
 def _report_packing(sampler: GroupBatchSampler, rows: int) -> None:
