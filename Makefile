@@ -1,6 +1,6 @@
-.PHONY: check format lint types test quick fuzz gpu
+.PHONY: check format lint types site test quick fuzz gpu
 
-check: lint types test   ## everything that has to pass before a commit
+check: lint types site test   ## everything that has to pass before a commit
 
 format:                  ## rewrite the files in the project's format
 	ruff format .
@@ -12,6 +12,9 @@ lint:
 
 types:
 	mypy
+
+site:                    ## the documentation site, in site/; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 test:
 	python -m pytest -q -n auto --dist loadfile

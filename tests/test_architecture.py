@@ -221,7 +221,7 @@ def text_files():
     suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".sh", ""}
     folders = ("halos_trl", "examples", "configs", "docs", "tests", "benchmarks", ".ci")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    files += [ROOT / name for name in ("README.md", "pyproject.toml", "Makefile")]
+    files += [ROOT / name for name in ("README.md", "mkdocs.yml", "pyproject.toml", "Makefile")]
     return [path for path in files if path.suffix in suffixes and "__pycache__" not in path.parts]
 
 
@@ -255,7 +255,14 @@ def mapped_files():
 
 def test_file_map_has_every_file_once_and_no_other():
     mapped = mapped_files()
-    patterns = ("halos_trl/**/*.py", "examples/*.py", "configs/*.yaml", "docs/*.md", "tests/*.py", "benchmarks/*.py")
+    patterns = (
+        "halos_trl/**/*.py",
+        "examples/*.py",
+        "configs/*.yaml",
+        "docs/**/*.md",
+        "tests/*.py",
+        "benchmarks/*.py",
+    )
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     files = {path for path in files if not path.endswith("/__init__.py")}
     assert sorted(set(mapped)) == sorted(mapped), "a file stands in the map twice"

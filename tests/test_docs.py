@@ -20,7 +20,9 @@ from halos_trl.cli.online import OnlineArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+}
 EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("train_*.py"))}
 CONFIG_OF = {
     "kto": "KTO", "dpo": "DPO", "cdpo": "CDPO", "ipo": "IPO", "simpo": "SimPO", "slic": "SLiC", "grpo": "GRPO",
@@ -118,6 +120,22 @@ def test_tables_are_tables(page):
         cells = [len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()]
         assert re.fullmatch(r"[|\- ]+", block.splitlines()[1]), f"no header: {block[:120]}"
         assert set(cells) == {cells[0]}, block[:120]
+
+
+# -- the site ------------------------------------------------------------------------------------------------------
+
+
+def test_navigation_of_the_site_has_every_page():
+    """`mkdocs build --strict` checks the rest: links, anchors, names."""
+    listed = set(re.findall(r"([\w/]+\.md)(?: #|$)", (ROOT / "mkdocs.yml").read_text(), flags=re.M))
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    assert pages - listed == set(), "say in mkdocs.yml under which heading the page stands"
+
+
+def test_api_pages_have_every_public_name():
+    shown = {name for page in PAGES.values() for name in re.findall(r"^::: halos_trl\.(\w+)$", page, flags=re.M)}
+    ours = {name for name in halos_trl.__all__ if getattr(halos_trl, name).__module__.startswith("halos_trl")}
+    assert ours - shown - {"RewardTrainer", "RewardConfig"} == set()
 
 
 # -- names ---------------------------------------------------------------------------------------------------------
