@@ -123,6 +123,6 @@ def _notebook(files: Files, config: Any) -> str:
                 content = base64.b64decode("".join(data["image/png"]))
                 files.append(File.generated(config, picture, content=content))
                 parts.append(f"![result of the cell above]({picture})")
-            elif text := "".join(output.get("text", data.get("text/plain", ""))):
+            elif text := "".join(output.get("text", "")):
                 parts.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(parts)

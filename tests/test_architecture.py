@@ -221,7 +221,18 @@ def text_files():
     suffixes = {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".sh", ""}
     folders = ("halos_trl", "examples", "configs", "docs", "tests", "benchmarks", ".ci")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    files += [ROOT / name for name in ("README.md", "mkdocs.yml", "pyproject.toml", "Makefile")]
+    files += [
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "CITATION.cff",
+            "mkdocs.yml",
+            "pyproject.toml",
+            "Makefile",
+        )
+    ]
     return [path for path in files if path.suffix in suffixes and "__pycache__" not in path.parts]
 
 
