@@ -7,7 +7,7 @@
 
 huggingface_hub reads `HF_ENDPOINT` when it is imported, so the code that pushes belongs in a child process.
 
-Model repositories only, and LFS rather than Xet. Branches and commits are real: a download that is pinned to a commit
+Model repositories with one branch, and LFS rather than Xet. Commits are real: a download that is pinned to a commit
 gets the files of that commit. Writing, and reading a private repository, needs the server's token. A malformed or
 corrupt upload is refused. Not checked: the metadata of a model card, which the real Hub parses.
 """
@@ -56,34 +56,28 @@ class Commit:
     """All files of a repository at one point of its history."""
 
     sha: str
-    branch: str
     summary: str
     files: dict[str, bytes]
 
 
 @dataclass
 class Repository:
-    """Commits in the order of their arrival, and the commit that each branch points to."""
+    """Commits in the order of their arrival."""
 
     private: bool = False
     commits: list[Commit] = field(default_factory=list)
-    branches: dict[str, Commit] = field(default_factory=dict)
 
-    def commit(self, branch: str, summary: str, files: dict[str, bytes]) -> Commit:
+    def commit(self, summary: str, files: dict[str, bytes]) -> Commit:
         # The position makes every sha different, also that of two commits with the same files.
-        content = json.dumps([len(self.commits), branch, summary, {path: _oid(path, files[path]) for path in files}])
-        commit = Commit(hashlib.sha1(content.encode()).hexdigest(), branch, summary, files)
-        self.commits.append(commit)
-        self.branches[branch] = commit
-        return commit
+        content = json.dumps([len(self.commits), summary, {path: _oid(path, files[path]) for path in files}])
+        self.commits.append(Commit(hashlib.sha1(content.encode()).hexdigest(), summary, files))
+        return self.commits[-1]
 
     def at(self, revision: str) -> Commit:
-        if revision in self.branches:
-            return self.branches[revision]
-        for commit in self.commits:
-            if commit.sha == revision:
+        for commit in reversed(self.commits):
+            if revision in ("main", commit.sha):
                 return commit
-        raise _HubError(404, f"no revision {revision!r}, only {sorted(self.branches)}", "RevisionNotFound")
+        raise _HubError(404, f"no revision {revision!r}", "RevisionNotFound")
 
 
 class HubServer:
@@ -120,13 +114,13 @@ class HubServer:
             if request.status >= 400 and request.status not in (404, 409)
         ]
 
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+    def files(self, repo_id: str) -> dict[str, bytes]:
         """The files of a repository, by path."""
-        return dict(self._get(repo_id).at(revision).files)
+        return dict(self.repositories[repo_id].at("main").files)
 
-    def commits(self, repo_id: str, branch: str = "main") -> list[Commit]:
-        """What was committed to a branch, oldest first, without the empty commit that creates a repository."""
-        return [commit for commit in self._get(repo_id).commits[1:] if commit.branch == branch]
+    def commits(self, repo_id: str) -> list[Commit]:
+        """What was committed, oldest first, without the empty commit that creates a repository."""
+        return self.repositories[repo_id].commits[1:]
 
     def __enter__(self) -> HubServer:
         self._thread.start()
@@ -138,11 +132,6 @@ class HubServer:
         self._listener.shutdown()
         self._listener.server_close()  # joins the threads of requests in flight
         self._thread.join()
-
-    def _get(self, repo_id: str) -> Repository:
-        if repo_id not in self.repositories:
-            raise KeyError(f"no repository {repo_id!r}, only {sorted(self.repositories)}")
-        return self.repositories[repo_id]
 
     def _answer(self, call: _Call) -> _Reply:
         """One request at a time: uploads come from several threads, and nothing here is worth a finer lock."""
@@ -345,18 +334,8 @@ def _create_repo(hub: HubServer, call: _Call) -> _Reply:
     # Older clients send a flag instead of the visibility.
     private = request.get("visibility") == "private" or bool(request.get("private"))
     hub.repositories[repo_id] = Repository(private=private)
-    hub.repositories[repo_id].commit("main", "initial commit", {})
+    hub.repositories[repo_id].commit("initial commit", {})
     return _json(answer)
-
-
-@_route("POST", "/api/models/{repo}/branch/{rev}")
-def _create_branch(hub: HubServer, call: _Call) -> _Reply:
-    repository = _repository(hub, call)
-    if call.parts["rev"] in repository.branches:
-        raise _HubError(409, f"branch {call.parts['rev']!r} already exists")
-    start = call.json().get("startingPoint", "main") if call.body else "main"
-    repository.branches[call.parts["rev"]] = repository.at(start)
-    return _json({})
 
 
 # Reading
@@ -373,15 +352,6 @@ def _model_info(hub: HubServer, call: _Call) -> _Reply:
     repo_id = call.parts["repo"]
     names = {"id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0]}
     return _json({**names, "sha": commit.sha, "private": repository.private, "tags": [], "siblings": siblings})
-
-
-@_route("GET", "/api/models/{repo}/refs")
-def _refs(hub: HubServer, call: _Call) -> _Reply:
-    branches = [
-        {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit.sha}
-        for name, commit in _repository(hub, call).branches.items()
-    ]
-    return _json({"branches": branches, "tags": [], "converts": []})
 
 
 @_route("GET", "/api/models/{repo}/tree/{rev}/{path}")
@@ -405,13 +375,6 @@ def _tree(hub: HubServer, call: _Call) -> _Reply:
     if folder and not entries:
         raise _HubError(404, f"no folder {folder!r}", "EntryNotFound", commit.sha)
     return _json([entries[name] for name in sorted(entries)])
-
-
-@_route("POST", "/api/models/{repo}/paths-info/{rev}", needs_token=False)
-def _paths_info(hub: HubServer, call: _Call) -> _Reply:
-    files = _repository(hub, call).at(call.parts["rev"]).files
-    wanted = parse_qs(call.body.decode()).get("paths", [])
-    return _json([_file_entry(path, files[path]) for path in wanted if path in files])
 
 
 @_route("GET", "/{repo}/resolve/{rev}/{path}")
@@ -490,20 +453,19 @@ def _lfs_verify(hub: HubServer, call: _Call) -> _Reply:
 @_route("POST", "/api/models/{repo}/commit/{rev}")
 def _commit(hub: HubServer, call: _Call) -> _Reply:
     repository = _repository(hub, call)
-    branch = call.parts["rev"]
+    if call.parts["rev"] != "main":
+        raise _HubError(400, "the test server has one branch, main")
     if "create_pr" in call.query:
         raise _HubError(400, "the test server has no pull requests")
-    parent = repository.at(branch)
+    parent = repository.at("main")
     header, *operations = [json.loads(line) for line in call.body.splitlines() if line.strip()]
     if header["key"] != "header":
         raise _HubError(400, f"a commit starts with its header, got {header['key']!r}")
-    if header["value"].get("parentCommit", parent.sha) != parent.sha:
-        raise _HubError(412, f"parent commit: got {header['value']['parentCommit']}, expected {parent.sha}")
     # Changes go to a copy, so that a refused commit leaves the repository as it was.
     files = dict(parent.files)
     for operation in operations:
         _apply(hub, files, operation["key"], operation["value"])
-    commit = repository.commit(branch, header["value"]["summary"], files)
+    commit = repository.commit(header["value"]["summary"], files)
     url = f"{hub.url}/{call.parts['repo']}/commit/{commit.sha}"
     return _json({"success": True, "commitOid": commit.sha, "commitUrl": url})
 
@@ -519,13 +481,6 @@ def _apply(hub: HubServer, files: dict[str, bytes], key: str, value: dict[str, A
         files[path] = data
     elif key == "lfsFile":
         files[path] = _lfs_object(hub, value["oid"], value.get("size"))
-    elif key in ("deletedFile", "deletedFolder"):
-        prefix = path.rstrip("/") + "/"
-        gone = [name for name in files if (name == path if key == "deletedFile" else name.startswith(prefix))]
-        if not gone:
-            raise _HubError(404, f"A file with this name doesn't exist: {path!r}", "EntryNotFound")
-        for name in gone:
-            del files[name]
     else:
         raise _HubError(400, f"unknown commit operation {key!r}")
 
@@ -561,20 +516,18 @@ def hub_environment(hub: HubServer, home: str | os.PathLike[str]) -> dict[str, s
 
 
 def run_python(
-    program: str | Sequence[str | os.PathLike[str]],
+    arguments: Sequence[str | os.PathLike[str]],
     env: Mapping[str, str],
     cwd: str | os.PathLike[str],
     timeout: float = 300,
-) -> subprocess.CompletedProcess[str]:
-    """Runs a child of this interpreter and returns its result, with stdout and stderr together in `stdout`.
+) -> None:
+    """Runs a child of this interpreter, with a script and its arguments, or `-m`.
 
-    `program` is source code where it is a string, else the interpreter's arguments: a script with its own, or `-m`.
     Raises AssertionError with the whole output where the exit status is not 0 or `timeout` seconds have passed.
     """
-    arguments = ["-c", program] if isinstance(program, str) else [os.fspath(argument) for argument in program]
     # A process group of its own, so that a child which hangs is ended together with what it started.
     child = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, *map(os.fspath, arguments)],
         env=dict(env),
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -596,4 +549,3 @@ def run_python(
         raise
     if ending != "exit status 0":
         raise AssertionError(f"child process: {ending}\n{output}")
-    return subprocess.CompletedProcess(child.args, child.returncode, output)

@@ -123,15 +123,20 @@ def kill_point(rng):
     return event, rng.randrange(SAVE_STEPS + (event == "on_step_end"), STEPS)
 
 
-def killed_and_resumed(method, adapter, folder, event, step):
-    """The end of a run that was killed and resumed. Raises when the kill did not happen."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([Path(__file__).stem])
-    process = context.Process(target=train_until_killed, args=(method, adapter, str(folder), event, step))
+def run_until_killed(target, *arguments):
+    """Run it in a process of its own. Raises where that does not end by SIGKILL."""
+    # Forked, since a new interpreter takes seconds to import everything. With GPUs, autograd's threads forbid it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    process = context.Process(target=target, args=arguments)
     process.start()
     process.join()
     if process.exitcode != -signal.SIGKILL:
-        raise RuntimeError(f"the run was to be killed at {event} of step {step}, but ended with {process.exitcode}")
+        raise RuntimeError(f"{arguments} was to be killed, but ended with {process.exitcode}")
+
+
+def killed_and_resumed(method, adapter, folder, event, step):
+    """The end of a run that was killed and resumed."""
+    run_until_killed(train_until_killed, method, adapter, str(folder), event, step)
     trainer = make_trainer(method, adapter, folder)
     trainer.train(resume_from_checkpoint=True)
     return end_of(trainer)

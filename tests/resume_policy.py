@@ -6,7 +6,6 @@ PPO makes three epochs over each batch and saves every two steps, so most checkp
 """
 
 import argparse
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from conftest import weights
+from kill_and_resume import run_until_killed
 from peft import LoraConfig
 from policy_runs import build, scored, settings_of
 from transformers import TrainerCallback
@@ -122,14 +122,8 @@ def kill_point(rng):
 
 
 def killed_and_resumed(name, folder, event, step):
-    """The end of a run that was killed and resumed. Raises when the kill did not happen."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([Path(__file__).stem])
-    process = context.Process(target=train_until_killed, args=(name, str(folder), event, step))
-    process.start()
-    process.join()
-    if process.exitcode != -signal.SIGKILL:
-        raise RuntimeError(f"the run was to be killed at {event} of step {step}, but ended with {process.exitcode}")
+    """The end of a run that was killed and resumed."""
+    run_until_killed(train_until_killed, name, str(folder), event, step)
     trainer = make_trainer(name, folder)
     trainer.train(resume_from_checkpoint=True)
     return end_of(trainer)

@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -315,19 +314,3 @@ def test_a_method_without_a_loss_says_what_to_write(fit):
 
     with pytest.raises(NotImplementedError, match="Empty has to write"):
         fit(Empty, KTOConfig, unpaired_rows(8))
-
-
-@pytest.mark.slow
-def test_example_runs_on_named_data(model, tokenizer, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    unpaired_rows(16).to_json(tmp_path / "rows.jsonl")
-    flags = "--max_steps 2 --use_cpu true --bf16 false --report_to none --per_device_train_batch_size 4"
-    command = [sys.executable, str(ROOT / "examples" / "custom_method.py"), *flags.split()]
-    command += ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "out")], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert not torch.equal(weights(model), weights(type(model).from_pretrained(tmp_path / "out")))

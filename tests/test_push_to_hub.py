@@ -1,8 +1,8 @@
 """`examples/train_kto.py --push_to_hub` as a user runs it: what the Hub receives, and what one gets back from it.
 
-Two runs against a Hub on loopback: a whole model from a local base on one process, and an adapter (quantized where
-bitsandbytes is installed) on a base of the Hub, on two processes, merged at the end. A third process (this file run as
-a script) loads everything from the Hub as a stranger would.
+Two runs against a Hub on loopback: an adapter (quantized where bitsandbytes is installed) on a base of the Hub, on two
+processes, merged at the end; and a whole model from a local base on one process (this file run as a script). The
+latter then loads everything from the Hub, with a cache that holds none of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Pushed:
     hub: HubServer
     folder: Path
     report: dict[str, Any]
-    """What the third process found, by repository."""
+    """What the process with the empty cache found, by repository."""
 
     def local(self, name: str) -> dict[str, bytes]:
         folder = self.folder / name
@@ -76,11 +77,8 @@ def pushed(tmp_path_factory, _tokenizer, _tiny) -> Iterator[Pushed]:
     with HubServer() as hub:
         hub.repositories["tester/base"] = Repository()
         files = {path.name: path.read_bytes() for path in (folder / "local-base").iterdir()}
-        hub.repositories["tester/base"].commit("main", "base", files)
+        hub.repositories["tester/base"].commit("base", files)
         env = hub_environment(hub, folder)
-
-        full = FLAGS | {"model_name_or_path": folder / "local-base", "output_dir": folder / "full"}
-        run_python([EXAMPLE, *as_flags(full)], env, folder)
 
         adapter = FLAGS | {
             "model_name_or_path": "tester/base",
@@ -95,7 +93,8 @@ def pushed(tmp_path_factory, _tokenizer, _tiny) -> Iterator[Pushed]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         run_python([*torchrun, EXAMPLE, *as_flags(adapter)], env, folder)
 
-        run_python([__file__, folder], {**env, "HF_HOME": str(folder / "stranger")}, folder)
+        full = FLAGS | {"model_name_or_path": folder / "local-base", "output_dir": folder / "full"}
+        run_python([__file__, folder, *as_flags(full)], {**env, "HF_HOME": str(folder / "empty")}, folder)
         yield Pushed(hub, folder, json.loads((folder / "report.json").read_text()))
 
 
@@ -234,7 +233,7 @@ def hyperparameters(text: str, all_rows: bool = False) -> dict[str, str]:
     return {name: value for name, value in table.items() if name not in hidden}
 
 
-# The stranger's process
+# The process that trains the whole model and reads the Hub
 
 
 def _look(folder: Path) -> dict[str, Any]:
@@ -289,5 +288,6 @@ def _look(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
+    target = Path(sys.argv.pop(1))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     (target / "report.json").write_text(json.dumps(_look(target)))

@@ -1,4 +1,4 @@
-"""The loop as a user walks it: three commands, each a process of its own."""
+"""The loop as a user walks it, in three commands; the second is a process of its own, as all of them may be."""
 
 import json
 import os
@@ -12,42 +12,32 @@ from conftest import user
 from safetensors.torch import load_file
 
 from halos_trl import toy
+from halos_trl.cli import main as command
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def command(tmp_path):
-    """Runs `halos-trl` in an empty folder; returns what it printed."""
-
-    def run(*words):
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
-            [sys.executable, "-m", "halos_trl.cli.main", *words],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+def in_a_process(*words):
+    """`halos-trl` as a command of the shell; what it printed."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "halos_trl.cli.main", *words]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_sample_label_train(command, tokenizer, model, tmp_path):
+def test_sample_label_train(tokenizer, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     prompts = [{"prompt": user(text), "wanted": text[-1]} for text in toy.make_prompts(4, 0, "feedback")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     (tmp_path / "rewards.py").write_text("def ends_well(completion, wanted): return -abs(len(completion) - 3)\n")
 
-    command(
-        *("sample", "--model_name_or_path", "model", "--dataset_name", "prompts.jsonl", "--max_tokens", "6"),
-        *("--num_samples_per_prompt", "4", "--temperature", "1"),
-    )
-    printed = command("label", "--reward_function", "rewards.py:ends_well", "--threshold", "mean")
+    sample = "--model_name_or_path model --dataset_name prompts.jsonl --max_tokens 6 --num_samples_per_prompt 4"
+    assert command.main(["sample", *sample.split(), "--temperature", "1"]) == 0
+    printed = in_a_process("label", "--reward_function", "rewards.py:ends_well", "--threshold", "mean")
     samples, labelled = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("samples.jsonl", "feedback.jsonl")
@@ -60,11 +50,10 @@ def test_sample_label_train(command, tokenizer, model, tmp_path):
         (output, scores[output] >= mean) for output in kept
     ]
 
-    command(
-        *("train", "kto", "--model_name_or_path", "model", "--dataset_name", "feedback.jsonl", "--max_steps", "2"),
-        *("--output_dir", "trained", "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false"),
-        *("--per_device_train_batch_size", "4", "--learning_rate", "0.01", "--report_to", "none"),
-    )
+    train = "--model_name_or_path model --dataset_name feedback.jsonl --max_steps 2 --output_dir trained"
+    train += " --use_cpu true --bf16 false --gradient_checkpointing false --report_to none"
+    train += " --per_device_train_batch_size 4 --learning_rate 0.01"
+    assert command.main(["train", "kto", *train.split()]) == 0
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "trained"))
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
