@@ -13,6 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 
+from ..storage import store
 from .adapters import POLICY_ADAPTER, REFERENCE_ADAPTER, add_reference_adapter
 from .dropout import switch_off_dropout
 from .fused_head import add_copyable_head
@@ -68,8 +69,22 @@ def built_our_way(trainer: TrainerHost, model: Any) -> Iterator[None]:
         create_model_from_path=functools.partial(_reference_like_policy, trainer, model, load),
         add_fused_lm_head=add_copyable_head,
         disable_dropout_in_model=switch_off_dropout,
+        **_no_engine_for_stored(trainer),
     ):
         yield
+
+
+def _storage(trainer: TrainerHost) -> str:
+    return getattr(trainer, "reference_storage", "same")
+
+
+def _no_engine_for_stored(trainer: TrainerHost) -> dict[str, Any]:
+    """DeepSpeed's engine would give a reference the engine's own dtype, and move it to the device."""
+
+    def as_it_is(model: PreTrainedModel, accelerator: Any) -> PreTrainedModel:
+        return model.to(accelerator.device)
+
+    return {} if _storage(trainer) == "same" else {"prepare_deepspeed": as_it_is}
 
 
 def _reference_like_policy(
@@ -81,6 +96,15 @@ def _reference_like_policy(
         return load(path, *args, **kwargs)
     if not trainer.needs_reference:
         return None
+    if _storage(trainer) == "cpu":
+        kwargs["device_map"] = None
+    reference = _loaded_or_copied(model, policy, load, path, *args, **kwargs)
+    return store(reference, _storage(trainer), trainer.args.device)
+
+
+def _loaded_or_copied(
+    model: Any, policy: PreTrainedModel, load: Callable[..., Any], path: str, *args: Any, **kwargs: Any
+) -> PreTrainedModel:
     if isinstance(model, str):
         return load(path, *args, **kwargs)
     if _is_partitioned(policy):

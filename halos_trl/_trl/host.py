@@ -16,6 +16,7 @@ from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get
 from ..forward.packing import compiled_rows, give_packing
 from ..forward.score import TokenTable, model_inputs, score_tokens
 from ..metrics import RunningMeans, Sums, finite
+from ..storage import store
 from .adapters import refuse_unfit_adapters
 from .arguments import check_optimizer_parameters, check_types
 from .construct import built_our_way, own_reference_adapter
@@ -155,6 +156,8 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
     """
 
     needs_reference: ClassVar[bool] = True
+    reference_storage: str = "same"
+    """How a reference that is a second model is stored; set before TRL's constructor makes it."""
 
     def __init__(
         self,
@@ -181,6 +184,9 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         self._new_adapter = peft_config
         self.check_loops(args)
         self.check_arguments(args, model, ref_model)
+        self.reference_storage = args.reference_storage
+        if ref_model is not None:
+            store(ref_model, self.reference_storage, args.device)
         refuse_without_special_tokens(processing_class, args)
         self._assistant_only = bool(getattr(args, "assistant_only_loss", False))
         self._in_halos_order = args.batch_order == "halos"

@@ -10,13 +10,23 @@ import trl
 
 from .batch_order import BatchOrderConfig
 from .checks import check_sync, defaults_of, is_number, is_share, require, require_not_negative, require_positive
-from .shared import REFERENCE_FIELDS, SYNC_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
+from .shared import (
+    REFERENCE_FIELDS,
+    SYNC_HELP,
+    CompletionConfig,
+    ForwardConfig,
+    HumanlineConfig,
+    ReferenceConfig,
+    RowsConfig,
+)
 
 _TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
 
 
 @dataclass
-class DPOConfig(BatchOrderConfig, ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.DPOConfig):
+class DPOConfig(
+    BatchOrderConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, CompletionConfig, RowsConfig, trl.DPOConfig
+):
     """`trl.DPOConfig` plus humanline; every field means what it means there."""
 
     sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})

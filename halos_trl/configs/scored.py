@@ -9,14 +9,16 @@ import trl
 
 from .batch_order import BatchOrderConfig
 from .checks import check_sync, defaults_of, require, require_count, require_not_negative, require_positive
-from .shared import ASSISTANT_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
+from .shared import ASSISTANT_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, RowsConfig
 from .unpaired import KTO_LOSS_FIELDS
 
 GRPO_LOSS_FIELDS = ("epsilon", "epsilon_high", "sequence_level")
 
 
 @dataclass
-class _ScoredConfig(BatchOrderConfig, ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
+class _ScoredConfig(
+    BatchOrderConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, CompletionConfig, RowsConfig, trl.KTOConfig
+):
     """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
 
     _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS

@@ -112,6 +112,49 @@ class RowsConfig(PickledWithoutTokens):
         super().__post_init__()  # type: ignore[misc]
 
 
+STORAGES = ("same", "bf16", "8bit", "4bit", "cpu")
+"""How the weights of a reference that is a second model may be stored."""
+
+
+@dataclass
+class ReferenceConfig:
+    """How a reference that is a second model is stored.
+
+    Parameters:
+        reference_storage (`str`, *optional*, defaults to `"same"`):
+            `"same"`: as the policy. `"bf16"`: rounded to bfloat16. `"8bit"` and `"4bit"`: linear layers quantized by
+            bitsandbytes (LLM.int8; NF4 with double quantization), the rest in bfloat16. `"cpu"`: as the policy, in
+            CPU memory; each module's weights come to the device while it runs.
+    """
+
+    reference_storage: str = field(
+        default="same",
+        metadata={
+            "help": "How a reference that is a second model is stored: `same` (as the policy), `bf16`, `8bit` or "
+            "`4bit` (linear layers quantized by bitsandbytes, the rest in bfloat16), `cpu` (in CPU memory, each "
+            "module's weights on the device only while it runs).",
+            "choices": list(STORAGES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.reference_storage == "same":
+            return
+        require(
+            not getattr(self, "precompute_ref_log_probs", False), "reference_storage", self.reference_storage,
+            "with `precompute_ref_log_probs=True` no reference is held while training.", "Leave one of them out.",
+        )  # fmt: skip
+        require(
+            self.reference_storage not in ("8bit", "4bit") or not getattr(self, "sync_ref_model", False)
+            or self.ref_model_mixup_alpha == 1.0,  # type: ignore[attr-defined]
+            "reference_storage", self.reference_storage,
+            "`sync_ref_model` adds a part of the policy at a time, and a part that is smaller than a step of the "
+            "quantized weights would be lost.",
+            "Use 'bf16' or 'cpu', or `ref_model_mixup_alpha=1`, which copies the policy.",
+        )  # fmt: skip
+
+
 SYNC_HELP = (
     "Let the reference follow the policy (TR-DPO, arXiv:2404.09656): every `ref_model_sync_steps` steps, mix the "
     "policy into it with weight `ref_model_mixup_alpha`. Works with adapters; not with `precompute_ref_log_probs`."
@@ -124,6 +167,7 @@ REFERENCE_FIELDS = (
     "sync_ref_model",
     "ref_model_mixup_alpha",
     "ref_model_sync_steps",
+    "reference_storage",
 )
 
 

@@ -8,13 +8,15 @@ import trl
 
 from .batch_order import BatchOrderConfig
 from .checks import check_sync, require, require_not_negative, require_positive
-from .shared import SYNC_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, RowsConfig
+from .shared import SYNC_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, RowsConfig
 
 KTO_LOSS_FIELDS = ("loss_type", "desirable_weight", "undesirable_weight")
 
 
 @dataclass
-class KTOConfig(BatchOrderConfig, ForwardConfig, HumanlineConfig, CompletionConfig, RowsConfig, trl.KTOConfig):
+class KTOConfig(
+    BatchOrderConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, CompletionConfig, RowsConfig, trl.KTOConfig
+):
     """`trl.KTOConfig` plus humanline, with shuffling on.
 
     The KL partners are taken from inside the optimizer step, so any order of training is fine:

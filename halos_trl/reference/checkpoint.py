@@ -119,7 +119,8 @@ def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> Non
     if differing:
         raise ValueError(
             f"{path} holds another model's reference: {differing[0]!r} and {len(differing) - 1} more tensors do not "
-            "match. Resume with the model and adapter configuration that the checkpoint was written with."
+            "match. Resume with the model, adapter configuration and `reference_storage` that the checkpoint was "
+            "written with."
         )
     for name, tensor in tensors.items():
         assign_whole(tensor, stored[name])

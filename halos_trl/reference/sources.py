@@ -19,7 +19,8 @@ from .._trl import (
     score_tokens,
 )
 from ..forward.packing import without_dropout
-from ..sharded import collected, own_shard, parameters_by_name, reshard
+from ..sharded import collected, own_shard, parameters_by_name, reshard, whole
+from ..storage import parameters_of, quantized_layers, weights_of, write_quantized
 from ..value_head import NAME as VALUE_HEAD
 
 ForwardContext = Callable[[], AbstractContextManager[None]]
@@ -95,13 +96,17 @@ class FrozenCopy(Reference):
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
         self.moved = True
         reshard(self.model)
-        own = self.tensors(policy)
+        model = self._unwrap(self.model)
+        own, quantized = parameters_of(model), quantized_layers(model)
         all_of_policy = parameters_by_name(self._unwrap(policy))
         # By name, since a policy may hold more than the reference does: PPO's has a value head.
-        _move(list(own.values()), [all_of_policy[name] for name in own], mix)
+        plain = [name for name in own if name not in quantized]
+        _move([own[name] for name in plain], [all_of_policy[name] for name in plain], mix)
+        for name, layer in quantized.items():
+            write_quantized(layer, whole(all_of_policy[name]))
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-        return dict(parameters_by_name(self._unwrap(self.model)))
+        return weights_of(self._unwrap(self.model))
 
 
 class AdapterOff(Reference):

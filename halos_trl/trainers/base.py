@@ -25,11 +25,13 @@ from ..reference import (
     restore_reference,
     write_reference,
 )
-from ..sharded import parameters_by_name, shape_of
+from ..sharded import shape_of
+from ..storage import parameters_of
 from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
 from .loss import BatchTables, batch_loss, mean_loss
 from .run import TrainingRun
 from .start import check_start, hold_reference, refuse_frozen, refuse_unfit_models
+from .stored_reference import refuse_unfit_storage
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -126,6 +128,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         refuse_unfit_models(model, ref_model, args)
         super().check_arguments(args, model, ref_model)
+        refuse_unfit_storage(args, model, ref_model, getattr(self, "_new_adapter", None))
         self._refuse_what_nobody_reads(args)
         self._reference_was_given = ref_model is not None
         if isinstance(model, torch.nn.Module) and getattr(self, "_new_adapter", None) is None:
@@ -190,7 +193,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         if getattr(self.args, "precompute_ref_log_probs", False):
             return PrecomputedColumn()
         sync = self._sync_settings()
-        if sync and self.ref_model is not None:
+        if sync and self.ref_model is not None and self.reference_storage not in ("8bit", "4bit"):
             self._refuse_unlike_reference()
         reference = self.live_reference(self.model, moves=bool(sync))
         if sync:
@@ -214,7 +217,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
 
     def _refuse_unlike_reference(self) -> None:
         unwrapped = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model)]
-        shapes = [{n: shape_of(p) for n, p in parameters_by_name(model).items()} for model in unwrapped]
+        shapes = [{n: shape_of(p) for n, p in parameters_of(model).items()} for model in unwrapped]
         if shapes[0] != shapes[1]:
             remedy = "Leave it out: the reference then is a second adapter on the same base model."
             raise ValueError(

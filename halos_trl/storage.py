@@ -1,0 +1,207 @@
+"""How the weights of a reference are stored: rounded to fewer bits, or in CPU memory and streamed to the device."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
+from torch import Tensor, nn
+
+from .sharded import parameters_by_name
+
+_STREAMED = "halos_streamed_weights"
+
+OUTLIERS = 6.0
+"""Activations above this are multiplied in 16 bits by 8-bit layers: the threshold of LLM.int8 (arXiv:2208.07339)."""
+
+
+def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:
+    """Change how a frozen model that will run on `device` holds its weights, in place.
+
+    Args:
+        model: a causal LM of transformers.
+        storage: `"same"` changes nothing. `"bf16"` rounds all parameters. `"8bit"` (LLM.int8) and `"4bit"` (NF4 with
+            double quantization, as in QLoRA) quantize the linear layers except the LM head by bitsandbytes, and round
+            what remains to bfloat16. `"cpu"` keeps the parameters in CPU memory, and each module's on `device` only
+            while it runs.
+
+    Raises ValueError where bitsandbytes is missing.
+    """
+    if storage == "cpu":
+        return _stream(model, device)
+    if storage in ("8bit", "4bit"):
+        _quantize(model, storage)
+    if storage != "same":
+        for parameter in model.parameters():
+            # Parameters alone: rounding the frequencies of rotary embeddings would move every position.
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold of a stored model, by name, as tensors that can be written in place.
+
+    Its parameters, wherever they lie; of a quantized one the packed values and, under `<name>.<statistic>`, what it
+    takes to unpack them.
+    """
+    found = parameters_of(model)
+    for name, layer in quantized_layers(model).items():
+        found |= {".".join(filter(None, (name, part))): tensor for part, tensor in _parts(layer).items()}
+    return found
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """`parameters_by_name`, of a streamed model the tensors in CPU memory."""
+    streamed = getattr(model, _STREAMED, None)
+    return dict(parameters_by_name(model)) if streamed is None else dict(streamed)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The quantized layers by the name of their weight."""
+    layers = (
+        (f"{name}.weight", module)
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit")
+    )
+    return {name: module for name, module in layers if isinstance(module, nn.Linear)}
+
+
+@torch.no_grad()
+def write_quantized(layer: nn.Linear, weight: Tensor) -> None:
+    """layer := the whole tensor `weight`, quantized anew, in place."""
+    packed = _packed(layer, weight.to(_parts(layer)[""].device))
+    for part, tensor in _parts(layer).items():
+        tensor.copy_(packed[part])
+
+
+def bytes_of(model: nn.Module, device: torch.device | None = None) -> int:
+    """Bytes of the weights, each storage counted once; those on `device` alone where one is given."""
+    storages = {}
+    for tensor in weights_of(model).values():
+        if device is None or tensor.device == device:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+# -- quantized layers ----------------------------------------------------------------------------------------------
+
+
+def _quantize(model: nn.Module, storage: str) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"`reference_storage={storage!r}` quantizes by bitsandbytes, which is not installed. Run "
+            "`pip install bitsandbytes`, or use 'bf16' or 'cpu'."
+        )
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer is not head:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _quantized(layer, storage))
+
+
+def _is_no_cast_warning(record: logging.LogRecord) -> bool:
+    """8-bit layers compute in float16, and say so of each input that comes in another dtype."""
+    return "inputs will be cast" not in record.getMessage()
+
+
+def _quantized(layer: nn.Linear, storage: str) -> nn.Linear:
+    """The layer with its weight quantized where it lies; its bias is shared."""
+    import bitsandbytes as bnb
+
+    shape = (layer.in_features, layer.out_features, layer.bias is not None)
+    made: Any
+    if storage == "8bit":
+        made = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
+        parts = _packed(made, layer.weight.detach())
+        values = parts[""]
+        made.weight = bnb.nn.Int8Params(
+            values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=parts["SCB"]
+        )
+    else:
+        made = bnb.nn.Linear4bit(
+            *shape, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
+        )
+        # Some CPUs would repack the weights for good, in a form that cannot be written to.
+        made.support_avx512bf16_for_cpu = False
+        values, state = _four_bits(layer.weight.detach())
+        made.weight = bnb.nn.Params4bit(
+            values, requires_grad=False, quant_state=state, quant_type="nf4", compress_statistics=True,
+            bnb_quantized=True, module=made,
+        )  # fmt: skip
+        made.quant_state = state
+    made.bias = layer.bias
+    return made.train(layer.training)
+
+
+def _packed(layer: Any, weight: Tensor) -> dict[str, Tensor]:
+    """A weight in the form of the layer, by the names of `_parts`."""
+    import bitsandbytes as bnb
+
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        return {"": values, "SCB": scales}
+    values, state = _four_bits(weight)
+    return {"": values, **_statistics(state)}
+
+
+def _four_bits(weight: Tensor) -> tuple[Tensor, Any]:
+    import bitsandbytes as bnb
+
+    weight = weight.to(torch.bfloat16).contiguous()
+    return bnb.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+
+
+def _parts(layer: Any) -> dict[str, Tensor]:
+    """Packed values of a quantized layer under the empty name, and their statistics."""
+    weight = layer.weight
+    if type(layer).__name__ == "Linear4bit":
+        return {"": weight.data, **_statistics(weight.quant_state)}
+    # The layer takes both over from its weight in its first forward pass.
+    moved = weight.CB is None
+    return {"": layer.state.CB, "SCB": layer.state.SCB} if moved else {"": weight.CB, "SCB": weight.SCB}
+
+
+def _statistics(state: Any) -> dict[str, Tensor]:
+    return {"absmax": state.absmax, "offset": state.offset, "nested_absmax": state.state2.absmax}
+
+
+# -- streamed layers -----------------------------------------------------------------------------------------------
+
+
+def _stream(model: Any, device: torch.device) -> nn.Module:
+    weights = {name: tensor.detach().to("cpu") for name, tensor in model.state_dict().items()}
+    kept = {name: weights[name] for name in parameters_by_name(model)}
+    model = cpu_offload(model, device, state_dict=weights)
+    setattr(model, _STREAMED, kept)
+    # Engines move models to the device. This one's parameters are elsewhere and come when they are needed.
+    model.to = lambda *args, **kwargs: model
+    head = model.get_output_embeddings()
+    if head is not None:
+        _bring_with(model, head, device)
+    return model
+
+
+def _bring_with(model: nn.Module, head: nn.Module, device: torch.device) -> None:
+    """Have the head's weight while the model runs: the fused LM head reads it without calling the head."""
+    remove_hook_from_module(head)
+    weights = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    hook = AlignDevicesHook(device, offload=True, weights_map=weights)
+    hook.init_hook(head)
+
+    def bring(*arguments: Any) -> None:
+        hook.pre_forward(head)
+
+    def send_back(*arguments: Any) -> None:
+        hook.post_forward(head, None)
+
+    model.register_forward_pre_hook(bring)
+    model.register_forward_hook(send_back, always_call=True)
+
+
+__all__ = ["bytes_of", "parameters_of", "quantized_layers", "store", "weights_of", "write_quantized"]
