@@ -55,12 +55,16 @@ class UnpairedLogps(NamedTuple):
 
 
 class GroupLogps(NamedTuple):
-    """Per-token log-probs (B, T) of scored completions and one advantage (B,) for each of them."""
+    """Per-token log-probs (B, T) of scored completions and one advantage (B,) for each of them.
+
+    `old_policy` holds the log-probs that the ratio is taken against; None where that is the reference.
+    """
 
     policy: Tensor
     reference: Tensor
     mask: Tensor
     advantages: Tensor
+    old_policy: Tensor | None = None
 
 
 class PolicyStep(NamedTuple):
@@ -103,7 +107,7 @@ _AXES: dict[type, dict[str, str]] = {
         "rejected_mask": "BU",
     },
     UnpairedLogps: {"policy": "BT", "reference": "BT", "mask": "BT", "desirable": "B"},
-    GroupLogps: {"policy": "BT", "reference": "BT", "mask": "BT", "advantages": "B"},
+    GroupLogps: {"policy": "BT", "reference": "BT", "mask": "BT", "advantages": "B", "old_policy": "BT"},
     PolicyStep: {
         "policy": "BT",
         "old_policy": "BT",
@@ -122,6 +126,8 @@ def check_record(record: NamedTuple, *, reference: bool = True) -> None:
     """
     axes = _AXES[type(record)]
     fields = {name: value for name, value in record._asdict().items() if reference or "reference" not in name}
+    if isinstance(record, GroupLogps) and record.old_policy is None:
+        del fields["old_policy"]
     check_shapes(type(record).__name__, {name: (value, axes[name]) for name, value in fields.items()})
 
 

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .data.tokens import TextTokens
-from .data.turns import chat_tokens, template_options
+from .data.tokens import prompt_tokens
 
 BATCHES_PER_WINDOW = 8
 """Prompts are sorted by length within so many batches: more saves padding, and loses more when a run is killed."""
@@ -119,18 +118,6 @@ def samples(sampler: Sampler, rows: Sequence[dict[str, Any]], skip: int = 0) -> 
 def window_size(settings: SamplingSettings) -> int:
     """Prompts in a window."""
     return max(1, BATCHES_PER_WINDOW * settings.batch_size // settings.n)
-
-
-def prompt_tokens(processing_class: Any, row: dict[str, Any], where: str) -> list[int]:
-    """The token ids of a row's `prompt`. The chat template is applied once, and a BOS stands once."""
-    prompt = row["prompt"]
-    if isinstance(prompt, str):
-        return TextTokens(processing_class)(prompt)
-    if len(prompt) > 1 and prompt[-1]["role"] == "assistant" and not prompt[-1].get("content"):
-        prompt = prompt[:-1]  # begun without a word
-    begun = len(prompt) > 1 and prompt[-1]["role"] == "assistant"
-    options = {**template_options(row), "continue_final_message": begun, "add_generation_prompt": not begun}
-    return list(chat_tokens(processing_class, prompt, options, where)["input_ids"])
 
 
 def _checked(sampler: Sampler, row: dict[str, Any], where: str) -> list[int]:

@@ -63,8 +63,8 @@ def make_unpaired() -> UnpairedLogps:
 
 
 def make_group() -> GroupLogps:
-    policy, reference = tables(2)
-    return GroupLogps(policy, reference, MASK, torch.tensor([1.0, -0.5, 0.25, -1.0], dtype=torch.float64))
+    policy, reference, old = tables(3)
+    return GroupLogps(policy, reference, MASK, torch.tensor([1.0, -0.5, 0.25, -1.0], dtype=torch.float64), old)
 
 
 def make_step() -> PolicyStep:
@@ -439,7 +439,7 @@ def test_limit_where_policy_equals_reference_and_both_sides_are_equal(
 
 def test_limit_of_grpo_and_ppo_where_policy_equals_reference() -> None:
     # ratio 1 and log-ratio 0: -A for GRPO; for PPO -A plus the critic's part.
-    group = make_group()._replace(policy=make_group().reference)
+    group = make_group()._replace(policy=make_group().reference, old_policy=None)
     torch.testing.assert_close(run("grpo", group).losses, -group.advantages[:, None] * MASK)
     step = make_step()._replace(policy=make_step().old_policy)
     critic = 0.5 * (step.values - step.discounted_future_rewards) ** 2

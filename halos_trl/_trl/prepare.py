@@ -44,6 +44,9 @@ class PreparesRows(SamplesByLength):
     """The data part of a trainer's host."""
 
     _assistant_only: bool
+    _is_sampled: bool = False
+    """Whether completions are trained on as the tokens that a sampler stored with them."""
+
     drops_invalid_rows: bool
 
     sides: ClassVar[tuple[str, ...]]
@@ -85,6 +88,7 @@ class PreparesRows(SamplesByLength):
             keep_end=self._keeps_end(args),
             limits=token_limits(self, processing_class),
             drop_invalid=self.drops_invalid_rows,
+            sampled=self._is_sampled,
         )
 
     @staticmethod

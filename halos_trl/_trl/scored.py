@@ -22,7 +22,8 @@ class ScoredHost(TrainerHost, HostTrainer):
     trl_class = HostTrainer
     sides = ("completion",)
     columns: ClassVar[tuple[str, ...]] = (
-        "prompt_ids", "completion_ids", "completion_mask", "label", "score", "advantage", "ref_logps"
+        "prompt_ids", "completion_ids", "completion_mask", "label", "score", "advantage", "logprobs",
+        "ref_logps",
     )  # fmt: skip
     """What a prepared row brings into a batch."""
 

@@ -22,6 +22,7 @@ from ..data.feedback.formats import format_of
 from ..data.feedback.halos_items import PURPOSES_OF, halos_items
 from ..data.feedback.plan import PURPOSES
 from ..data.feedback.prompts import index_feedback
+from ..data.row_values import SAMPLER_COLUMNS
 from .arguments import read_arguments
 
 _SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -84,7 +85,8 @@ def convert(arguments: ConvertArguments) -> str:
                 count = _write_rows(_rows(inputs, arguments), output, copied)
         except ValueError as error:
             raise ValueError(_with_names(str(error), copied)) from error
-        return f"Wrote {count} {'items' if arguments.format == 'halos' else 'rows'} to {output}.{_not_kept(inputs)}"
+        unit = "items" if arguments.format == "halos" else "rows"
+        return f"Wrote {count} {unit} to {output}.{_not_kept(inputs, arguments)}"
 
 
 def _with_names(text: str, copied: dict[str, str]) -> str:
@@ -147,11 +149,15 @@ def _set_only(row: dict[str, Any]) -> dict[str, Any]:
 # -- what is written -------------------------------------------------------------------------------------------------
 
 
+def _purpose(inputs: list[Path], arguments: ConvertArguments) -> str:
+    """What the rows are for."""
+    return arguments.for_ or PURPOSES_OF[format_of(next(read_items(inputs[0]))).name]
+
+
 def _rows(inputs: list[Path], arguments: ConvertArguments) -> datasets.Dataset:
-    purpose = arguments.for_ or PURPOSES_OF[format_of(next(read_items(inputs[0]))).name]
     return load_feedback(
         inputs,
-        purpose,  # type: ignore[arg-type]
+        _purpose(inputs, arguments),  # type: ignore[arg-type]
         arguments.split,
         pair_mode=arguments.pair_mode,
         pair_threshold=arguments.pair_threshold,
@@ -204,14 +210,17 @@ _READ = {
     *("type", "prompt", "instruction", "output", "output_A", "output_B", "label", "reward", "reward_A", "reward_B"),
     *("reward_difference", "prompt_id", "sample_id", "sample_id_A", "sample_id_B", "sample_ids", "sources", "split"),
     *("chosen", "rejected", "completion", "completions", "score", "scores", "score_chosen", "score_rejected"),
-    *("dataset", "generator"),
+    *("dataset", "generator", *SAMPLER_COLUMNS),
 }
 
 
-def _not_kept(inputs: list[Path]) -> str:
-    """The keys of the files' first items that no format has."""
-    firsts = itertools.chain.from_iterable(next(read_items(path)).value for path in inputs)
-    others = sorted(set(firsts) - _READ)
+def _not_kept(inputs: list[Path], arguments: ConvertArguments) -> str:
+    """The keys of the files' first items that are not in the output."""
+    firsts = set(itertools.chain.from_iterable(next(read_items(path)).value for path in inputs))
+    others = sorted(firsts - _READ)
+    keeps_sampler = arguments.format == "halos" or _purpose(inputs, arguments) == "group"
+    if not (keeps_sampler and "logprobs" in firsts):
+        others += sorted(firsts & set(SAMPLER_COLUMNS))
     return f" Not kept: {', '.join(f'`{key}`' for key in others)}." if others else ""
 
 

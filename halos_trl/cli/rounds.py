@@ -227,6 +227,7 @@ def _sample_and_label(run: Rounds, number: int) -> None:
     samples, feedback = folder / "samples.jsonl", folder / "feedback.jsonl"
     if not is_finished(samples):
         arguments = _sampling(flags, str(samples), run.policy(number - 1), run.training.seed * 10_007 + number)
+        arguments.logprobs = getattr(run.training, "old_policy", None) == "sampler"
         write_samples(arguments, settings_of(arguments), _prompts(run, number))
     if not feedback.exists():
         print(label(_labelling(run, str(samples), str(feedback))))

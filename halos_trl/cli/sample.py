@@ -55,7 +55,11 @@ class SampleArguments:
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
     seed: int = field(default=0, metadata={"help": "Decides the draws."})
     logprobs: bool = field(
-        default=False, metadata={"help": "Also write the log-prob of each token under the model, in nats."}
+        default=False,
+        metadata={
+            "help": "Also write the log-prob of each token under the model, in nats; "
+            "`train grpo --old_policy sampler` reads them."
+        },
     )
     batch_size: int = field(default=64, metadata={"help": "Completions that are generated together."})
     engine: Literal["auto", "vllm", "transformers"] = field(

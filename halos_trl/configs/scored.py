@@ -12,7 +12,7 @@ from .checks import check_sync, defaults_of, require, require_count, require_not
 from .shared import ASSISTANT_HELP, CompletionConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, RowsConfig
 from .unpaired import KTO_LOSS_FIELDS
 
-GRPO_LOSS_FIELDS = ("epsilon", "epsilon_high", "sequence_level")
+GRPO_LOSS_FIELDS = ("epsilon", "epsilon_high", "sequence_level", "old_policy")
 
 
 @dataclass
@@ -74,6 +74,12 @@ class GRPOConfig(_ScoredConfig):
             Divide advantages by the standard deviation of their group (+ 0.01).
         sequence_level (`bool`, *optional*, defaults to `False`):
             One ratio per completion (GSPO) instead of one per token.
+        old_policy (`str`, *optional*, defaults to `"reference"`):
+            Whom the probability ratio is against: `"reference"`, as in HALOs; or `"sampler"`, the model that drew the
+            completions. Its rows bring `token_ids` and `logprobs`, as `halos-trl sample --logprobs` writes them, and
+            are trained on as these tokens. The KL penalty is to the reference in either case.
+
+    Raises ValueError for `old_policy="sampler"` with `humanline` or with `batch_order="halos"`.
     """
 
     beta: float = field(default=0.01, metadata={"help": "Weight of the KL penalty, at least 0."})
@@ -89,11 +95,39 @@ class GRPOConfig(_ScoredConfig):
     sequence_level: bool = field(
         default=False, metadata={"help": "One ratio per completion (GSPO) instead of one per token."}
     )
+    old_policy: str = field(
+        default="reference",
+        metadata={
+            "help": "Whom the ratio is against: `reference`, or `sampler` by the `token_ids` and `logprobs` of the "
+            "rows, as `halos-trl sample --logprobs` writes them.",
+            "choices": ["reference", "sampler"],
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_old_policy()
         require_not_negative(self, "beta", "a negative weight rewards leaving the reference.")
         require_positive(self, "epsilon", *(["epsilon_high"] if self.epsilon_high is not None else []))
+
+    def _check_old_policy(self) -> None:
+        known = ("reference", "sampler")
+        require(
+            self.old_policy in known, "old_policy", self.old_policy,
+            "the ratio is against the reference or against the model that drew the completions.",
+            f"Use one of {known}.",
+        )  # fmt: skip
+        if self.old_policy == "reference":
+            return
+        require(
+            not self.humanline, "old_policy", self.old_policy,
+            "`humanline=True` clamps the ratio of the policy and the moving reference.", "Leave one of them out.",
+        )  # fmt: skip
+        require(
+            self.batch_order == "trl", "old_policy", self.old_policy,
+            "`batch_order='halos'` tokenizes completions as HALOs does, and not as they were sampled.",
+            "Leave one of them out.",
+        )  # fmt: skip
 
 
 @dataclass

@@ -138,7 +138,9 @@ class StepRows(torch.utils.data.Dataset):
 
 
 class ScoredCollator:
-    """Adds the numbers of a row to what a collator of token ids makes: `score` and `advantage`, each `(B,)`."""
+    """Adds the numbers of a row to what a collator of token ids makes: `score` and `advantage`, each `(B,)`; and
+    `logprobs`, `(B, longest completion)`, where the rows bring those of the model that sampled them.
+    """
 
     def __init__(self, collate_tokens: Callable[[list[dict[str, Any]]], dict[str, Any]]):
         self.collate_tokens = collate_tokens
@@ -148,6 +150,9 @@ class ScoredCollator:
         for column in ("score", "advantage"):
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
+        if "logprobs" in rows[0]:
+            logps = [torch.tensor(row["logprobs"], dtype=torch.float32) for row in rows]
+            batch["logprobs"] = torch.nn.utils.rnn.pad_sequence(logps, batch_first=True)
         return batch
 
 

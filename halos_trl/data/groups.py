@@ -24,8 +24,18 @@ from .checks import (
     require_columns,
     without_missing_kwargs,
 )
-from .row_checks import TEMPLATE_COLUMNS, OneForm, scored_check, scored_lists_check, scored_pairs_check, shown
+from .row_checks import (
+    TEMPLATE_COLUMNS,
+    OneForm,
+    RowCheck,
+    sampled_check,
+    scored_check,
+    scored_lists_check,
+    scored_pairs_check,
+    shown,
+)
 from .row_texts import split_prompt
+from .row_values import SAMPLER_COLUMNS
 
 logger = get_logger(__name__)
 
@@ -39,14 +49,20 @@ _PROMPT_COLUMNS = ("prompt", *TEMPLATE_COLUMNS)
 
 
 def scored_rows(
-    dataset: Rows, name: str, score_rows: ScoreRows | None = None, *, drop_invalid: bool = False
+    dataset: Rows,
+    name: str,
+    score_rows: ScoreRows | None = None,
+    *,
+    drop_invalid: bool = False,
+    sampled: bool = False,
 ) -> Dataset:
     """One row per completion with `prompt`, `completion`, `score`, `prompt_group` and `label`.
 
     `dataset` holds `prompt`, `completion` and `score`; or `prompt` with the lists `completions` and `scores`; or a
     `label` (a boolean, 0 or 1), or `chosen` and `rejected`, which count as scores of +1 and -1. A score column is used
     where there is one, then `score_rows`, then the label. `prompt_group` numbers the prompts as `group_numbers` finds
-    them. `label` is whether the score is positive.
+    them. `label` is whether the score is positive. `sampled` asks for each completion's `token_ids` and `logprobs`,
+    beside lists of completions as lists of those; otherwise these columns are left out.
 
     Raises ValueError for streamed data, missing columns, ids that join different prompts, and the first row that
     `row_checks` has something against; with `drop_invalid` such rows are dropped and counted in a warning, rows of
@@ -67,7 +83,14 @@ def scored_rows(
             "`KTOTrainer` do, on pairs or labelled rows; or remove the column."
         )
     dataset = drop_columns(dataset, columns & {GROUP}, name, "Rows")
-    dataset = _one_row_per_completion(dataset, columns - {GROUP}, name, score_rows is None, drop_invalid)
+    if sampled:
+        _require_sampler(columns, name)
+    else:
+        dataset = dataset.remove_columns(sorted(columns & set(SAMPLER_COLUMNS)))
+    read, check = _form_of(columns - {GROUP}, name, score_rows is None)
+    if sampled:
+        read, check = (*read, *SAMPLER_COLUMNS), sampled_check(check)
+    dataset = _one_row_per_completion(dataset, name, read, check, drop_invalid)
     if "score" in dataset.column_names and score_rows is not None:
         logger.warning(f"The {name} dataset has a score column, so the reward model is not used for it.")
     if "score" not in dataset.column_names:
@@ -149,9 +172,8 @@ def _prompt_keys(dataset: Dataset) -> list[str]:
 # -- forms of rows -------------------------------------------------------------------------------------------------
 
 
-def _one_row_per_completion(
-    dataset: Dataset, columns: set[str], name: str, needs_score: bool, drop_invalid: bool
-) -> Dataset:
+def _form_of(columns: set[str], name: str, needs_score: bool) -> tuple[tuple[str, ...], RowCheck]:
+    """The columns that are read of rows with these columns, and the check of such a row."""
     if {"completions", "prompt"} <= columns:
         if {"score", "completion"} & columns:
             raise ValueError(
@@ -159,16 +181,21 @@ def _one_row_per_completion(
                 "With `completions` goes a list of `scores`, one for each. Rename or remove the other columns."
             )
         _require_judgement(columns, name, needs_score, {"scores"})
-        read: tuple[str, ...]
-        read, check = ("prompt", "completions", "scores"), scored_lists_check(columns)
-    elif {"chosen", "rejected"} <= columns:
+        return ("prompt", "completions", "scores"), scored_lists_check(columns)
+    if {"chosen", "rejected"} <= columns:
+        return ("prompt", "chosen", "rejected"), scored_pairs_check(columns)
+    alternative = "with `score` or `label`; or `prompt` with the lists `completions` and `scores`; or pairs"
+    require_columns(columns, name, ("prompt", "completion"), alternative)
+    _require_judgement(columns, name, needs_score, {"score", "label"})
+    return ("prompt", "completion", "score", "label"), scored_check(columns, needs_score)
+
+
+def _one_row_per_completion(
+    dataset: Dataset, name: str, read: tuple[str, ...], check: RowCheck, drop_invalid: bool
+) -> Dataset:
+    columns = set(dataset.column_names)
+    if "chosen" in read:
         dataset = drop_columns(dataset, columns & {"completion", "label"}, name, "Rows with `chosen` and `rejected`")
-        read, check = ("prompt", "chosen", "rejected"), scored_pairs_check(columns)
-    else:
-        alternative = "with `score` or `label`; or `prompt` with the lists `completions` and `scores`; or pairs"
-        require_columns(columns, name, ("prompt", "completion"), alternative)
-        _require_judgement(columns, name, needs_score, {"score", "label"})
-        read, check = ("prompt", "completion", "score", "label"), scored_check(columns, needs_score)
     dataset = check_each(dataset, name, (*read, "prompt_id"), OneForm(check), drop_invalid)
     if "prompt" not in columns:
         dataset = dataset.map(split_prompt)
@@ -177,6 +204,16 @@ def _one_row_per_completion(
     if "completions" in read:
         return dataset.map(_unfold, batched=True, remove_columns=dataset.column_names)
     return unpair_preference_dataset(dataset) if "chosen" in read else dataset
+
+
+def _require_sampler(columns: set[str], name: str) -> None:
+    missing = [column for column in SAMPLER_COLUMNS if column not in columns]
+    if missing or {"chosen", "rejected"} <= columns:
+        raise ValueError(
+            f"`old_policy='sampler'` reads the tokens of each completion (`token_ids`) and their log-probs "
+            f"(`logprobs`), and the {name} dataset has columns {sorted(columns)}. Sample with `halos-trl sample "
+            "--logprobs` and label with `--feedback scalar` or `groups`, or set `old_policy='reference'`."
+        )
 
 
 def _require_judgement(columns: set[str], name: str, needs_score: bool, wanted: set[str]) -> None:
@@ -188,8 +225,10 @@ def _require_judgement(columns: set[str], name: str, needs_score: bool, wanted: 
 
 
 def _unfold(rows: dict[str, list]) -> dict[str, list]:
-    """One row per element of `completions` (and of `scores`); the other columns are repeated."""
-    lists = {"completions": "completion", "scores": "score"}
+    """One row per element of `completions` (and of `scores`, and what a sampler stored); the other columns are
+    repeated.
+    """
+    lists = {"completions": "completion", "scores": "score"} | {column: column for column in SAMPLER_COLUMNS}
     counts = [len(completions) for completions in rows["completions"]]
     return {
         lists.get(column, column): (

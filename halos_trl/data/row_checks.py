@@ -7,7 +7,7 @@ row that can be trained on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .row_texts import (
     completion_problem,
@@ -23,6 +23,7 @@ from .row_values import (
     Row,
     label_problem,
     prompt_id_problem,
+    sampler_problem,
     score_problem,
     shown,
     template_problem,
@@ -97,6 +98,11 @@ def scored_lists_check(columns: Iterable[str]) -> RowCheck:
     return check
 
 
+def sampled_check(check: RowCheck) -> RowCheck:
+    """A check of scored rows that also asks for the tokens of each completion and their log-probs."""
+    return lambda row: check(row) or _sampler_problem(row)
+
+
 class OneForm:
     """A check that also refuses rows of another form than the first good one.
 
@@ -140,6 +146,30 @@ def _completions_problem(row: Row) -> Problem:
     return next(filter(None, problems), None)
 
 
+def _sampler_problem(row: Row) -> Problem:
+    ids, logps = row.get("token_ids"), row.get("logprobs")
+    if "completions" not in row:
+        return sampler_problem(ids, logps) or _turns_problem(row["completion"])
+    completions = row["completions"]
+    for column, values in (("token_ids", ids), ("logprobs", logps)):
+        if not isinstance(values, list) or len(values) != len(completions):
+            return (
+                f"has {len(completions)} completions and `{column}` {shown(values)}; expected one list for each "
+                "completion."
+            )
+    problems = map(sampler_problem, ids, logps)  # type: ignore[arg-type]
+    return next(filter(None, [*problems, *map(_turns_problem, completions)]), None)
+
+
+def _turns_problem(completion: Any) -> Problem:
+    if isinstance(completion, str) or len(completion) == 1:
+        return None
+    return (
+        f"has a completion of {len(completion)} turns, but `token_ids` are those of one that was sampled. Use "
+        "`old_policy='reference'` for conversations."
+    )
+
+
 def _scores_problem(row: Row) -> Problem:
     completions, scores = row["completions"], row.get("scores")
     if scores is not None and not isinstance(scores, list):
@@ -162,6 +192,7 @@ __all__ = [
     "RowCheck",
     "is_empty",
     "paired_check",
+    "sampled_check",
     "scored_check",
     "scored_lists_check",
     "scored_pairs_check",

@@ -50,6 +50,34 @@ def score_problem(score: Any) -> Problem:
     )
 
 
+SAMPLER_COLUMNS = ("token_ids", "logprobs")
+"""What a sampler stores of a completion, under vLLM's names: its tokens, and their log-probs in nats."""
+
+
+def sampler_problem(token_ids: Any, logprobs: Any) -> Problem:
+    """Of the tokens of a sampled completion, and a log-prob for each: a finite number, 0 or less."""
+    remedy = "Sample with `halos-trl sample --logprobs`, or remove both columns."
+    if not (isinstance(token_ids, list) and token_ids and all(map(_is_token_id, token_ids))):
+        return f"has `token_ids` {shown(token_ids)}; expected the list of the completion's token ids. {remedy}"
+    if not isinstance(logprobs, list):
+        return f"has `logprobs` {shown(logprobs)}; expected a list with one number for each token. {remedy}"
+    if len(logprobs) != len(token_ids):
+        return (
+            f"has {len(token_ids)} `token_ids` and {len(logprobs)} `logprobs`; expected one for each token. {remedy}"
+        )
+    for position, value in enumerate(logprobs):
+        if not (isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) <= 0):
+            return (
+                f"has {shown(value)} at position {position} of its `logprobs`; expected finite numbers of at most 0, "
+                "the natural logarithms of probabilities. Drop the row, or remove both columns."
+            )
+    return None
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
 def label_problem(label: Any) -> Problem:
     """Of a label: a boolean, or the number 0 or 1."""
     if isinstance(label, bool | np.bool_) or (isinstance(label, Integral) and label in (0, 1)):

@@ -83,6 +83,18 @@ class TextTokens:
         return list(ids[0] if isinstance(self.processing_class, ProcessorMixin) else ids)
 
 
+def prompt_tokens(processing_class: Any, row: dict[str, Any], where: str) -> list[int]:
+    """The token ids of a row's `prompt`. The chat template is applied once, and a BOS stands once."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return TextTokens(processing_class)(prompt)
+    if len(prompt) > 1 and prompt[-1]["role"] == "assistant" and not prompt[-1].get("content"):
+        prompt = prompt[:-1]  # begun without a word
+    begun = len(prompt) > 1 and prompt[-1]["role"] == "assistant"
+    options = {**template_options(row), "continue_final_message": begun, "add_generation_prompt": not begun}
+    return list(chat_tokens(processing_class, prompt, options, where)["input_ids"])
+
+
 class Tokens(NamedTuple):
     """A side of a row with its prompt."""
 
@@ -98,8 +110,9 @@ class RowTokenizer:
     """Gives a row `prompt_ids`, and `<side>_ids` for each of its sides. For `dataset.map(..., with_indices=True)`.
 
     With `assistant_only`, `<side>_mask` says which tokens of a completion the assistant wrote. With `whole`, as reward
-    models need it, `<side>_ids` holds prompt and completion, and there is no `prompt_ids`. What is worth counting goes
-    into the column `NOTES`.
+    models need it, `<side>_ids` holds prompt and completion, and there is no `prompt_ids`. With `sampled`, the ids of
+    a completion are the row's `token_ids`, behind its prompt as it was sampled from; its text is only compared with
+    them. What is worth counting goes into the column `NOTES`.
 
     Raises ValueError, naming the row, where it cannot be tokenized or leaves nothing to train on; with `drop_invalid`
     that is noted instead.
@@ -116,6 +129,7 @@ class RowTokenizer:
     keep_end: bool = False
     limits: TokenLimits = NO_LIMITS
     drop_invalid: bool = False
+    sampled: bool = False
     code: int = _CODE
     """`datasets` finds its cache by the fields, so this one changes with the code."""
 
@@ -161,6 +175,8 @@ class RowTokenizer:
 
     def _tokens(self, row: Row, side: str, where: str, notes: set[str], prompts: dict) -> Tokens:
         """`prompts` keeps rendered prompts, since the sides of a row have the same one."""
+        if self.sampled:
+            return self._of_sampler(row, row[side], where)
         if isinstance(row[side], str):
             return self._of_text(row.get("prompt", ""), row[side], where, notes)
         turns = turns_of(row.get("prompt", []), row[side], prompt_is_explicit=self.prompt_is_explicit)
@@ -190,6 +206,20 @@ class RowTokenizer:
         _refuse_half_characters(text, where)
         ids = self.text_tokens(text)
         return Tokens(self.text_tokens(prompt), ids, [True] * len(ids))
+
+    def _of_sampler(self, row: Row, completion: Any, where: str) -> Tokens:
+        drawn = list(row["token_ids"])
+        decoded = self.text_tokens.tokenizer.decode(drawn, skip_special_tokens=True)
+        text = completion if isinstance(completion, str) else _text_of(completion[0])
+        if not _without_blanks(decoded).startswith(_without_blanks(text)):
+            raise ValueError(
+                f"{where} has the completion {text[:80]!r}, but its `token_ids` are those of {decoded[:80]!r}. The "
+                "text was changed after it was sampled, or another tokenizer sampled it. Sample with this model's, or "
+                "set `old_policy='reference'`."
+            )
+        prompt = row["prompt"]
+        ids = self.text_tokens(prompt) if isinstance(prompt, str) else prompt_tokens(self.processing_class, row, where)
+        return Tokens(ids, ids + drawn, [True] * (len(ids) + len(drawn)))
 
     def _of_turns(self, turns: Turns, options: Row, where: str, prompts: dict) -> Tokens:
         def encode(messages: list, **how: Any) -> Row:
@@ -264,9 +294,6 @@ class RowTokenizer:
                 )
 
 
-__all__ = ["NOTES", "ROW_NUMBER", "RowTokenizer", "TextTokens", "TokenLimits"]
-
-
 def _refuse_half_characters(text: str, where: str) -> None:
     try:
         text.encode()
@@ -275,3 +302,16 @@ def _refuse_half_characters(text: str, where: str) -> None:
             f"{where} holds {text[error.start]!r}, half of a character, which no tokenizer takes. Mend the text, e.g. "
             "by `text.encode(errors='replace').decode()`."
         ) from None
+
+
+def _text_of(turn: dict[str, Any]) -> str:
+    content = turn.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def _without_blanks(text: str) -> str:
+    """Engines differ in the blanks around special tokens."""
+    return "".join(text.split())
+
+
+__all__ = ["NOTES", "ROW_NUMBER", "RowTokenizer", "TextTokens", "TokenLimits", "prompt_tokens"]

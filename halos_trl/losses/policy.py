@@ -28,6 +28,7 @@ def grpo(
 
     Args:
         logps: completions with the advantages A (B,) of `halos_trl.advantages.group_advantages`; log-probs in nats.
+            The ratio is against `old_policy` where the record has it, else against the reference.
         epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].
         beta: weight of the KL penalty, at least 0.
         humanline: clamp of the per-token log-ratios before the ratio is formed; the KL penalty stays unclamped.
@@ -38,9 +39,9 @@ def grpo(
         losses (B, T); no rewards; metrics `kl` (k3, nats), `weighted_advantage` (|ratio * A|), `mean_abs_advantage`
         (over rows), `clipfrac` (tokens where the clip binds), `unclamped`.
 
-    As in HALOs, and unlike the paper, the ratio is against the reference and the mean is over all tokens of the batch
-    (TRL's `bnpo`), not first per completion; so with `sequence_level` a completion weighs by its tokens, where GSPO
-    weighs all alike.
+    The KL penalty is to the reference in either case. As in HALOs, and unlike the paper, the ratio is against the
+    reference unless the record says otherwise, and the mean is over all tokens of the batch (TRL's `bnpo`), not first
+    per completion; so with `sequence_level` a completion weighs by its tokens, where GSPO weighs all alike.
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     check_record(logps)
@@ -49,13 +50,16 @@ def grpo(
     check_number("beta", beta, "[0, inf)", "It weighs the KL penalty; 0 drops it.")
 
     advantages_B1 = at_least_float32(logps.advantages).detach().unsqueeze(-1)
-    raw_BT, _ = log_ratios(logps.policy, logps.reference, logps.mask)
+    to_reference_BT, _ = log_ratios(logps.policy, logps.reference, logps.mask)
+    raw_BT = to_reference_BT
+    if logps.old_policy is not None:
+        raw_BT, _ = log_ratios(logps.policy, logps.old_policy, logps.mask)
     ratios_BT = clamp(raw_BT, humanline)
     if sequence_level:
         ratios_BT = sequence_mean(ratios_BT, logps.mask).unsqueeze(-1).expand_as(raw_BT)
     ratios_BT = finite_exp(ratios_BT)
     surrogate_BT, clipped_BT = _clipped_surrogate(ratios_BT, advantages_B1, 1 - epsilon, 1 + epsilon_high)
-    kl_BT = kl_k3(raw_BT)
+    kl_BT = kl_k3(to_reference_BT)
     losses_BT = apply_mask(surrogate_BT + beta * kl_BT if beta else surrogate_BT, logps.mask)
     metrics = {
         "kl": masked_mean(kl_BT, logps.mask),

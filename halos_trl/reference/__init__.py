@@ -23,7 +23,7 @@ from .checkpoint import (
     write_reference,
 )
 from .sources import AdapterOff, ForwardContext, FrozenAdapter, FrozenCopy, NoReference, Reference
-from .stored import PrecomputedColumn, PrecomputedTokens, spread_evenly
+from .stored import PrecomputedColumn, PrecomputedTokens, at_completion_tokens, spread_evenly
 from .sync import ReferenceSync
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "PrecomputedTokens",
     "Reference",
     "ReferenceSync",
+    "at_completion_tokens",
     "gathered",
     "load_reference",
     "restore_reference",

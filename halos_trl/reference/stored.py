@@ -37,11 +37,15 @@ class PrecomputedTokens(Reference):
     """Reference log-probs of every completion token, stored with the dataset."""
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
-        mask_BT = batch["completion_mask"][:, 1:].bool()
-        stored_BW = batch["ref_logps"]
-        # The k-th completion token of a row stands in its k-th column, wherever the prompt ends.
-        column_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-        return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
+        return at_completion_tokens(batch["ref_logps"], batch["completion_mask"][:, 1:])
 
 
-__all__ = ["PrecomputedColumn", "PrecomputedTokens", "spread_evenly"]
+def at_completion_tokens(stored_BW: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Numbers of a row's completion tokens, moved from its first columns to where the mask has the tokens; else 0."""
+    mask_BT = mask_BT.bool()
+    # The k-th completion token of a row stands in its k-th column, wherever the prompt ends.
+    column_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
+
+
+__all__ = ["PrecomputedColumn", "PrecomputedTokens", "at_completion_tokens", "spread_evenly"]

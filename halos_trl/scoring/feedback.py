@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..data.labelling import PairMode, binary_labels, group_positions, preferences
-from ..data.row_values import TEMPLATE_COLUMNS, Row, shown
+from ..data.row_values import SAMPLER_COLUMNS, TEMPLATE_COLUMNS, Row, shown
 from .samples import Sample
 
 FeedbackKind = Literal["binary", "pairwise", "scalar", "groups"]
@@ -53,7 +53,7 @@ def _trl_rows(samples: Sequence[Sample], scores: Sequence[float], rule: Rule) ->
     if rule.kind == "binary":
         labels = _labels(scores, rule)
         return [
-            _prompt_of(sample) | {"completion": sample.completion, "label": label}
+            _prompt_of(sample) | _of_sampler(sample) | {"completion": sample.completion, "label": label}
             for sample, label in zip(samples, labels, strict=True)
         ]
     if rule.kind == "pairwise":
@@ -70,14 +70,31 @@ def _trl_rows(samples: Sequence[Sample], scores: Sequence[float], rule: Rule) ->
     return [
         _prompt_of(samples[members[0]], "prompt_id")
         | {"completions": [samples[i].completion for i in members], "scores": [scores[i] for i in members]}
+        | _sampler_lists([samples[i] for i in members])
         for members in group_positions([sample.group for sample in samples])
     ]
 
 
 def _prompt_of(sample: Sample, *columns: str) -> Row:
     """The prompt, with what reaches the chat template beside it."""
-    kept = {name: sample.columns.get(name) for name in (*columns, *TEMPLATE_COLUMNS)}
-    return {"prompt": sample.prompt} | {name: value for name, value in kept.items() if value is not None}
+    return {"prompt": sample.prompt} | _kept(sample, *columns, *TEMPLATE_COLUMNS)
+
+
+def _kept(sample: Sample, *columns: str) -> Row:
+    """Those of the columns that the sample has."""
+    return {name: value for name in columns if (value := sample.columns.get(name)) is not None}
+
+
+def _of_sampler(sample: Sample) -> Row:
+    """The tokens and log-probs that a sampler stored; without log-probs nobody reads the tokens."""
+    found = _kept(sample, *SAMPLER_COLUMNS)
+    return found if len(found) == len(SAMPLER_COLUMNS) else {}
+
+
+def _sampler_lists(members: Sequence[Sample]) -> Row:
+    """What a sampler stored of the completions of a prompt, where it did so for each of them."""
+    found = [_of_sampler(sample) for sample in members]
+    return {column: [own[column] for own in found] for column in SAMPLER_COLUMNS} if all(found) else {}
 
 
 def _other_columns(sample: Sample) -> Row:
@@ -102,6 +119,7 @@ def _halos_items(samples: Sequence[Sample], scores: Sequence[float], rule: Rule)
         return [
             _identified(sample)
             | _sample_id(sample)
+            | _of_sampler(sample)
             | {"output": sample.completion, "label": int(label), "reward": score, "type": "binary_feedback"}
             for sample, label, score in zip(samples, labels, scores, strict=True)
         ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.groups import prompt_key
 from ..data.row_texts import is_empty, prompt_problem, side_problem
-from ..data.row_values import Row, shown
+from ..data.row_values import SAMPLER_COLUMNS, Row, shown
 
 _PAIRS = {"chosen", "rejected", "output_A", "output_B"}
 _SCORES = ("reward", "score")
@@ -139,7 +139,10 @@ def _completion(where: str, prompt: Any, column: str, value: Any) -> Any:
 
 
 def _own(columns: Row, number: int, values: list[Any]) -> Row:
-    """The columns of one of several completions: of its score in a list of `scores`, and its number as `sample_id`."""
+    """The columns of one of several completions: its score of a list of `scores`, and what a sampler stored of it."""
+    lists = {name: columns.get(name) for name in SAMPLER_COLUMNS}
+    if all(isinstance(found, list) and len(found) == len(values) for found in lists.values()):
+        columns = columns | {name: found[number] for name, found in lists.items()}  # type: ignore[index]
     scores = columns.get("scores")
     if not isinstance(scores, list) or len(scores) != len(values):
         return columns

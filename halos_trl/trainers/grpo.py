@@ -16,9 +16,9 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
     """GRPO (arXiv:2402.03300) on groups of completions that were scored before training; nothing is generated.
 
     As in HALOs, and unlike the paper, the probability ratio is against the reference, which stands for the model that
-    the completions were sampled from. Advantages are relative to the whole group and part of the dataset; the
-    completions of a prompt meet in one optimizer step; loss and gradient are means over the tokens of the step. Takes
-    the arguments of `trl.KTOTrainer`.
+    the completions were sampled from; with `old_policy="sampler"` it is against that model itself. Advantages are
+    relative to the whole group and part of the dataset; the completions of a prompt meet in one optimizer step; loss
+    and gradient are means over the tokens of the step. Takes the arguments of `trl.KTOTrainer`.
 
     Rows are `prompt`, `completion`, `score` (maybe `prompt_id`); or `prompt` with lists `completions` and `scores`; or
     labelled or paired rows, which count as scores of +1 and -1. Standard or conversational.
@@ -39,7 +39,7 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
     eprint = {arXiv:2402.03300},
 }""",  # noqa: E501
     )
-    card_fields = ("beta", "epsilon", "epsilon_high", "scale_rewards", "sequence_level")
+    card_fields = ("beta", "epsilon", "epsilon_high", "scale_rewards", "sequence_level", "old_policy")
 
     if not TYPE_CHECKING:  # which would take any argument for right
 

@@ -18,7 +18,7 @@ from ..data.groups import GROUP, ScoreRows, scored_rows, with_advantages
 from ..data.halos import HalosBatches, HalosGroupBatches, HalosUnpairedBatches
 from ..metrics import Sums, total
 from ..records import GroupLogps, LossOutput, check_output
-from ..reference import PrecomputedTokens, Reference
+from ..reference import PrecomputedTokens, Reference, at_completion_tokens
 from .base import AlignmentTrainer, ConfigT
 from .loss import BatchTables, clamp_sums, loss_sums, repeats_left_out, token_sums
 
@@ -69,6 +69,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
             )
         # The data are prepared before the trainer has its `args`. Not every method's advantages come from groups.
         self._scale_rewards = getattr(args, "scale_rewards", True)
+        self._is_sampled = getattr(args, "old_policy", "reference") == "sampler"
         if getattr(args.accelerator_config, "split_batches", False):
             raise ValueError(
                 "`accelerator_config={'split_batches': True}` makes `per_device_train_batch_size` the size for all "
@@ -80,7 +81,9 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
     def scored_rows(self, dataset: Rows, name: str) -> Dataset:
         """One row per completion, with its score."""
-        return scored_rows(dataset, name, self.score_rows, drop_invalid=self.drops_invalid_rows)
+        return scored_rows(
+            dataset, name, self.score_rows, drop_invalid=self.drops_invalid_rows, sampled=self._is_sampled
+        )
 
     def check_rows(self, dataset: Rows, name: str) -> Dataset:
         return with_advantages(self.scored_rows(dataset, name), name, scale_by_std=self._scale_rewards)
@@ -133,7 +136,17 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
     def record(self, tables: BatchTables) -> Any:
         advantages_B = tables.of_rows(tables.batch["advantage"])
-        return GroupLogps(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT, advantages_B)
+        tokens, old_BT = tables.tokens, self.sampler_logps(tables)
+        return GroupLogps(tokens.logps_BT, tables.reference_BT, tokens.mask_BT, advantages_B, old_BT)
+
+    def sampler_logps(self, tables: BatchTables) -> torch.Tensor | None:
+        """Log-probs `(B, T)` in nats of the model that drew the completions; None where they are not read."""
+        if not self._is_sampled:
+            return None
+        mask_BS = tables.batch["completion_mask"]
+        # Over all positions: a completion without a prompt has a token that no position scores.
+        stored_BT = at_completion_tokens(tables.batch["logprobs"], mask_BS)[:, 1:]
+        return tables.of_rows(stored_BT)
 
     def checked(self, output: Any, record: Any) -> LossOutput:
         by_token, shape = self.averages_over == "tokens", record[0].shape
@@ -161,6 +174,9 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
             for name, mean in output.metrics.items()
             if name in logged
         }
+        old_BT = self.sampler_logps(tables)
+        if old_BT is not None:
+            sums["sampling_logp_difference"] = total((tokens.logps_BT.detach() - old_BT).abs(), tokens.mask_BT)
         return sums | logged | own | clamp_sums(tables, None, self.args.humanline_clamp)
 
     def count_tokens(self, batch: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..row_texts import prompt_problem, side_problem
-from ..row_values import Problem, label_problem, score_problem, shown
+from ..row_values import SAMPLER_COLUMNS, Problem, label_problem, sampler_problem, score_problem, shown
 from .files import Item, Object
 
 Text = str | list[dict[str, Any]]
@@ -21,6 +21,8 @@ class Completion(NamedTuple):
     score: float | None = None
     label: bool | None = None
     sample_id: str | None = None
+    sampled: tuple[list[int], list[float]] | None = None
+    """Its tokens and their log-probs (nats) under the model that sampled it."""
 
 
 class Judged(NamedTuple):
@@ -56,15 +58,17 @@ def _sample(value: Object) -> Judged:
 
 def _binary(value: Object) -> Judged:
     label = bool(_checked(value["label"], label_problem))
+    score = _score(value, "reward")
     return Judged(
-        value["prompt"],
-        (Completion(_turns(value["output"]), _score(value, "reward"), label, _sample_id(value)),),
+        value["prompt"], (Completion(_turns(value["output"]), score, label, _sample_id(value), _sampled(value)),)
     )
 
 
 def _scalar(value: Object) -> Judged:
-    score = _checked(value["reward"], score_problem)
-    return Judged(value["prompt"], (Completion(_turns(value["output"]), float(score), None, _sample_id(value)),))
+    score = float(_checked(value["reward"], score_problem))
+    return Judged(
+        value["prompt"], (Completion(_turns(value["output"]), score, None, _sample_id(value), _sampled(value)),)
+    )
 
 
 def _pairwise(value: Object) -> Judged:
@@ -102,14 +106,15 @@ def _scores_of_rejected(value: Object, count: int) -> list[float | None]:
 
 def _labelled_row(value: Object) -> Judged:
     label = bool(_checked(value["label"], label_problem))
+    score = _score(value, "score")
     return Judged(
-        value["prompt"], (Completion(value["completion"], _score(value, "score"), label, _sample_id(value)),)
+        value["prompt"], (Completion(value["completion"], score, label, _sample_id(value), _sampled(value)),)
     )
 
 
 def _scored_row(value: Object) -> Judged:
     score = float(_checked(value["score"], score_problem))
-    return Judged(value["prompt"], (Completion(value["completion"], score, None, _sample_id(value)),))
+    return Judged(value["prompt"], (Completion(value["completion"], score, None, _sample_id(value), _sampled(value)),))
 
 
 def _group_row(value: Object) -> Judged:
@@ -118,10 +123,11 @@ def _group_row(value: Object) -> Judged:
         raise ValueError(
             f"has `completions` {shown(completions)} and `scores` {shown(scores)}; give two lists of one length."
         )
+    sampled = _sampled_each(value, len(completions))
     return Judged(
         value["prompt"],
         tuple(
-            Completion(text, float(_checked(score, score_problem)), None, _sample_id(value, "", i))
+            Completion(text, float(_checked(score, score_problem)), None, _sample_id(value, "", i), sampled[i])
             for i, (text, score) in enumerate(zip(completions, scores, strict=True))
         ),
     )
@@ -222,6 +228,30 @@ def _sample_id(value: Object, key: str = "sample_id", position: int = 0) -> str 
     if found is None and isinstance(ids, list) and len(ids) > position:
         found = ids[position]
     return None if found is None else str(found)
+
+
+def _sampled(value: Object) -> tuple[list[int], list[float]] | None:
+    """What `halos-trl sample --logprobs` stored of a completion."""
+    ids: Any = value.get("token_ids")
+    logps: Any = value.get("logprobs")
+    if logps is None:
+        return None
+    if problem := sampler_problem(ids, logps):
+        raise ValueError(problem)
+    return ids, [float(number) for number in logps]
+
+
+def _sampled_each(value: Object, count: int) -> list[tuple[list[int], list[float]] | None]:
+    """The same of a list of completions."""
+    columns = [value.get(column) for column in SAMPLER_COLUMNS]
+    if columns[1] is None:
+        return [None] * count
+    if not all(isinstance(column, list) and len(column) == count for column in columns):
+        ids, logps = map(shown, columns)
+        raise ValueError(
+            f"has {count} completions, `token_ids` {ids} and `logprobs` {logps}; give one list for each completion."
+        )
+    return [_sampled(dict(zip(SAMPLER_COLUMNS, own, strict=True))) for own in zip(*columns, strict=True)]
 
 
 def _turns(output: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..row_values import SAMPLER_COLUMNS
 from .files import Item, Object
 from .formats import Completion, Format, Judged, Text
 
@@ -54,11 +55,12 @@ def halos_items(item: Item, form: Format, found: Judged, prompt_id: int) -> Iter
 def _single(completion: Completion, purpose: str) -> dict[str, Any]:
     if purpose == "sft":
         return {"output": _only_text(completion.text), "type": "sample"}
+    sampled = {} if completion.sampled is None else dict(zip(SAMPLER_COLUMNS, completion.sampled, strict=True))
     if purpose == "unpaired":
         reward = (1.0 if completion.label else -1.0) if completion.score is None else completion.score
         label = int(bool(completion.label))
-        return {"output": completion.text, "label": label, "reward": reward, "type": "binary_feedback"}
-    return {"output": completion.text, "reward": completion.score, "type": "scalar_feedback"}
+        return sampled | {"output": completion.text, "label": label, "reward": reward, "type": "binary_feedback"}
+    return sampled | {"output": completion.text, "reward": completion.score, "type": "scalar_feedback"}
 
 
 def _only_text(completion: Text) -> Any:

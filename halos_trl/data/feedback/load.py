@@ -55,6 +55,8 @@ def load_feedback(
     - "paired": `prompt`, `chosen`, `rejected`. The pairs of the files, and pairs by score of completions in none.
     - "unpaired": `prompt`, `completion`, `label`. Labelled completions; the sides of each pair; labels by score.
     - "group": `prompt` with the lists `completions` and `scores`. Without scores, labels and pairs count +1 and -1.
+      Where the files have what `halos-trl sample --logprobs` stored, also `token_ids` and `logprobs`, a list of each
+      completion (None without).
     - "sft": `prompt`, `completion`. The first desirable completion, else the best one by score, else the one that is
       preferred most often; of samples without judgement, all.
     - "csft": as "unpaired", with a control token before each completion and no `label`.
@@ -140,6 +142,8 @@ def _features(index: FeedbackIndex, plan: Plan, for_: Purpose) -> Features:
     scores = {"paired": ("score_chosen", "score_rejected"), "unpaired": ("score",)}.get(for_, ())
     if plan.has_scores:
         own |= dict.fromkeys(scores, score)
+    if for_ == "group" and index.is_sampled:
+        own |= {"token_ids": List(List(Value("int64"))), "logprobs": List(List(score))}
     return Features({"prompt": text, **own, "sample_ids": texts, "sources": texts})
 
 
@@ -183,6 +187,8 @@ def _values(first: Judged, found: list[Completion], scores: Sequence[float], lab
         "score_chosen": known[0],
         "score_rejected": known[-1],
         "scores": known,
+        "token_ids": [None if completion.sampled is None else completion.sampled[0] for completion in found],
+        "logprobs": [None if completion.sampled is None else completion.sampled[1] for completion in found],
         "sample_ids": [completion.sample_id for completion in found],
     }
 

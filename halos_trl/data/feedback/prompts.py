@@ -54,6 +54,8 @@ class FeedbackIndex:
         self.dropped: list[int] = []
         self.ties = 0
         self.turn_keys: set[str] = set()
+        self.is_sampled = False
+        """Whether a completion has the tokens and log-probs of the model that sampled it."""
         self.is_chat: bool | None = None
         self.skipped_splits: set[str] = set()
         # By item.
@@ -86,6 +88,7 @@ class FeedbackIndex:
         self.item_completions.append(len(self.completion_item))
         self.item_pairs.append(len(self.better))
         self.item_has_pairs.append(bool(found.pairs or found.ties))
+        self.is_sampled |= any(completion.sampled is not None for completion in found.completions)
         first = len(self.completion_item)
         for slot, (completion, digest) in enumerate(zip(found.completions, digests, strict=True)):
             self.completion_item.append(number)
