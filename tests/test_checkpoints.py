@@ -149,7 +149,7 @@ def test_a_finished_run_trains_no_further(run_of, said, kind):
     result = trainer.train(resume_from_checkpoint=True)
     assert result.global_step == trainer.state.global_step == 4
     assert torch.equal(weights(trainer.model), end)
-    assert "is that of a finished run (step 4 of 4), so nothing was trained" in said()
+    assert "belongs to a finished run (step 4 of 4), so nothing was trained" in said()
 
 
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(run_of):
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_written_again_holds_nothing_of_the_older_run(run_o
     folder, _ = run_of("DPO", humanline=True)
     assert (folder / "checkpoint-2" / "reference.safetensors").is_file()
     make("DPO", folder).train()
-    assert "holds checkpoints of an earlier run" in said()
+    assert "contains checkpoints of an earlier run" in said()
     assert not (folder / "checkpoint-2" / "reference.safetensors").exists()
     assert "halos_trl.moved_reference" not in json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
 

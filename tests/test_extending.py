@@ -136,7 +136,7 @@ def test_flags_that_a_method_does_not_read_are_refused(fit, dummy_kto, margin, w
         with pytest.raises(ValueError, match=f"`{name}=.*has no effect: the loss of MarginTrainer does not read"):
             fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), **{name: value})
     for name in ("sync_ref_model", "precompute_ref_log_probs"):
-        with pytest.raises(ValueError, match=f"`{name}=True` has no effect: MarginTrainer compares with no reference"):
+        with pytest.raises(ValueError, match=f"`{name}=True` has no effect: MarginTrainer uses no reference"):
             fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), **{name: True})
     with pytest.raises(ValueError, match="nothing says that the loss of MarginTrainer clamps"):
         fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), humanline=True)

@@ -139,7 +139,7 @@ def test_steps_that_stay_half_empty_are_reported(fit, said):
 def test_steps_that_are_full_enough_are_not_reported(fit, said, rows, size):
     """Full steps; a single step that the rows do not fill; and steps that are 5/6 full, of groups split into 3 + 2."""
     fit(scored(rows // 5, sizes=(5,)), per_device_train_batch_size=size, max_steps=1)
-    assert "completions that they have room for" not in said()
+    assert "because groups stay whole" not in said()
 
 
 # -- mixture of experts --------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_saved_policy_loads_plainly(fit, tmp_path):
         ({"desirable_weight": 2.0}, "desirable_weight=2.0"),
         ({"train_sampling_strategy": "group_by_length"}, "Use one of 'random', 'sequential'"),
         ({"dataloader_drop_last": True}, "dataloader_drop_last=True"),
-        ({"humanline": True, "precompute_ref_log_probs": True}, "exclude each other"),
+        ({"humanline": True, "precompute_ref_log_probs": True}, "cannot be combined"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(make_config, flags, message):

@@ -658,7 +658,7 @@ def test_no_complete_checkpoint_is_an_error(make):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"precompute_ref_log_probs": True}, "stale at once"),
+        ({"precompute_ref_log_probs": True}, "become stale"),
         ({"log_epsilon_p": 0.5}, "log_epsilon_p <= 0 <= log_epsilon_r"),
         ({"log_epsilon_r": -0.5}, "log_epsilon_p <= 0 <= log_epsilon_r"),
         ({"log_epsilon_p": 0.0, "log_epsilon_r": 0.0}, "not both 0"),

@@ -223,7 +223,7 @@ def test_precomputed_sums_are_refused_for_a_loss_that_may_read_tokens(fit):
 def test_precomputing_with_an_adapter_that_takes_base_weights_is_refused(fit):
     """TRL would store the log-probs of the base that is left, which is not what the policy starts from."""
     adapter = LoraConfig(r=2, target_modules="all-linear", init_lora_weights="pissa")
-    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*starts with a part of the base weights"):
+    with pytest.raises(ValueError, match=r"init_lora_weights='pissa'.*moves a part of the base weights"):
         fit(unpaired_rows(8), ref=None, peft_config=adapter, precompute_ref_log_probs=True)
 
 
@@ -433,14 +433,14 @@ def test_one_sided_batches_are_legal(fit, label):
 
 
 def test_step_of_one_example_is_refused(fit):
-    with pytest.raises(ValueError, match="optimizer step holds a single example"):
+    with pytest.raises(ValueError, match="optimizer step has a single example"):
         fit(unpaired_rows(8), per_device_train_batch_size=1)
     fit(unpaired_rows(8), per_device_train_batch_size=1, loss_type="apo_zero_unpaired")
 
 
 def test_evaluation_batch_of_one_example_is_refused(fit):
     settings = {"eval_strategy": "steps", "eval_dataset": unpaired_rows(4)}
-    with pytest.raises(ValueError, match="evaluation batch holds a single example"):
+    with pytest.raises(ValueError, match="evaluation batch has a single example"):
         fit(unpaired_rows(8), per_device_eval_batch_size=1, **settings)
 
 
@@ -487,9 +487,9 @@ def test_trl_config_is_refused_with_the_import_to_use(model, tokenizer, make_con
         ({"beta": 0.0}, "beta=0.0"),
         ({"desirable_weight": -1.0}, "desirable_weight=-1.0"),
         ({"loss_type": "kt0"}, "loss_type='kt0'"),
-        ({"humanline": True, "precompute_ref_log_probs": True}, "exclude each other"),
+        ({"humanline": True, "precompute_ref_log_probs": True}, "cannot be combined"),
         ({"humanline": True, "log_epsilon_p": 0.5}, "log_epsilon_p <= 0"),
-        ({"humanline": True, "sync_ref_model": True}, "both decide how the reference moves"),
+        ({"humanline": True, "sync_ref_model": True}, "both control how the reference moves"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(make_config, flags, message):

@@ -160,7 +160,7 @@ def test_stream_of_no_row_is_refused(make):
     stream = unpaired_rows(8).to_iterable_dataset()
     trainer = make("KTO", data=stream)
     trainer.train_dataset = trainer.train_dataset.filter(lambda row: False)
-    with pytest.raises(ValueError, match="gives no batch"):
+    with pytest.raises(ValueError, match="yields no batch"):
         trainer.train()
 
 

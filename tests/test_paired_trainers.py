@@ -214,7 +214,7 @@ def test_methods_without_reference_keep_no_reference_adapter(method, model, toke
 
 
 def test_reference_for_a_method_without_one_is_refused(model, tokenizer, make_config):
-    with pytest.raises(ValueError, match="compares with no reference"):
+    with pytest.raises(ValueError, match="uses no reference"):
         SimPOTrainer(
             model, perturbed(model), make_config(SimPOConfig), train_dataset=paired_rows(8), processing_class=tokenizer
         )
@@ -342,8 +342,8 @@ def test_streaming_and_evaluation(fit, method):
         (SLiCConfig, {"sync_ref_model": True}, "sync_ref_model=True"),
         (SLiCConfig, {"lambda_coef": -1.0}, "lambda_coef=-1.0"),
         (SLiCConfig, {"use_weighting": True}, "use_weighting=True"),
-        (DPOConfig, {"humanline": True, "use_weighting": True}, "exclude each other"),
-        (DPOConfig, {"sync_ref_model": True, "precompute_ref_log_probs": True}, "exclude each other"),
+        (DPOConfig, {"humanline": True, "use_weighting": True}, "cannot be combined"),
+        (DPOConfig, {"sync_ref_model": True, "precompute_ref_log_probs": True}, "cannot be combined"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_at_construction(make_config, config, flags, message):

@@ -585,7 +585,7 @@ def test_optimizer_that_cannot_know_the_head_is_refused(fit, model, tokenizer, m
     with pytest.raises(ValueError, match=r"`optimizers\[0\]` holds none of the parameters"):
         fit(scored(4), optimizers=optimizers)  # it trains a copy of the model
     arguments = (model, None, make_config(PPOConfig), None, scored(4), None, tokenizer, None, None, optimizers)
-    with pytest.raises(ValueError, match="`optimizers` holds an optimizer, which was made before the value head"):
+    with pytest.raises(ValueError, match="`optimizers` contains an optimizer that was created before the value head"):
         PPOTrainer(*arguments)
 
 

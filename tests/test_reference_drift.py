@@ -187,7 +187,7 @@ def test_unfrozen_modules_are_not_saved_by_peft(build, said):
     assert "PEFT saves only the adapter" in said() and "modules_to_save" in said()
     again = build(peft_config=LoraConfig(**LORA))
     unfreeze_norms(again.model)
-    with pytest.raises(ValueError, match="a resumed run would start them anew"):
+    with pytest.raises(ValueError, match="a resumed run would reset them"):
         again.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-4")
 
 

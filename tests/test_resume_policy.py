@@ -91,7 +91,7 @@ def test_resume_with_another_split_between_epochs_is_refused(whole, tmp_path):
     _, folder = whole("ppo")
     split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "save_strategy": "no"}
     trainer = resume_policy.make_trainer("ppo", tmp_path / "out", **split)
-    with pytest.raises(ValueError, match="belongs to other rows"):
+    with pytest.raises(ValueError, match="does not match the rows"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
@@ -103,8 +103,8 @@ def other_text(rows):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data": lambda rows: rows.map(lambda row: {"score": 1 - row["score"]})}, "rows with other scores"),
-        ({"data": other_text}, "belongs to other rows"),
+        ({"data": lambda rows: rows.map(lambda row: {"score": 1 - row["score"]})}, "their scores"),
+        ({"data": other_text}, "does not match the rows"),
         ({"gamma": 0.5}, r"computed with {'gamma': 0.99, 'lam': 0.95}, but this run has {'gamma': 0.5, 'lam': 0.95}"),
         ({"lam": 0.5}, r"but this run has {'gamma': 0.99, 'lam': 0.5}"),
         ({"ppo_epochs": 2}, "`ppo_epochs=3` has become 2"),

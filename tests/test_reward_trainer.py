@@ -311,7 +311,7 @@ def test_new_head_that_is_frozen_or_missing_in_the_adapter_is_refused(language_m
 
 
 def test_language_model_is_no_reward_model(language_model, tokenizer, make_config):
-    with pytest.raises(ValueError, match=r"saved as \['LlamaForCausalLM'\] and does not hold \['score.weight'\]"):
+    with pytest.raises(ValueError, match=r"saved as \['LlamaForCausalLM'\] and has no \['score.weight'\]"):
         load_reward_model(language_model)
     new = AutoModelForSequenceClassification.from_pretrained(language_model, num_labels=1)
     new.config.pad_token_id = tokenizer.pad_token_id

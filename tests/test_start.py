@@ -83,7 +83,7 @@ def test_trainable_parameters_that_the_loss_does_not_reach(build):
     trainer = build(peft_config=LORA, gradient_checkpointing=True)
     trainer.model.requires_grad_(False)
     trainer.model.register_parameter("unused", torch.nn.Parameter(torch.ones(1)))
-    with pytest.raises(ValueError, match=r"got a gradient in the first step.*unused"):
+    with pytest.raises(ValueError, match=r"received a gradient in the first step.*unused"):
         trainer.train()
 
 

@@ -1,4 +1,4 @@
-"""Which batches a run is made of: TRL's way, or those of HALOs."""
+"""The setting that selects between TRL's and HALOs' batches."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from .checks import defaults_of, require, require_count
 
 @dataclass
 class BatchOrderConfig:
-    """The batches of a run.
+    """How examples are assigned to batches.
 
     Parameters:
         batch_order (`str`, *optional*, defaults to `"trl"`):
-            `"halos"` repeats HALOs' batches: its order from `seed`, what it drops, its tokenization and truncation,
-            and KTO's KL term for each micro-batch. For reproducing a run of HALOs; `"trl"` uses every row.
+            `"halos"` reproduces HALOs' batches: its order for a `seed`, the examples it drops, its tokenization and
+            truncation, and KTO's KL term per micro-batch. Use it to reproduce a run of HALOs. `"trl"` uses every row.
         max_prompt_length (`int`, *optional*):
-            Tokens that the prompt may take with `batch_order="halos"`. HALOs' configs set 625 of `max_length=1250`.
+            Maximum number of prompt tokens with `batch_order="halos"`. HALOs' configs use 625 with `max_length=1250`.
     """
 
     batch_order: str = field(
         default="trl",
         metadata={
-            "help": "`halos` repeats HALOs' batches (its order, what it drops, its truncation, KTO's KL for each "
-            "micro-batch), `trl` uses every row.",
+            "help": (
+                "`halos` reproduces HALOs' batches (order, dropped examples, truncation, KTO's KL per micro-batch), "
+                "`trl` uses every row."
+            ),
             "choices": ["trl", "halos"],
         },
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens that the prompt may take, with `batch_order=halos` only."}
+        default=None, metadata={"help": "Maximum number of prompt tokens; only with `batch_order=halos`."}
     )
 
     def __post_init__(self) -> None:
@@ -40,17 +42,17 @@ class BatchOrderConfig:
         require(
             self.max_prompt_length is None, "max_prompt_length", self.max_prompt_length,
             "rows keep their whole prompts with `batch_order='trl'`.",
-            "Leave it out, or set `batch_order='halos'`, which cuts as HALOs does.",
+            "Leave it out, or set `batch_order='halos'`, which truncates as HALOs does.",
         )  # fmt: skip
 
 
 # What does not go together with HALOs' batches, and why.
 _NOT_WITH_HALOS = {
-    "train_sampling_strategy": "HALOs' order is that of its own generator.",
-    "group_by_length": "HALOs' order is that of its own generator.",
-    "dataloader_drop_last": "HALOs' loaders decide themselves what they drop.",
-    "auto_find_batch_size": "with another batch size the batches are others.",
-    "truncation_mode": "HALOs cuts turn by turn.",
+    "train_sampling_strategy": "HALOs shuffles with its own random generator.",
+    "group_by_length": "HALOs shuffles with its own random generator.",
+    "dataloader_drop_last": "HALOs' loaders determine which examples are dropped.",
+    "auto_find_batch_size": "a different batch size changes the batches.",
+    "truncation_mode": "HALOs truncates turn by turn.",
 }
 
 
@@ -66,7 +68,7 @@ def _check_halos(config: Any) -> None:
         value = getattr(config.accelerator_config, name, None)
         require(
             not value, f"accelerator_config.{name}", value,
-            "`batch_order='halos'` is set, which deals examples to the processes itself.", "Leave it out.",
+            "`batch_order='halos'` is set, which distributes examples over the processes itself.", "Leave it out.",
         )  # fmt: skip
     require(
         not getattr(config, "assistant_only_loss", False), "assistant_only_loss", True,
@@ -78,6 +80,6 @@ def _check_halos(config: Any) -> None:
     require_count(config, "max_prompt_length", "it counts tokens.")
     require(
         config.max_length is None or config.max_prompt_length < config.max_length, "max_prompt_length",
-        config.max_prompt_length, f"`max_length={config.max_length}` counts the completion too.",
-        "Use less than `max_length`.",
+        config.max_prompt_length, f"`max_length={config.max_length}` includes the completion.",
+        "Use a value below `max_length`.",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the config classes check, and how they say it."""
+"""Checks that the config classes share, with their error messages."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def check_sync(config: Any) -> None:
     if getattr(config, "sync_ref_model", False):
         if config.precompute_ref_log_probs:
             raise ValueError(
-                "`sync_ref_model=True` and `precompute_ref_log_probs=True` exclude each other: a reference that moves "
-                "makes log-probs computed before training stale. Switch one of them off."
+                "`sync_ref_model=True` and `precompute_ref_log_probs=True` cannot be combined: a moving reference "
+                "makes log-probs computed before training stale. Disable one of them."
             )
         require(
             0 < config.ref_model_mixup_alpha <= 1, "ref_model_mixup_alpha", config.ref_model_mixup_alpha,
-            "it is the policy's share in the mixed reference.", "Use a number in (0, 1].",
+            "it is the weight of the policy in the mixed reference.", "Use a number in (0, 1].",
         )  # fmt: skip
-        require_count(config, "ref_model_sync_steps", "it counts optimizer steps.")
+        require_count(config, "ref_model_sync_steps", "it is a number of optimizer steps.")
 
 
 def defaults_of(config_class: type) -> dict[str, Any]:
-    """The default of each field of a config class that has one."""
+    """Field name -> default, for the fields of a config class that have one."""
     made = {f.name: f.default_factory() for f in fields(config_class) if f.default_factory is not MISSING}
     return made | {f.name: f.default for f in fields(config_class) if f.default is not MISSING}

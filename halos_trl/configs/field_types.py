@@ -1,6 +1,6 @@
-"""What kind of value each field of a config takes: read from its annotation, checked before anything uses it.
+"""Type checks for config fields, derived from their annotations.
 
-`dataclass` checks nothing: `humanline="false"` would switch humanline on, and `max_length="long"` would fail somewhere
+`dataclass` does not check types: `humanline="false"` would enable humanline, and `max_length="long"` would only fail
 in the middle of a run.
 """
 
@@ -24,8 +24,9 @@ from .checks import require
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 _STANDS_FOR_NONE = {"max_grad_norm": 0.0}
-"""Fields without `None` in their annotation for which it means "no limit", and the value by which every version of the
-Trainer understands that."""
+"""Fields whose annotation does not include `None`, but for which it means "no limit", and the value by which every
+version of the Trainer understands that.
+"""
 
 _MAY_BE_INFINITE = {"max_grad_norm"}
 
@@ -37,16 +38,17 @@ _COUNTS = (
     "dataset_num_proc",
     "precompute_ref_batch_size",
 )
-"""Whole numbers of which there has to be at least one."""
+"""Integer fields that must be at least 1."""
 
 
 def check_types(config: Any) -> None:
-    """Check each field's value against its annotation and its choices. Raises ValueError that names field and value.
+    """Check each field's value against its annotation and its choices. Raises a ValueError that names the field and
+    the value.
 
-    A switch takes `True` or `False` and nothing else. A number is no `bool`, and not NaN. Numbers that are written as
-    strings ("1e-6") become numbers, as `TrlParser` makes them of flags and of YAML; whole floats become integers where
-    integers are due. Of the fields of `transformers.TrainingArguments` only switches, numbers and choices are checked:
-    what else they take is for transformers to say.
+    Boolean fields accept only `True` or `False`. Numeric fields accept neither `bool` nor NaN. Numbers written as
+    strings ("1e-6") are converted, as `TrlParser` does for flags and YAML, and integral floats are converted for
+    integer fields. Of the fields of `transformers.TrainingArguments`, only booleans, numbers and choices are checked;
+    the rest is left to transformers.
     """
     config_class: type = type(config)
     for field, kinds in _checkable(config_class):
@@ -56,9 +58,7 @@ def check_types(config: Any) -> None:
     _check_what_hosts_trip_over(config)
     for name in _COUNTS:
         value = getattr(config, name, None)
-        require(
-            value is None or value >= 1, name, value, "there has to be at least one.", "Use a whole number, 1 or more."
-        )
+        require(value is None or value >= 1, name, value, "it must be at least 1.", "Use a whole number, 1 or more.")
 
 
 _REPORTS_TO_NONE = TrainingArguments.__dataclass_fields__["report_to"].default is None
@@ -68,7 +68,7 @@ _KEYS_AND_VALUES = re.compile(r"\s*[^=,]+=[^=,]*(,\s*[^=,]+=[^=,]*)*")
 
 
 def _check_what_hosts_trip_over(config: Any) -> None:
-    """Fields of transformers' that end in a message without their name."""
+    """Check fields of transformers that would otherwise fail with a message that does not name them."""
     for name in _TEXTS:
         value = getattr(config, name, None)
         require(
@@ -77,7 +77,7 @@ def _check_what_hosts_trip_over(config: Any) -> None:
         )  # fmt: skip
     require(
         not config.optim_args or _KEYS_AND_VALUES.fullmatch(config.optim_args) is not None,
-        "optim_args", config.optim_args, "the optimizer takes its settings by name.",
+        "optim_args", config.optim_args, "the optimizer's settings are given by name.",
         'Write them as "name=value,name=value".',
     )  # fmt: skip
     require(
@@ -86,7 +86,7 @@ def _check_what_hosts_trip_over(config: Any) -> None:
     )  # fmt: skip
     noise = config.neftune_noise_alpha
     require(
-        noise is None or noise >= 0, "neftune_noise_alpha", noise, "it is the size of the noise.",
+        noise is None or noise >= 0, "neftune_noise_alpha", noise, "it is the magnitude of the noise.",
         "Use a number, 0 or more, or leave it out.",
     )  # fmt: skip
     multiple = getattr(config, "pad_to_multiple_of", None)
@@ -101,8 +101,8 @@ def _check_what_hosts_trip_over(config: Any) -> None:
     )  # fmt: skip
     known = ("all", "none", *INTEGRATION_TO_CALLBACK)
     require(
-        _names_trackers(config.report_to, known), "report_to", config.report_to, "there is no such tracker.",
-        f"Use one or a list of {', '.join(map(repr, known))}.",
+        _names_trackers(config.report_to, known), "report_to", config.report_to, "it is not a known tracker.",
+        f"Use one or several of {', '.join(map(repr, known))}.",
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def _names_trackers(report_to: Any, known: tuple[str, ...]) -> bool:
 
 @functools.cache
 def _checkable(config_class: type) -> list[tuple[dataclasses.Field, set[type] | None]]:
-    """The fields of a config class, each with the kinds of value that it takes, or None for any."""
+    """The fields of a config class, each with the types it accepts, or None for any."""
     hints = _hints(config_class)
     hosts = {f.name for f in dataclasses.fields(TrainingArguments)}
     pairs = [(f, _kinds(hints.get(f.name))) for f in dataclasses.fields(config_class)]
@@ -132,7 +132,7 @@ def _hints(config_class: type) -> dict[str, Any]:
 
 
 def _kinds(hint: Any) -> set[type] | None:
-    """The plain types that an annotation is made of; None where it names others, which know what they take."""
+    """The plain types that make up an annotation; None if it contains other types."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     parts = [typing.get_origin(part) or part for part in (typing.get_args(hint) if union else [hint])]
     return set(parts) if all(part in _PLAIN for part in parts) else None
@@ -141,7 +141,7 @@ def _kinds(hint: Any) -> set[type] | None:
 def _checked(field: dataclasses.Field, kinds: set[type], value: Any) -> Any:
     if value is None:
         optional = type(None) in kinds or field.default is None or field.name in _STANDS_FOR_NONE
-        require(optional, field.name, value, "it has no meaning here.", f"Pass {_names(kinds)}, or leave it out.")
+        require(optional, field.name, value, "None is not allowed here.", f"Pass {_names(kinds)}, or leave it out.")
         return _STANDS_FOR_NONE.get(field.name)
     if any(kind in kinds and _is_a(kind, value) for kind in (bool, str, list, dict)):
         return value
@@ -157,7 +157,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _number(value: Any, kinds: set[type]) -> int | float | None:
-    """The value as a number of the wanted kind; None where it is none."""
+    """The value converted to the expected type of number; None if that is not possible."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
@@ -181,4 +181,6 @@ def _names(kinds: set[type]) -> str:
 def _check_choice(field: dataclasses.Field, value: Any) -> None:
     choices = field.metadata.get("choices")
     if choices and value != field.default and not (isinstance(value, str) and value in choices):
-        require(False, field.name, value, "there is no such choice.", f"Use one of {', '.join(map(repr, choices))}.")
+        require(
+            False, field.name, value, "it is not one of the choices.", f"Use one of {', '.join(map(repr, choices))}."
+        )

@@ -38,8 +38,8 @@ class DPOConfig(
         self._check_trl_losses()
         if self.humanline and self.use_weighting:
             raise ValueError(
-                "`humanline=True` and `use_weighting=True` exclude each other: WPO weighs pairs by the policy's own "
-                "probabilities, which the clamp replaces. Switch one of them off."
+                "`humanline=True` and `use_weighting=True` cannot be combined: WPO weights pairs by the policy's "
+                "own probabilities, which the clamp replaces. Disable one of them."
             )
 
     def _check_trl_losses(self) -> None:
@@ -48,7 +48,7 @@ class DPOConfig(
             all(map(is_number, weights)), "loss_weights", weights, "each loss type is multiplied by its weight.",
             "Use one finite number for each loss type.",
         )  # fmt: skip
-        require(len(self.loss_type) > 0, "loss_type", self.loss_type, "there is no loss.", "Name one or more.")
+        require(len(self.loss_type) > 0, "loss_type", self.loss_type, "no loss is selected.", "Name one or more.")
         for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
             # Newer releases of TRL may know more of them, and list those here.
             listed = _TRL_FIELDS[name].metadata["help"]
@@ -59,11 +59,11 @@ class DPOConfig(
                 )  # fmt: skip
         require(
             self.ld_alpha is None or is_share(self.ld_alpha), "ld_alpha", self.ld_alpha,
-            "it weighs the tokens beyond the shorter completion.", "Use a number in [0, 1].",
+            "it is the weight of the tokens beyond the length of the shorter completion.", "Use a number in [0, 1].",
         )  # fmt: skip
         require(
             is_share(self.label_smoothing), "label_smoothing", self.label_smoothing,
-            "it is the share of flipped labels.", "Use a number in [0, 1].",
+            "it is the fraction of flipped labels.", "Use a number in [0, 1].",
         )  # fmt: skip
         require(
             "robust" not in self.loss_type or self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
@@ -85,7 +85,7 @@ DPO_LOSS_FIELDS = (
 
 @dataclass
 class _PairedConfig(DPOConfig):
-    """Base of the paired methods that are not DPO: TRL's DPO-only options are refused instead of ignored."""
+    """Base of the paired methods other than DPO. TRL's DPO-only options are refused instead of ignored."""
 
     _refused: ClassVar[tuple[str, ...]] = DPO_LOSS_FIELDS
 
@@ -109,16 +109,16 @@ class CDPOConfig(_PairedConfig):
         beta (`float`, *optional*, defaults to `0.1`):
             Inverse temperature, per nat.
         epsilon (`float`, *optional*, defaults to `0.2`):
-            Assumed share of flipped labels, in [0, 0.5).
+            Assumed fraction of flipped labels, in [0, 0.5).
     """
 
-    epsilon: float = field(default=0.2, metadata={"help": "Assumed share of flipped labels, in [0, 0.5)."})
+    epsilon: float = field(default=0.2, metadata={"help": "Assumed fraction of flipped labels, in [0, 0.5)."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             is_share(self.epsilon) and self.epsilon < 0.5, "epsilon", self.epsilon,
-            "it is the share of flipped labels.", "Use a number in [0, 0.5); at 0.5 the labels would say nothing.",
+            "it is the fraction of flipped labels.", "Use a number in [0, 0.5).",
         )  # fmt: skip
 
 
@@ -128,12 +128,13 @@ class IPOConfig(_PairedConfig):
 
     Parameters:
         tau (`float`, *optional*, defaults to `0.1`):
-            Strength of the regularization; the per-token margin is drawn to 1 / (2 tau) nats. TRL calls it `beta`.
+            Strength of the regularization: the target of the per-token margin is 1 / (2 tau) nats. TRL calls it
+            `beta`.
     """
 
     _refused = (*DPO_LOSS_FIELDS, "beta")
 
-    tau: float = field(default=0.1, metadata={"help": "The per-token margin is drawn to 1 / (2 tau) nats."})
+    tau: float = field(default=0.1, metadata={"help": "The target of the per-token margin is 1 / (2 tau) nats."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,20 +143,20 @@ class IPOConfig(_PairedConfig):
 
 @dataclass
 class SimPOConfig(_PairedConfig):
-    """SimPO, which compares with no reference.
+    """SimPO, which needs no reference.
 
     Parameters:
         beta (`float`, *optional*, defaults to `10.0`):
             Inverse temperature, per nat per token.
         gamma_beta_ratio (`float`, *optional*, defaults to `0.3`):
-            Margin between the mean log-probs, nats per token, at least 0.
+            Margin between the mean log-probs, in nats per token, at least 0.
     """
 
     _refused = (*DPO_LOSS_FIELDS, *REFERENCE_FIELDS, "humanline_sync_steps")
 
     beta: float = field(default=10.0, metadata={"help": "Inverse temperature, per nat per token."})
     gamma_beta_ratio: float = field(
-        default=0.3, metadata={"help": "Margin between the mean log-probs, nats per token, at least 0."}
+        default=0.3, metadata={"help": "Margin between the mean log-probs, in nats per token, at least 0."}
     )
 
     def __post_init__(self) -> None:
@@ -165,18 +166,18 @@ class SimPOConfig(_PairedConfig):
 
 @dataclass
 class SLiCConfig(_PairedConfig):
-    """SLiC, which compares with no reference.
+    """SLiC, which needs no reference.
 
     Parameters:
         beta (`float`, *optional*, defaults to `1.0`):
-            Margin between the summed log-probs, nats.
+            Margin between the summed log-probs, in nats.
         lambda_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the chosen completion's negative log-likelihood, at least 0.
     """
 
     _refused = (*DPO_LOSS_FIELDS, *REFERENCE_FIELDS, "humanline_sync_steps")
 
-    beta: float = field(default=1.0, metadata={"help": "Margin between the summed log-probs, nats."})
+    beta: float = field(default=1.0, metadata={"help": "Margin between the summed log-probs, in nats."})
     lambda_coef: float = field(
         default=0.1, metadata={"help": "Weight of the chosen completion's negative log-likelihood, at least 0."}
     )

@@ -26,13 +26,16 @@ class _ScoredConfig(
     assistant_only_loss: bool = field(
         default=True,
         metadata={
-            "help": f"{ASSISTANT_HELP} On, since the policy wrote no other token; off with `batch_order=halos`."
+            "help": (
+                f"{ASSISTANT_HELP} Enabled by default, since the policy wrote no other tokens; disabled with "
+                "`batch_order=halos`."
+            )
         },
     )
     train_sampling_strategy: str = field(
         default="random",
         metadata={
-            "help": "Order of the groups: `random` (new in each epoch) or `sequential`.",
+            "help": "Order of the groups: `random` (reshuffled in each epoch) or `sequential`.",
             "choices": ["random", "sequential"],
         },
     )
@@ -51,17 +54,17 @@ class _ScoredConfig(
         known = ("random", "sequential")
         require(
             self.train_sampling_strategy in known, "train_sampling_strategy", self.train_sampling_strategy,
-            "the examples of a prompt have to stay together.", f"Use one of {known}.",
+            "the completions of a prompt must stay together.", f"Use one of {known}.",
         )  # fmt: skip
         require(
             not self.dataloader_drop_last, "dataloader_drop_last", self.dataloader_drop_last,
-            "a step may hold fewer examples than it could, so that no group is torn apart.", "Leave it out.",
+            "a step may have fewer examples than its size, so that no group is split.", "Leave it out.",
         )  # fmt: skip
 
 
 @dataclass
 class GRPOConfig(_ScoredConfig):
-    """Group-relative policy optimization on scored completions that exist already (offline).
+    """Group-relative policy optimization on existing, scored completions (offline).
 
     Parameters:
         beta (`float`, *optional*, defaults to `0.01`):
@@ -69,7 +72,7 @@ class GRPOConfig(_ScoredConfig):
         epsilon (`float`, *optional*, defaults to `0.01`):
             The probability ratio is clipped to [1 - epsilon, 1 + epsilon_high].
         epsilon_high (`float`, *optional*):
-            Upper clip range; `epsilon` where not set.
+            Upper clip range; defaults to `epsilon`.
         scale_rewards (`bool`, *optional*, defaults to `True`):
             Divide advantages by the standard deviation of their group (+ 0.01).
         sequence_level (`bool`, *optional*, defaults to `False`):
@@ -87,7 +90,7 @@ class GRPOConfig(_ScoredConfig):
         default=0.01, metadata={"help": "The probability ratio is clipped to [1 - epsilon, 1 + epsilon_high]."}
     )
     epsilon_high: float | None = field(
-        default=None, metadata={"help": "Upper clip range of the probability ratio; `epsilon` where not set."}
+        default=None, metadata={"help": "Upper clip range of the probability ratio; defaults to `epsilon`."}
     )
     scale_rewards: bool = field(
         default=True, metadata={"help": "Divide advantages by the standard deviation of their group (+ 0.01)."}
@@ -107,7 +110,7 @@ class GRPOConfig(_ScoredConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_old_policy()
-        require_not_negative(self, "beta", "a negative weight rewards leaving the reference.")
+        require_not_negative(self, "beta", "a negative weight rewards moving away from the reference.")
         require_positive(self, "epsilon", *(["epsilon_high"] if self.epsilon_high is not None else []))
 
     def _check_old_policy(self) -> None:
@@ -132,7 +135,7 @@ class GRPOConfig(_ScoredConfig):
 
 @dataclass
 class PPOConfig(_ScoredConfig):
-    """Proximal policy optimization with a value head, on completions that exist already (offline).
+    """Proximal policy optimization with a value head, on existing completions (offline).
 
     Parameters:
         cliprange (`float`, *optional*, defaults to `0.5`):
@@ -141,7 +144,8 @@ class PPOConfig(_ScoredConfig):
             Weight of the critic's squared error, at least 0.
         kl_coef (`float`, *optional*, defaults to `0.1`):
             Weight of the KL penalty, at least 0. The penalty is linear in the log-ratio, so on fixed completions it
-            lowers the log-probs of all of them without a bound; watch `kl`, and lower it at high learning rates.
+            lowers the log-probs of all of them without bound; monitor `kl`, and lower the weight at high learning
+            rates.
         gamma (`float`, *optional*, defaults to `0.99`):
             Discount per token, in [0, 1].
         lam (`float`, *optional*, defaults to `0.95`):
@@ -149,9 +153,9 @@ class PPOConfig(_ScoredConfig):
         ppo_epochs (`int`, *optional*, defaults to `1`):
             Optimizer steps on each batch; values and advantages are computed once, before the first of them.
         v_head_max_grad_norm (`float`, *optional*, defaults to `0.1`):
-            Gradient-norm limit of the value head alone. `max_grad_norm` limits the policy alone.
+            Gradient-norm limit of the value head. `max_grad_norm` applies to the policy only.
         reward_batch_size (`int`, *optional*, defaults to `32`):
-            Completions that the reward model scores at once, on each process.
+            Number of completions per forward pass of the reward model, on each process.
     """
 
     _refused = (*KTO_LOSS_FIELDS, "beta")
@@ -167,19 +171,20 @@ class PPOConfig(_ScoredConfig):
         default=1, metadata={"help": "Optimizer steps on each batch, with values and advantages computed once."}
     )
     v_head_max_grad_norm: float = field(
-        default=0.1, metadata={"help": "Gradient-norm limit of the value head; `max_grad_norm` limits the policy."}
+        default=0.1,
+        metadata={"help": ("Gradient-norm limit of the value head; `max_grad_norm` applies to the policy only.")},
     )
     reward_batch_size: int = field(
-        default=32, metadata={"help": "Completions that the reward model scores at once, on each process."}
+        default=32, metadata={"help": "Number of completions per forward pass of the reward model, on each process."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "cliprange", "v_head_max_grad_norm")
         for name in ("critic_coef", "kl_coef"):
-            require_not_negative(self, name, "a negative weight turns the term around.")
+            require_not_negative(self, name, "a negative weight flips the sign of that term.")
         for name in ("gamma", "lam"):
             value = getattr(self, name)
-            require(0 <= value <= 1, name, value, "it is a discount.", "Use a number in [0, 1].")
+            require(0 <= value <= 1, name, value, "it is a discount factor.", "Use a number in [0, 1].")
         for name in ("ppo_epochs", "reward_batch_size"):
-            require_count(self, name, "it counts passes or rows.")
+            require_count(self, name, "it is a number of passes or rows.")

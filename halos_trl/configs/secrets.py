@@ -1,4 +1,4 @@
-"""Tokens that must not be saved with a model."""
+"""Access tokens, which must not be saved with a model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def _without_nested_tokens(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class PickledWithoutTokens:
-    """A config that loses its access tokens when it is pickled: `training_args.bin` lies in every checkpoint and is
-    pushed with the model. Copies keep them.
+    """A config whose access tokens are removed when it is pickled, because `training_args.bin` is part of every
+    checkpoint and is pushed with the model. Copies keep the tokens.
     """
 
     def __getstate__(self) -> dict[str, Any]:
         return _without_nested_tokens(vars(self)) | {"hub_token": None}
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, as they are logged; tokens are hidden."""
+        """All settings, as they are logged, with tokens hidden."""
         return _without_nested_tokens(super().to_dict())  # type: ignore[misc]
 
     def __copy__(self) -> Any:

@@ -10,8 +10,8 @@ from .field_types import check_types
 from .secrets import PickledWithoutTokens
 
 ASSISTANT_HELP = (
-    "Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too. Found by "
-    "the chat template's generation markers, else by the boundaries of the turns."
+    "Train only on tokens of the assistant's turns if a completion also has turns of users or tools. The turns are "
+    "found by the generation markers of the chat template, or else by their boundaries."
 )
 
 
@@ -21,8 +21,8 @@ class CompletionConfig:
 
     Parameters:
         assistant_only_loss (`bool`, *optional*, defaults to `False`):
-            Train only on tokens of the assistant's turns, where a completion holds turns of users or tools too; for
-            GRPO and PPO it defaults to `True`.
+            Train only on tokens of the assistant's turns if a completion also has turns of users or tools. Defaults to
+            `True` for GRPO and PPO.
     """
 
     assistant_only_loss: bool = field(default=False, metadata={"help": ASSISTANT_HELP})
@@ -30,15 +30,15 @@ class CompletionConfig:
 
 @dataclass
 class HumanlineConfig:
-    """Humanline, which every method takes (arXiv:2509.24207).
+    """Settings of humanline (arXiv:2509.24207).
 
     Parameters:
         humanline (`bool`, *optional*, defaults to `False`):
             Clamp the per-token log-ratios and let the reference follow the policy one step behind.
         log_epsilon_p (`float`, *optional*, defaults to `-1.0`):
-            Lower bound of a token's log-ratio, nats, at most 0.
+            Lower bound of a token's log-ratio, in nats, at most 0.
         log_epsilon_r (`float`, *optional*, defaults to `1.5`):
-            Upper bound of a token's log-ratio, nats, at least 0.
+            Upper bound of a token's log-ratio, in nats, at least 0.
         humanline_sync_steps (`int`, *optional*, defaults to `1`):
             Copy the policy into the reference before every n-th optimizer step.
     """
@@ -48,10 +48,10 @@ class HumanlineConfig:
         metadata={"help": "Clamp per-token log-ratios and let the reference follow the policy (arXiv:2509.24207)."},
     )
     log_epsilon_p: float = field(
-        default=-1.0, metadata={"help": "Humanline's lower bound of a token's log-ratio, nats, at most 0."}
+        default=-1.0, metadata={"help": "Humanline's lower bound of a token's log-ratio, in nats, at most 0."}
     )
     log_epsilon_r: float = field(
-        default=1.5, metadata={"help": "Humanline's upper bound of a token's log-ratio, nats, at least 0."}
+        default=1.5, metadata={"help": "Humanline's upper bound of a token's log-ratio, in nats, at least 0."}
     )
     humanline_sync_steps: int = field(
         default=1,
@@ -60,7 +60,7 @@ class HumanlineConfig:
 
     @property
     def humanline_clamp(self) -> Humanline | None:
-        """The clamp as the losses take it; `None` with humanline off."""
+        """The clamp as an argument for the losses; `None` if humanline is off."""
         return Humanline(self.log_epsilon_p, self.log_epsilon_r) if self.humanline else None
 
     def __post_init__(self) -> None:
@@ -75,17 +75,18 @@ class HumanlineConfig:
             return
         self.humanline_clamp  # noqa: B018  (its constructor checks the bounds)
         require_count(
-            self, "humanline_sync_steps", "it counts optimizer steps; a reference that never moves is no humanline."
+            self, "humanline_sync_steps", "it is a number of optimizer steps; humanline requires a moving reference."
         )
         if getattr(self, "precompute_ref_log_probs", False):
             raise ValueError(
-                "`humanline=True` and `precompute_ref_log_probs=True` exclude each other: humanline moves the "
-                "reference every few steps, so log-probs computed before training are stale at once. Switch one off."
+                "`humanline=True` and `precompute_ref_log_probs=True` cannot be combined: humanline moves the "
+                "reference every few steps, so log-probs computed before training become stale. Disable one of them."
             )
         if getattr(self, "sync_ref_model", False):
             raise ValueError(
-                "`humanline=True` and `sync_ref_model=True` both decide how the reference moves: humanline copies the "
-                "policy before every `humanline_sync_steps`-th step, TR-DPO mixes it in afterwards. Switch one off."
+                "`humanline=True` and `sync_ref_model=True` cannot be combined, because both control how the "
+                "reference moves: humanline copies the policy before every `humanline_sync_steps`-th step, TR-DPO "
+                "mixes it in afterwards. Disable one of them."
             )
 
 
@@ -95,15 +96,17 @@ class RowsConfig(PickledWithoutTokens):
 
     Parameters:
         drop_invalid_rows (`bool`, *optional*, defaults to `False`):
-            Drop rows that would be refused (an empty completion, a label or score that is none, ...), and count them
-            in a warning.
+            Drop rows that would be refused (an empty completion, an invalid label or score, ...), and report their
+            number in a warning.
     """
 
     drop_invalid_rows: bool = field(
         default=False,
         metadata={
-            "help": "Drop rows that would be refused, and count them in a warning that names the first one and what "
-            "is wrong with it."
+            "help": (
+                "Drop rows that would be refused, and report their number in a warning, with the first one and its "
+                "problem."
+            )
         },
     )
 
@@ -173,20 +176,22 @@ REFERENCE_FIELDS = (
 
 @dataclass
 class ForwardConfig:
-    """How the sequences of a micro-batch go through the model.
+    """How the sequences of a micro-batch are arranged for the forward pass.
 
     Parameters:
         packed (`str`, *optional*, defaults to `"auto"`):
-            `"auto"`: completions of one prompt share its tokens, and nothing is padded, wherever the model gives the
-            same results; the first batch is compared with padded rows, and a model that differs is given those.
-            `"on"`: an error where it cannot be done. `"off"`: padded rows.
+            `"auto"`: completions of the same prompt share its tokens, and nothing is padded, if the model gives the
+            same results as with padded rows. This is checked on the first batch; otherwise padded rows are used.
+            `"on"`: raise an error instead. `"off"`: always use padded rows.
     """
 
     packed: str = field(
         default="auto",
         metadata={
-            "help": "Compute the prompt of several completions once, and no padding: `auto` (wherever the model gives "
-            "the same results; checked on the first batch), `on` (an error where it cannot), `off`.",
+            "help": (
+                "Compute shared prompts once and avoid padding: `auto` (if the model gives the same results; "
+                "checked on the first batch), `on` (an error if it does not), `off`."
+            ),
             "choices": ["auto", "on", "off"],
         },
     )

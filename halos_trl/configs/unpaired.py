@@ -19,16 +19,16 @@ class KTOConfig(
 ):
     """`trl.KTOConfig` plus humanline, with shuffling on.
 
-    The KL partners are taken from inside the optimizer step, so any order of training is fine:
-    `train_sampling_strategy` defaults to `"random"` (TRL: `"sequential"`), and `per_device_train_batch_size=1` works.
-    Defaults are those of TRL and HALOs, which agree (`beta=0.1`, both weights 1).
+    The KL partners are taken from the same optimizer step, so the data can be in any order: `train_sampling_strategy`
+    defaults to `"random"` (TRL: `"sequential"`), and `per_device_train_batch_size=1` works. Defaults are those of TRL
+    and HALOs, which agree (`beta=0.1`, both weights 1).
     """
 
     sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})
     train_sampling_strategy: str = field(
         default="random",
         metadata={
-            "help": "Order of the training data; any order works, since KL partners come from inside the step.",
+            "help": "Order of the training data. Any order works, since KL partners come from the same step.",
             "choices": ["random", "sequential", "group_by_length"],
         },
     )
@@ -39,20 +39,20 @@ class KTOConfig(
         check_sync(self)
         require(
             self.batch_order == "trl" or not self.precompute_ref_log_probs, "precompute_ref_log_probs", True,
-            "with `batch_order='halos'` the KL term pairs a prompt with other completions in each epoch.",
+            "with `batch_order='halos'` the KL term pairs a prompt with different completions in each epoch.",
             "Leave it out, or set `batch_order='trl'`.",
         )  # fmt: skip
         for name in ("desirable_weight", "undesirable_weight"):
-            require_not_negative(self, name, "a negative weight turns the loss around.")
+            require_not_negative(self, name, "a negative weight flips the sign of that term.")
         require(
             self.desirable_weight + self.undesirable_weight > 0, "desirable_weight", self.desirable_weight,
-            "`undesirable_weight` is 0 too, so there is nothing to learn.", "Set one of them above 0.",
+            "`undesirable_weight` is 0 too, so nothing would be learned.", "Set one of them above 0.",
         )  # fmt: skip
         known = ("kto", "apo_zero_unpaired")
         require(
             self.loss_type in known,
             "loss_type",
             self.loss_type,
-            "KTOTrainer does not know it.",
+            "KTOTrainer does not have this loss type.",
             f"Use one of {known}.",
         )

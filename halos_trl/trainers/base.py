@@ -1,4 +1,4 @@
-"""What the methods share: the reference, what a run may combine, the hooks of a batch's loss, checkpoints."""
+"""What all methods share: the reference, checks of option combinations, the hooks for a batch's loss, checkpoints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Optimizers: TypeAlias = tuple[torch.optim.Optimizer | None, torch.optim.lr_sched
 
 
 class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
-    """Mixed in front of a host trainer. Subclasses turn a batch into a record, and a record into a loss."""
+    """Mixin placed before a host trainer. Subclasses convert a batch to a record, and a record to a loss."""
 
     # -- construction ------------------------------------------------------------------------------------------
 
@@ -96,24 +96,24 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         self.after_construction()
 
     def after_construction(self) -> None:
-        """Hook: the trainer is built."""
+        """Hook: called when the trainer has been built."""
 
     _start_is_checked = False
 
     takes_precomputed: ClassVar[bool] = False
-    """Whether precomputed reference log-probs serve `loss`: only a sum for each completion is stored."""
+    """Whether `loss` works with precomputed reference log-probs, of which only the sum per completion is stored."""
 
     stores_token_logps: ClassVar[bool] = False
-    """Whether `precompute_ref_log_probs` stores a number for each token instead, which serves any loss."""
+    """Whether `precompute_ref_log_probs` stores one number per token instead, which works for any loss."""
 
     takes_humanline: ClassVar[bool] = False
-    """Whether `loss` clamps log-ratios by `self.args.humanline_clamp`."""
+    """Whether `loss` clamps log-ratios with `self.args.humanline_clamp`."""
 
     takes_options: ClassVar[tuple[str, ...]] = ()
-    """Which of `loss_fields` `loss` reads."""
+    """The fields in `loss_fields` that `loss` reads."""
 
     loss_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields of the config that are options of some losses, so that not every loss reads them."""
+    """Config fields that only some losses read."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -123,7 +123,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
                     setattr(cls, name, getattr(AlignmentTrainer, name))
 
     is_at_start: bool
-    """Whether policy and reference have to be equal: no `ref_model` was passed, and nothing has been trained."""
+    """Whether policy and reference must be equal: no `ref_model` was passed, and nothing has been trained yet."""
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         refuse_unfit_models(model, ref_model, args)
@@ -136,19 +136,20 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         adapter = getattr(self, "_new_adapter", None)
         if args.precompute_ref_log_probs and adapter is not None and edits_base_weights(adapter):
             raise ValueError(
-                f"`precompute_ref_log_probs=True` reads the base model without its adapter, but this adapter "
-                f"(`init_lora_weights={adapter.init_lora_weights!r}`) starts with a part of the base weights, so that "
-                "is not what the policy starts from. Switch it off, or initialize the adapter in another way."
+                "`precompute_ref_log_probs=True` reads the base model without its adapter, but this adapter "
+                f"(`init_lora_weights={adapter.init_lora_weights!r}`) moves a part of the base weights into the "
+                "adapter, so the base model differs from the initial policy. Disable it, or initialize the adapter "
+                "differently."
             )
         if args.precompute_ref_log_probs and not (self.takes_precomputed or self.stores_token_logps):
             raise ValueError(
-                f"`precompute_ref_log_probs=True` stores one sum for each completion, but the loss of "
-                f"{type(self).__name__} may read single tokens of the reference. Switch it off; or, if the loss uses "
-                "nothing but sums over a row, say so with `takes_precomputed = True` in the class."
+                "`precompute_ref_log_probs=True` stores one sum for each completion, but the loss of "
+                f"{type(self).__name__} may read single tokens of the reference. Disable it, or, if the loss only "
+                "uses sums over a row, declare `takes_precomputed = True` in the class."
             )
         if ref_model is not None and not self.needs_reference:
             raise ValueError(
-                f"`ref_model` was passed to {type(self).__name__}, which compares with no reference. Leave it out."
+                f"`ref_model` was passed to {type(self).__name__}, which uses no reference. Leave it out."
             )
 
     def _refuse_what_nobody_reads(self, args: Any) -> None:
@@ -156,24 +157,24 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         unread = {name: f"the loss of {type(self).__name__} does not read it" for name in self.loss_fields}
         unread = {name: why for name, why in unread.items() if name not in self.takes_options}
         if not self.needs_reference:
-            unread |= {name: f"{type(self).__name__} compares with no reference" for name in REFERENCE_FIELDS}
+            unread |= {name: f"{type(self).__name__} uses no reference" for name in REFERENCE_FIELDS}
         for name, why in unread.items():
             if getattr(args, name, defaults.get(name)) != defaults.get(name):
                 raise ValueError(
-                    f"`{name}={getattr(args, name)!r}` has no effect: {why}. Leave it out; or, in a class of your "
-                    "own whose loss reads it, name it in `takes_options`."
+                    f"`{name}={getattr(args, name)!r}` has no effect: {why}. Leave it out, or, if your own class has "
+                    "a loss that reads it, add it to `takes_options`."
                 )
         if args.humanline and not self.takes_humanline:
             raise ValueError(
-                f"`humanline=True` was set, but nothing says that the loss of {type(self).__name__} clamps. Take the "
-                "log-ratios from `halos_trl.humanline.log_ratios(..., self.args.humanline_clamp)` and set "
-                "`takes_humanline = True` in the class, or leave `humanline` out."
+                f"`humanline=True` is set, but the class does not declare that the loss of {type(self).__name__} "
+                "clamps. Take the log-ratios from `halos_trl.humanline.log_ratios(..., self.args.humanline_clamp)` "
+                "and set `takes_humanline = True` in the class, or leave `humanline` out."
             )
 
     adapter_reference: AdapterOff | None = None
 
     def live_reference(self, policy: Any, moves: bool = False) -> Reference:
-        """The reference that is computed and not stored. Before training, the policy itself may stand for it."""
+        """The reference model, for log-probs that are not stored. Before training, this may be the policy itself."""
         shared = (self.accelerator.unwrap_model, self.no_grad_forward)
         adapters = getattr(self.accelerator.unwrap_model(policy), "peft_config", {})
         if self.ref_model is not None or not adapters:
@@ -219,10 +220,10 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         unwrapped = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model)]
         shapes = [{n: shape_of(p) for n, p in parameters_of(model).items()} for model in unwrapped]
         if shapes[0] != shapes[1]:
-            remedy = "Leave it out: the reference then is a second adapter on the same base model."
+            remedy = "Leave it out; the reference is then a second adapter on the same base model."
             raise ValueError(
                 "`humanline` and `sync_ref_model` copy the policy into the reference, but the parameters of "
-                "`ref_model` are not those of the policy. "
+                "`ref_model` do not match those of the policy. "
                 + (remedy if hasattr(self.model, "peft_config") else "Pass a reference of the policy's architecture.")
             )
 
@@ -254,28 +255,28 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         return batch_loss(self, model, inputs, return_outputs)
 
     def mean_loss(self, tables: BatchTables) -> torch.Tensor:
-        """The loss of a batch by itself, from its tables."""
+        """The loss of a batch, computed from its tables."""
         return mean_loss(self, tables)
 
     def record(self, tables: BatchTables) -> Any:
-        """Hook: what `loss` gets."""
+        """Hook: the record that is passed to `loss`."""
         raise NotImplementedError
 
     loss: Callable[[Any], LossOutput]
     """Hook: the method itself, a function of its record."""
 
     def checked(self, output: Any, record: Any) -> LossOutput:
-        """Hook: what `loss` returned for this record. Raises ValueError where it has another form than it should."""
+        """Hook: validate what `loss` returned for this record. Raises ValueError if its shape is wrong."""
         raise NotImplementedError
 
     def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
-        """Hook: index of the rows that have a loss, without those that accelerate repeats to fill the last evaluation
-        batch; None for all.
+        """Hook: indices of the rows that count, without those that accelerate repeats to fill the last evaluation
+        batch; None for all rows.
         """
         raise NotImplementedError
 
     def metric_sums(self, output: LossOutput, tables: BatchTables) -> Sums:
-        """Hook: what is logged of a batch."""
+        """Hook: the sums that are logged for a batch."""
         raise NotImplementedError
 
     def reference_logps(self, batch: dict[str, Any], prepared: Any) -> torch.Tensor | None:
@@ -290,15 +291,15 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
                 rows = (~torch.isfinite(table)).any(-1).nonzero().flatten().tolist()
                 raise ValueError(
                     f"The {name} model gave log-probabilities that are NaN or infinite at {self.moment}, in rows "
-                    f"{rows} of the batch. The weights were not updated with them. Look for NaN in the model's "
-                    "weights (a broken checkpoint), lower `learning_rate`, or use `bf16`/`float32` instead of `fp16`."
+                    f"{rows} of the batch. The weights were not updated. Check the model's weights for NaN (a broken "
+                    "checkpoint), lower `learning_rate`, or use `bf16`/`float32` instead of `fp16`."
                 )
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     @property
     def lasting_settings(self) -> dict[str, Any]:
-        """The settings that a resumed run has to share with the one that wrote its checkpoint."""
+        """The settings that must be the same in a resumed run as in the run that wrote the checkpoint."""
         return lasting_settings(self.args)
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:

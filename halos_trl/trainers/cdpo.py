@@ -1,4 +1,4 @@
-"""cDPO: DPO for labels that are sometimes wrong."""
+"""cDPO: DPO with label smoothing for noisy labels."""
 
 from __future__ import annotations
 

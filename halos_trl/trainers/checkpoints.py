@@ -1,4 +1,4 @@
-"""Checkpoints: which of them are whole, which one a run resumes from, and which settings have to stay."""
+"""Checkpoints: which are complete, which one a run resumes from, and which settings must not change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from transformers.trainer_utils import TrainOutput
 logger = get_logger(__name__)
 
 _SETTINGS = "halos_trl.settings"
-"""Under this name the trainer state of a checkpoint holds the settings that have to stay."""
+"""Key under which the trainer state stores the settings that must not change."""
 
 _LOCK = "_training.lock"  # uploads leave out what begins with an underscore
 
 
 class Resumable(Protocol):
-    """What a trainer that resumes brings along."""
+    """Interface of a trainer that can resume."""
 
     args: Any
     state: Any
@@ -36,11 +36,11 @@ class Resumable(Protocol):
     is_deepspeed_enabled: bool
 
     def restore(self, folder: str) -> None:
-        """Take from a checkpoint what the trainer wrote into it beside the host's files."""
+        """Restore what the trainer wrote to a checkpoint in addition to the host's files."""
 
 
 def train_from(trainer: Resumable, resume_from_checkpoint: Any, train: Callable[[Any], TrainOutput]) -> TrainOutput:
-    """The host's `train`, from a whole checkpoint or from the start, with the output directory to itself.
+    """The host's `train`, from a complete checkpoint or from the start, with exclusive use of the output directory.
 
     Raises ValueError for a checkpoint that is not complete, and while another run trains in that directory.
     """
@@ -50,8 +50,9 @@ def train_from(trainer: Resumable, resume_from_checkpoint: Any, train: Callable[
         if not checkpoint or not os.path.isdir(checkpoint):  # transformers refuses a path that leads nowhere
             if writes and any(Path(trainer.args.output_dir).glob("checkpoint-*")):
                 logger.warning(
-                    f"{trainer.args.output_dir!r} holds checkpoints of an earlier run, and this one starts anew. "
-                    "Later, `resume_from_checkpoint=True` takes that of the highest step, whichever run wrote it."
+                    f"{trainer.args.output_dir!r} contains checkpoints of an earlier run, and this run starts from "
+                    "the beginning. Note that `resume_from_checkpoint=True` will later use the checkpoint with the "
+                    "highest step, regardless of which run wrote it."
                 )
             return train(checkpoint)
         folder = os.fspath(checkpoint)
@@ -61,14 +62,14 @@ def train_from(trainer: Resumable, resume_from_checkpoint: Any, train: Callable[
         result = train(folder)
     if trainer.state.global_step == step:
         logger.warning(
-            f"{folder} is that of a finished run (step {trainer.state.global_step} of {trainer.state.max_steps}), so "
-            "nothing was trained. To go on, raise `max_steps` or `num_train_epochs`."
+            f"{folder} belongs to a finished run (step {trainer.state.global_step} of {trainer.state.max_steps}), so "
+            "nothing was trained. To continue training, raise `max_steps` or `num_train_epochs`."
         )
     return result
 
 
 def stops_finished_run(trainer: Resumable) -> bool:
-    """Whether the run has had its last step, as a finished one has that is resumed; it is told to stop."""
+    """Stop a resumed run that had already finished. Returns whether it had."""
     if trainer.state.global_step < trainer.state.max_steps:
         return False
     trainer.control.should_training_stop = True
@@ -77,7 +78,7 @@ def stops_finished_run(trainer: Resumable) -> bool:
 
 @contextlib.contextmanager
 def only_run_in(output_dir: str) -> Iterator[None]:
-    """Refuse a second run in an output directory while one trains there. Raises ValueError."""
+    """Hold the lock of an output directory. Raises ValueError while another run trains there."""
     path = Path(output_dir) / _LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -85,11 +86,11 @@ def only_run_in(output_dir: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"Another run is training in {output_dir!r} (it holds {_LOCK}). Their checkpoints would mix: one "
-            "run's weights beside the other's optimizer and reference. Choose another `output_dir`."
+            f"Another run is training in {output_dir!r} (it holds {_LOCK}). Their checkpoints would mix, e.g. the "
+            "weights of one run with the optimizer state of the other. Choose a different `output_dir`."
         ) from None
     except (OSError, NotImplementedError) as error:  # a file system without locks
-        logger.warning(f"{path} cannot be locked ({error}). Take care that no other run has the same `output_dir`.")
+        logger.warning(f"{path} cannot be locked ({error}). Make sure that no other run uses the same `output_dir`.")
     try:
         yield
     finally:
@@ -99,7 +100,7 @@ def only_run_in(output_dir: str) -> Iterator[None]:
 
 
 def begin_checkpoint(folder: str) -> None:
-    """Make an older checkpoint in this folder incomplete until all of its files are written again."""
+    """Mark an older checkpoint in this folder as incomplete until all of its files have been rewritten."""
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
@@ -107,7 +108,7 @@ def begin_checkpoint(folder: str) -> None:
 
 
 def checkpoint_of(resume_from_checkpoint: Any, output_dir: str) -> Any:
-    """What to resume from, where True stands for the last complete checkpoint of the output directory."""
+    """The checkpoint to resume from. True stands for the last complete one in the output directory."""
     if resume_from_checkpoint is not True:
         if not isinstance(resume_from_checkpoint, str | os.PathLike | bool | None):
             raise TypeError(
@@ -118,39 +119,39 @@ def checkpoint_of(resume_from_checkpoint: Any, output_dir: str) -> Any:
     last = last_complete_checkpoint(output_dir)
     if last is None:
         raise ValueError(
-            f"`resume_from_checkpoint=True`, but {output_dir!r} holds no complete checkpoint. Start "
-            "without it, or pass the path of a checkpoint."
+            f"`resume_from_checkpoint=True`, but {output_dir!r} has no complete checkpoint. Start without it, or "
+            "pass the path of a checkpoint."
         )
     return last
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint with all files that a run goes on from; None where there is none."""
+    """The newest checkpoint that has all files needed to resume; None if there is none."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
     for folder in sorted(found, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
         problem = problem_of(folder)
         if problem is None:
             return str(folder)
-        logger.warning(f"{folder} is incomplete ({problem}), so the checkpoint before it is used.")
+        logger.warning(f"{folder} is incomplete ({problem}), so the previous checkpoint is used.")
     return None
 
 
 def require_complete(folder: str, *, deepspeed: bool | None = None) -> None:
-    """Refuse a checkpoint that a run cannot go on from exactly. Raises ValueError that names the file."""
+    """Refuse a checkpoint from which a run cannot resume exactly. Raises a ValueError that names the file."""
     problem = problem_of(Path(folder), deepspeed=deepspeed)
     if problem is not None:
         raise ValueError(
-            f"{folder} is no checkpoint to go on from: {problem}. Part of the run would start anew in silence. Resume "
-            "from another checkpoint, one that was not written with `save_only_model`; or pass the folder as `model` "
-            "to start a new run from its weights."
+            f"{folder} cannot be resumed from: {problem}. Part of the state would silently be reset. Resume from "
+            "another checkpoint, one that was not written with `save_only_model`; or pass the folder as `model` to "
+            "start a new run from its weights."
         )
 
 
 def problem_of(folder: Path, *, deepspeed: bool | None = None) -> str | None:
-    """What is wrong with a checkpoint: the first file that is missing or damaged; None where nothing is.
+    """The problem of a checkpoint: its first missing or damaged file; None if it is complete.
 
-    `deepspeed` says which engine is to read it; None if that is not known. Engines have files of their own:
-    DeepSpeed's lie in `global_step<n>`, FSDP's sharded ones in folders. Those are looked for and not looked into.
+    `deepspeed` tells whether DeepSpeed will read it; None if unknown. Engines have their own files: DeepSpeed's are in
+    `global_step<n>`, FSDP's sharded files in folders. Only their existence is checked.
     """
     problem = _state_problem(folder / TRAINER_STATE_NAME) or _missing_file(folder, deepspeed)
     if problem:
@@ -168,7 +169,7 @@ def _state_problem(path: Path) -> str | None:
     try:
         state = json.loads(path.read_text("utf-8"))
         if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-            return f"{path.name} holds no trainer's state but {str(state)[:40]}"
+            return f"{path.name} does not contain a trainer state but {str(state)[:40]}"
         TrainerState.load_from_json(str(path))
     except (OSError, ValueError, TypeError) as error:
         return f"{path.name} cannot be read: {error}"
@@ -187,7 +188,7 @@ def _missing_file(folder: Path, deepspeed: bool | None) -> str | None:
 
 
 def _file_problem(path: Path) -> str | None:
-    """What is wrong with a file of a checkpoint, without reading its tensors."""
+    """The problem of a file of a checkpoint, found without reading its tensors; None if there is none."""
     needed = {"optimizer.pt": {"state", "param_groups"}, "scheduler.pt": set(), "scaler.pt": set()}.get(path.name)
     if path.name.startswith("rng_state") and path.suffix == ".pth":
         needed = {"python", "numpy", "cpu"}
@@ -198,7 +199,7 @@ def _file_problem(path: Path) -> str | None:
         if needed is None:
             return None
         if not zipfile.is_zipfile(path):
-            return "is empty" if path.stat().st_size == 0 else "is truncated or no file of `torch.save`"
+            return "is empty" if path.stat().st_size == 0 else "is truncated, or was not written by `torch.save`"
         with safe_globals():
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, OSError) as error:
@@ -206,7 +207,7 @@ def _file_problem(path: Path) -> str | None:
     except Exception as error:  # whatever the reader makes of what is no such file
         return f"cannot be read: {str(error).splitlines()[0]}"
     if not isinstance(content, dict) or not needed <= content.keys():
-        return f"holds a `{type(content).__name__}` and not what its name says"
+        return f"contains a `{type(content).__name__}`, which does not match its name"
     return None
 
 
@@ -214,9 +215,9 @@ def _file_problem(path: Path) -> str | None:
 
 
 def lasting_settings(args: Any) -> dict[str, Any]:
-    """The settings of humanline, of the moving reference and of HALOs' batches that a resumed run has to share.
+    """The settings of humanline, the moving reference and HALOs' batches that must not change in a resumed run.
 
-    Periods may change.
+    Sync periods may change.
     """
     settings = {name: getattr(args, name, False) for name in ("humanline", "sync_ref_model")}
     if settings["humanline"]:
@@ -227,21 +228,20 @@ def lasting_settings(args: Any) -> dict[str, Any]:
 
 
 def write_settings(settings: dict[str, Any], state: TrainerState) -> None:
-    """Note the settings in the trainer state, which goes into each checkpoint."""
+    """Record the settings in the trainer state, which is part of each checkpoint."""
     state.stateful_callbacks[_SETTINGS] = {"args": settings, "attributes": {}}
 
 
 def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
-    """Refuse to resume with settings other than those of the checkpoint. Raises ValueError that names them."""
+    """Refuse to resume with settings that differ from the checkpoint's. Raises a ValueError that names them."""
     before = _settings_in(folder)
     changed = [name for name in before | settings if before.get(name) != settings.get(name)]
     if before and changed:
         old, new = ({"batch_order": "trl"} | noted for noted in (before, settings))
-        said = ", ".join(f"`{n}={old.get(n)!r}` has become {new.get(n)!r}" for n in changed)
+        said = ", ".join(f"`{n}={old.get(n)!r}` is now {new.get(n)!r}" for n in changed)
         raise ValueError(
-            f"{folder} was written with other settings: {said}. A resumed run would be neither the one nor the other. "
-            "Resume with the settings of the checkpoint, or pass the folder as `model` to start a new run from its "
-            "weights."
+            f"{folder} was written with different settings: {said}. Resume with the settings of the checkpoint, or "
+            "pass the folder as `model` to start a new run from its weights."
         )
 
 

@@ -1,4 +1,4 @@
-"""DPO, and through TRL its fourteen relatives."""
+"""DPO, and TRL's fourteen other DPO losses."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _DEFAULTS = defaults_of(DPOConfig)
 _READ_BY = {
     "label_smoothing": (
         ("robust", "exo_pair", "aot", "aot_unpaired"),
-        "; for a share of labels that are the wrong way round, use `CDPOTrainer` and its `epsilon`",
+        "; if a fraction of the labels is flipped, use `CDPOTrainer` and its `epsilon`",
     ),
     "discopop_tau": (("discopop",), ""),
 }
-"""Options of single losses of TRL's: the loss types that read them, and what to use instead."""
+"""Options that only some of TRL's losses read: those loss types, and what to use instead."""
 
 _TRL_LOSSES = {
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 }  # fmt: skip
-"""Those of which `_READ_BY` holds; a newer TRL may have more."""
+"""The loss types that `_READ_BY` covers; a newer TRL may have more."""
 
 _WITHOUT_ALPHA = ("reverse_kl", "forward_kl", "js_divergence")
 
@@ -37,7 +37,7 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
     """DPO (arXiv:2305.18290). A drop-in for `trl.DPOTrainer`: same arguments, same options, same logged values.
 
     The default loss is computed here. Any option that only TRL has (another `loss_type`, several of them,
-    `use_weighting`, `ld_alpha`, `f_divergence_type`) hands the batch to TRL's own loss.
+    `use_weighting`, `ld_alpha`, `f_divergence_type`) passes the batch to TRL's own loss.
     """
 
     config_class = DPOConfig
@@ -62,7 +62,7 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
 
     @property
     def uses_trl_loss(self) -> bool:
-        """Whether an option is set that only TRL's own loss has."""
+        """Whether an option is set that only TRL's own loss supports."""
         args = self.args
         return (
             list(args.loss_type) != ["sigmoid"]
@@ -87,7 +87,7 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
 
 
 def _refuse_without_effect(args: DPOConfig) -> None:
-    """Options of single losses of TRL's, set while none of the losses in use reads them."""
+    """Refuse options of single TRL losses while none of the losses in use reads them."""
     named = set(args.loss_type)
     for name, (readers, more) in _READ_BY.items():
         unread = named.isdisjoint(readers) and named <= _TRL_LOSSES

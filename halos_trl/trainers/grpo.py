@@ -13,15 +13,15 @@ from .scored import ScoredTrainer
 
 
 class GRPOTrainer(ScoredTrainer[GRPOConfig]):
-    """GRPO (arXiv:2402.03300) on groups of completions that were scored before training; nothing is generated.
+    """GRPO (arXiv:2402.03300) on groups of existing, scored completions; nothing is generated.
 
-    As in HALOs, and unlike the paper, the probability ratio is against the reference, which stands for the model that
-    the completions were sampled from; with `old_policy="sampler"` it is against that model itself. Advantages are
-    relative to the whole group and part of the dataset; the completions of a prompt meet in one optimizer step; loss
-    and gradient are means over the tokens of the step. Takes the arguments of `trl.KTOTrainer`.
+    As in HALOs, and unlike in the paper, the probability ratio is against the reference, which stands in for the model
+    that generated the completions; with `old_policy="sampler"`, it is against that model itself. Advantages are
+    relative to the whole group and stored in the dataset; all completions of a prompt are part of the same optimizer
+    step; loss and gradient are means over the tokens of the step. Takes the arguments of `trl.KTOTrainer`.
 
-    Rows are `prompt`, `completion`, `score` (maybe `prompt_id`); or `prompt` with lists `completions` and `scores`; or
-    labelled or paired rows, which count as scores of +1 and -1. Standard or conversational.
+    Rows have `prompt`, `completion`, `score` and optionally `prompt_id`; or `prompt` with lists `completions` and
+    `scores`; or labelled or paired rows, which count as scores of +1 and -1. Standard or conversational.
     """
 
     config_class = GRPOConfig
@@ -50,8 +50,9 @@ class GRPOTrainer(ScoredTrainer[GRPOConfig]):
             )
             if online:
                 raise ValueError(
-                    f"`{online[0]}` belongs to `trl.GRPOTrainer`, which generates its completions. This one is "
-                    "offline: its rows bring completions and scores. Score them beforehand, or use TRL's."
+                    f"`{online[0]}` belongs to `trl.GRPOTrainer`, which generates its completions. This trainer is "
+                    "offline: its rows contain completions and scores. Score them beforehand, or use "
+                    "`halos_trl.online.GRPOTrainer`."
                 )
             super().__init__(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""IPO: a bounded margin instead of an unbounded one."""
+"""IPO: identity preference optimization, whose target margin is bounded."""
 
 from __future__ import annotations
 

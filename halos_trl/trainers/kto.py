@@ -26,7 +26,7 @@ _PAPER = Method(
 
 
 class KTOTrainer(UnpairedPreferenceTrainer[KTOConfig]):
-    """KTO (arXiv:2402.01306) with partners for its KL term from inside the optimizer step.
+    """KTO (arXiv:2402.01306). The KL term pairs prompts with completions of the same optimizer step.
 
     Takes the arguments of `trl.KTOTrainer`. Data may be shuffled or streamed, `per_device_train_batch_size=1` works,
     and the loss does not depend on how a step is split over micro-batches and processes.
@@ -59,14 +59,14 @@ class KTOTrainer(UnpairedPreferenceTrainer[KTOConfig]):
         remedy = "or use `loss_type='apo_zero_unpaired'`, which has no KL term."
         if step < 2:
             raise ValueError(
-                "One optimizer step holds a single example (`per_device_train_batch_size` x "
-                f"`gradient_accumulation_steps` x processes = {step}), but KTO estimates its KL term by giving each "
-                "prompt the completion of another example of the step. Raise one of them to have at least 2 examples "
-                f"per step, {remedy}"
+                "One optimizer step has a single example (`per_device_train_batch_size` x "
+                f"`gradient_accumulation_steps` x processes = {step}), but KTO estimates its KL term by pairing each "
+                "prompt with the completion of another example of the step. Increase one of them so that a step has "
+                f"at least 2 examples, {remedy}"
             )
         if args.eval_strategy != "no" and args.per_device_eval_batch_size * args.world_size < 2:
             raise ValueError(
-                "An evaluation batch holds a single example (`per_device_eval_batch_size` x processes = 1), but KTO "
-                "estimates its KL term per evaluation batch from other examples of it. Set "
+                "An evaluation batch has a single example (`per_device_eval_batch_size` x processes = 1), but KTO "
+                "estimates its KL term from the other examples of the evaluation batch. Set "
                 f"`per_device_eval_batch_size` to 2 or more, {remedy}"
             )

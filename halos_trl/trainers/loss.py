@@ -2,9 +2,9 @@
 
     batch -> policy and reference -> record -> loss -> metrics -> mean -> weight in the optimizer step
 
-The functions here are that way. What differs between methods are the hooks of a trainer that they call: `record`,
-`loss`, `checked`, `own_rows` and `metric_sums`, in the class of the method or in the public base that it extends; and
-`prepare_step` for what is computed before the forward passes.
+The functions in this module implement this pipeline. Methods differ only in the hooks that it calls on a trainer:
+`record`, `loss`, `checked`, `own_rows` and `metric_sums`, defined in the class of the method or in its public base
+class, and `prepare_step` for what is computed before the forward passes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class BatchTables(NamedTuple):
-    """A collated batch, and what the models say about it.
+    """A collated batch with the outputs of the models.
 
     `reference_BT` holds log-probs in nats like `tokens.logps_BT`, or is None without a reference. `prepared` is what
     the method computed beforehand: KTO's KL estimate, PPO's rollout.
@@ -37,10 +37,10 @@ class BatchTables(NamedTuple):
     reference_BT: Any
     prepared: Any = None
     index_B: torch.Tensor | None = None
-    """Which rows of the batch stand in the tables; None for all."""
+    """Which rows of the batch the tables contain; None for all."""
 
     def rows(self, index_B: torch.Tensor | None) -> BatchTables:
-        """Some of the rows; all of them for None."""
+        """The tables of the selected rows; of all rows for None."""
         if index_B is None:
             return self
         index_B = index_B.to(self.tokens.logps_BT.device)
@@ -48,7 +48,7 @@ class BatchTables(NamedTuple):
         return self._replace(tokens=self.tokens.rows(index_B), reference_BT=reference_BT, index_B=index_B)
 
     def of_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor, one entry for each row of the batch, that belongs to the rows of the tables."""
+        """Select from a tensor with one entry per row of the batch those of the rows in the tables."""
         return values if self.index_B is None else values[self.index_B]
 
 
@@ -57,7 +57,7 @@ def batch_loss(
 ) -> Any:
     """The loss of a collated batch, weighted by its share of the optimizer step, as `compute_loss` returns it.
 
-    A function of the batch, the weights and the random state: a second call gives the same loss.
+    It depends only on the batch, the weights and the random state, so a second call gives the same loss.
     """
     share, batch = share_in(inputs), without_share(inputs)
     prepared = trainer.prepare_batch(batch) if share is None else share.prepared
@@ -67,7 +67,7 @@ def batch_loss(
 
 
 def batch_tables(trainer: AlignmentTrainer[Any], model: Any, batch: dict[str, Any], prepared: Any) -> BatchTables:
-    """The forward passes. Raises ValueError where a model gives NaN or infinite log-probs."""
+    """The forward passes. Raises ValueError if a model gives NaN or infinite log-probs."""
     tokens = trainer.policy_tokens(model, batch)
     reference_BT = trainer.reference_logps(batch, prepared)
     trainer.refuse_non_finite(tokens, reference_BT)
@@ -75,9 +75,9 @@ def batch_tables(trainer: AlignmentTrainer[Any], model: Any, batch: dict[str, An
 
 
 def mean_loss(trainer: AlignmentTrainer[Any], tables: BatchTables) -> torch.Tensor:
-    """The method's loss of a batch by itself, averaged over its rows or tokens; its metrics are recorded.
+    """The method's loss of a batch, averaged over its rows or tokens. Records its metrics.
 
-    The mean is 0, with a gradient of 0, where there is nothing to average over.
+    The mean is 0, with a gradient of 0, if there is nothing to average over.
     """
     own = tables.rows(trainer.own_rows(tables.batch))
     record = trainer.record(own)
@@ -98,9 +98,9 @@ def mean(losses: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def repeats_left_out(trainer: AlignmentTrainer[Any], batch: dict[str, Any], sides: int = 1) -> torch.Tensor | None:
-    """Index of the rows without those that accelerate repeats to fill the last evaluation batch; None for all.
+    """Indices of the rows, without those that accelerate repeats to fill the last evaluation batch; None for all.
 
-    A batch has the rows of one side after those of the other: the chosen completions, then the rejected ones.
+    A batch contains all rows of one side, then those of the other: the chosen completions, then the rejected ones.
     """
     size = len(batch["completion_mask"]) // sides
     kept = trainer.real_rows(size)
@@ -115,13 +115,15 @@ _UNCLAMPED = ("unclamped", "unclamped/chosen", "unclamped/rejected")
 
 
 def loss_sums(output: LossOutput) -> Sums:
-    """Rewards and the method's own metrics."""
+    """Sums of the rewards and of the method's own metrics."""
     # A micro-batch's unclamped fraction cannot be averaged; `clamp_sums` logs its parts instead.
     return {name: sums for name, sums in metrics.loss_sums(output).items() if name not in _UNCLAMPED}
 
 
 def clamp_sums(tables: BatchTables, is_chosen_B: torch.Tensor | None, humanline: Humanline | None) -> Sums:
-    """Under humanline: the unclamped fraction of all tokens, and of each side's where there are sides."""
+    """Under humanline, the counts for the unclamped fraction: of all tokens, and of each side if the method
+    has sides.
+    """
     if humanline is None:
         return {}
     ratios_BT, _ = log_ratios(tables.tokens.logps_BT, tables.reference_BT, tables.tokens.mask_BT)

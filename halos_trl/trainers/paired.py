@@ -1,4 +1,4 @@
-"""Pairs of a chosen and a rejected completion."""
+"""Base trainer for pairs of a chosen and a rejected completion."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .loss import BatchTables, clamp_sums, loss_sums, repeats_left_out, token_su
 
 
 class PairedPreferenceTrainer(AlignmentTrainer[ConfigT], PairedHost):
-    """Base of every method on rows of `chosen` and `rejected` completions (and a `prompt`).
+    """Base class of methods on rows of `chosen` and `rejected` completions (and a `prompt`).
 
-    A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and returns
-    a `LossOutput`; everything else (loading, adapters, batching, metrics, saving) is there. A method that compares
-    with no reference says `needs_reference = False`, and none is loaded. Extends `trl.DPOTrainer` and takes the same
-    arguments.
+    A new method is a subclass that defines `loss`, which receives a record of per-token log-probs `(B, T)` in nats and
+    returns a `LossOutput`. The base class does everything else (loading, adapters, batching, metrics, saving). A
+    method without a reference sets `needs_reference = False`, and none is loaded. Extends `trl.DPOTrainer` and takes
+    the same arguments.
     """
 
     config_class = DPOConfig
@@ -29,10 +29,10 @@ class PairedPreferenceTrainer(AlignmentTrainer[ConfigT], PairedHost):
 
     def loss(self, record: PairedLogps) -> LossOutput:
         """The losses `(B,)` of a micro-batch and its rewards."""
-        raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
+        raise NotImplementedError(f"{type(self).__name__} must define `loss(self, record) -> LossOutput`.")
 
     def record(self, tables: BatchTables) -> PairedLogps:
-        """Pairs from tables that hold the chosen completions first, then the rejected ones."""
+        """Pairs from tables with the chosen completions first, then the rejected ones."""
         policy_chosen, policy_rejected = tables.tokens.logps_BT.chunk(2)
         chosen_mask, rejected_mask = tables.tokens.mask_BT.chunk(2)
         known = tables.reference_BT

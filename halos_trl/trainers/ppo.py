@@ -39,22 +39,21 @@ logger = get_logger(__name__)
 
 
 class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
-    """PPO (arXiv:1707.06347) on completions that exist already, with a value head and GAE; nothing is generated.
+    """PPO (arXiv:1707.06347) on existing completions, with a value head and GAE; nothing is generated.
 
-    The reward stands on the last token of a completion: its `score` where the rows have one, else the score of
-    `reward_model`, else +1 or -1 by the label. Before a batch's first update, the log-probs that the ratio is taken
-    against, the advantages (whitened over the whole optimizer step) and the critic's targets are computed, once;
-    `ppo_epochs` optimizer steps use them. As in HALOs the ratio is against the reference, which stands for the model
-    that the completions were sampled from, and the critic does not train the policy's weights.
+    The reward is placed on the last token of a completion: the row's `score` if there is one, else the score of
+    `reward_model`, else +1 or -1 depending on the label. The log-probs in the denominator of the ratio, the advantages
+    (whitened over the whole optimizer step) and the critic's targets are computed once, before the first update on a
+    batch, and used for `ppo_epochs` optimizer steps. As in HALOs, the ratio is against the reference, which stands in
+    for the model that generated the completions, and the critic does not train the policy's weights.
 
-    Takes the arguments of `trl.KTOTrainer`, and
+    Takes the arguments of `trl.KTOTrainer` and, in addition:
 
         reward_model: an `AutoModelForSequenceClassification` with one logit, or with two (the score is logit 1).
         reward_processing_class: its tokenizer, with its chat template.
 
-    Rows have the forms that `GRPOTrainer` takes; with a reward model they need no score. The saved policy is a plain
-    causal LM; its value head lies beside it in `value_head.safetensors`, and goes on from there when that folder is
-    passed as `model`.
+    Rows are as for `GRPOTrainer`; with a reward model, they need no score. The saved policy is a plain causal LM. Its
+    value head is saved next to it in `value_head.safetensors`, and is loaded when that folder is passed as `model`.
     """
 
     config_class = PPOConfig
@@ -111,13 +110,13 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         )
         if self.optimizer is not None:
             raise ValueError(
-                "`optimizers` holds an optimizer, which was made before the value head and would never train it. "
-                "Leave it out and choose one with `optim` and `learning_rate`."
+                "`optimizers` contains an optimizer that was created before the value head and would never train "
+                "it. Leave it out, and choose one with `optim` and `learning_rate`."
             )
         self.attach_value_head()
         if self._policy_folder is not None:
             load_value_head(self.value_head, self._policy_folder)
-            logger.info(f"The value head goes on from {self._policy_folder}.")
+            logger.info(f"The value head is loaded from {self._policy_folder}.")
         self.add_callback(_ClipValueHead(self))
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
@@ -148,9 +147,9 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
             self._saved = SavedRollout(self.roll_out(batches), digests, self._rollout_settings)
         if self._saved is None or list(self._saved.batches) != digests:
             raise ValueError(
-                f"The rollout of step {self.state.global_step + 1} belongs to other rows, or to rows with other "
-                "scores, than the batch does. The run was resumed with other data, scores or seed, or with another "
-                "split of the step, than its checkpoint."
+                f"The rollout of step {self.state.global_step + 1} does not match the rows of the batch or their "
+                "scores. The run was resumed with different data, scores or seed, or with a different split of the "
+                "step, than its checkpoint."
             )
         return list(self._saved.rollouts)
 
@@ -165,9 +164,9 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         return {"gamma": self.args.gamma, "lam": self.args.lam}
 
     def roll_out(self, batches: list[dict[str, Any]]) -> list[Rollout]:
-        """Rollout statistics of all micro-batches that this process holds of a step (or of an evaluation batch).
+        """Rollout statistics of all micro-batches of a step (or of an evaluation batch) on this process.
 
-        Every process has to call this at the same time. Values come from the policy as it is now, without dropout.
+        All processes must call this at the same time. Values are those of the current policy, without dropout.
         """
         model = self.model_wrapped if self.mode == "train" else self.model
         with self._evaluation_mode(), self.no_grad_forward():
@@ -238,8 +237,8 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         super().refuse_non_finite(policy, reference_BT)
         if not torch.isfinite(known(policy.values_BT)).all():
             raise ValueError(
-                f"The value head gave values that are NaN or infinite at step {self.state.global_step + 1}. The "
-                "weights were not updated with them. Lower `learning_rate` or the scale of the scores."
+                f"The value head gave NaN or infinite values at step {self.state.global_step + 1}. The weights were "
+                "not updated. Lower `learning_rate` or the scale of the scores."
             )
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -268,13 +267,13 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
 
 
 def known(table_BT: torch.Tensor | None) -> torch.Tensor:
-    """A table that PPO's policy and reference always give."""
+    """Narrow the type of a table that PPO's policy and reference always provide."""
     assert table_BT is not None
     return table_BT
 
 
 class _ClipValueHead(TrainerCallback):
-    """Limits the value head's gradient by itself; the trainer limits the rest."""
+    """Clips the gradient of the value head separately; the trainer clips the rest."""
 
     def __init__(self, trainer: PPOTrainer):
         self.trainer = trainer
@@ -286,8 +285,8 @@ class _ClipValueHead(TrainerCallback):
             if self.trainer.skips_overflow:
                 return
             raise ValueError(
-                f"The gradient's norm of the value head is {norm.item()} at step {state.global_step + 1}. The weights "
-                "were not updated with it. Rescale the scores, e.g. to a few units, or lower `learning_rate`."
+                f"The gradient norm of the value head is {norm.item()} at step {state.global_step + 1}. The weights "
+                "were not updated. Rescale the scores, e.g. to a few units, or lower `learning_rate`."
             )
         self.trainer.record_metrics({"v_head_grad_norm": (norm.detach(), torch.ones_like(norm))})
 

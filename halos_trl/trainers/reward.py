@@ -1,4 +1,4 @@
-"""A reward model from pairs, for PPO and for labelling."""
+"""The Bradley-Terry reward model, trained on pairs, for PPO and for labelling."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BradleyTerryTrainer(TrainingRun, RewardHost):
     """Reward model under the Bradley-Terry model: loss = -log sigmoid(score(chosen) - score(rejected)).
 
     Extends `trl.RewardTrainer` and takes the same arguments. The score is the single logit of an
-    `AutoModelForSequenceClassification`; HALOs' checkpoints have two, see `load_reward_model`.
+    `AutoModelForSequenceClassification`; HALOs' checkpoints have two logits, see `load_reward_model`.
     """
 
     config_class = BradleyTerryConfig
@@ -77,8 +77,9 @@ class BradleyTerryTrainer(TrainingRun, RewardHost):
         labels = getattr(getattr(model, "config", None), "num_labels", None)
         if labels is not None and labels != 1:
             raise ValueError(
-                f"The reward model has {labels} labels; expected 1, the score. Load a checkpoint of HALOs', which has "
-                "two, with `halos_trl.load_reward_model`; or pass the name of a language model, which gets a new head."
+                f"The reward model has {labels} labels; expected 1, the score. Load a HALOs checkpoint, which has "
+                "two, with `halos_trl.load_reward_model`, or pass the name of a language model, which gets a new "
+                "head."
             )
         _refuse_task(peft_config)
         try:
@@ -101,8 +102,8 @@ class BradleyTerryTrainer(TrainingRun, RewardHost):
             if not isinstance(model, str) or "mismatch" not in str(error):
                 raise
             raise ValueError(
-                f"{model!r} does not fit a reward model with one logit: {error} If it is one of HALOs', with two, "
-                "pass `halos_trl.load_reward_model(...)` of it instead of its name."
+                f"{model!r} does not fit a reward model with one logit: {error} If it is a HALOs model with two "
+                "logits, pass `halos_trl.load_reward_model(...)` instead of its name."
             ) from error
         reward_head.refuse_untrainable_head(self.model)
         reward_head.mark_as_own(self.model)
@@ -140,12 +141,13 @@ def _refuse_task(peft_config: Any) -> None:
 
 
 def load_reward_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
-    """A reward model with one logit, its score.
+    """Load a reward model with one logit, its score.
 
-    `name_or_path` is a hub id or a folder; `kwargs` go to `AutoModelForSequenceClassification.from_pretrained`. HALOs
-    trains reward models with two labels whose score is logit 1; of such a head that row is kept, which gives the same
-    scores. A saved adapter is loaded onto its base model and merged into it. Raises ValueError for any other number of
-    labels, and for a checkpoint that lacks weights of a reward model, e.g. one of a language model.
+    `name_or_path` is a Hub id or a folder; `kwargs` are passed to
+    `AutoModelForSequenceClassification.from_pretrained`. HALOs trains reward models with two labels, whose score is
+    logit 1. Of such a head, only that row is kept, which gives the same scores. A saved adapter is merged into its
+    base model. Raises ValueError for any other number of labels, and for a checkpoint without a reward model's head,
+    such as one of a language model.
     """
     if find_adapter_config_file(name_or_path, **_only(kwargs, *_PLACE, *_ACCESS)) is not None:
         return _load_adapter(name_or_path, kwargs)
@@ -153,17 +155,17 @@ def load_reward_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(
-            f"{name_or_path!r} is no reward model: it was saved as {model.config.architectures} and does not hold "
-            f"{missing}, which would be random, so that every score would be. Pass a reward model, e.g. one trained "
-            "with `BradleyTerryTrainer`."
+            f"{name_or_path!r} is not a reward model: it was saved as {model.config.architectures} and has no "
+            f"{missing}, so the scores would be those of a random head. Pass a reward model, e.g. one trained with "
+            "`BradleyTerryTrainer`."
         )
     labels = model.config.num_labels
     if labels == 2:
         _keep_second_logit(model)
     elif labels != 1:
         raise ValueError(
-            f"{name_or_path!r} has {labels} labels. A reward model has one logit (its score), or two as HALOs trains "
-            "them (the score is logit 1). Pass a reward model, e.g. one trained with `BradleyTerryTrainer`."
+            f"{name_or_path!r} has {labels} labels. A reward model has one logit (its score), or two as in HALOs "
+            "(the score is logit 1). Pass a reward model, e.g. one trained with `BradleyTerryTrainer`."
         )
     return model
 
@@ -177,11 +179,11 @@ def _only(settings: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _load_adapter(name: str, settings: dict[str, Any]) -> PreTrainedModel:
-    """A reward model that was trained as an adapter."""
+    """Load a reward model that was trained as an adapter."""
     if settings.get("quantization_config") is not None:
         raise ValueError(
-            f"{name!r} is an adapter, which is merged into its base model; merging into quantized weights would round "
-            "it away. Leave `quantization_config` out."
+            f"{name!r} is an adapter, which is merged into its base model; merging into quantized weights would lose "
+            "precision. Leave `quantization_config` out."
         )
     place = _only(settings, *_PLACE, *_ACCESS)
     base_settings = {key: value for key, value in settings.items() if key not in _PLACE}

@@ -1,4 +1,4 @@
-"""Whether a reward model's head has been trained: every checkpoint but a reward model's leaves it random."""
+"""Checks that the head of a reward model is trained: only checkpoints of reward models contain one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._trl import is_peft_model
 
 
 def head_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters outside of the backbone, by name; none for a model that does not tell the two apart."""
+    """The parameters outside the backbone, by name; empty for a model without a separate backbone."""
     base = model.get_base_model() if is_peft_model(model) else model
     backbone = getattr(base, base.base_model_prefix, None)
     if not isinstance(backbone, torch.nn.Module) or backbone is base:
@@ -21,19 +21,19 @@ def head_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def is_classifier(architectures: list[str] | None) -> bool:
-    """Whether a checkpoint that was saved as these classes holds a classifier's head."""
+    """Whether a checkpoint saved from these classes contains a classification head."""
     return any("SequenceClassification" in name for name in architectures or ())
 
 
 def is_new(model: Any) -> bool:
-    """Whether the head was not loaded: `from_pretrained` keeps the name of the class that was saved."""
+    """Whether the head was not in the checkpoint: `from_pretrained` keeps the name of the class that was saved."""
     base = model.get_base_model() if is_peft_model(model) else model
     saved_as = base.config.architectures
     return not is_classifier(saved_as) and type(base).__name__ not in (saved_as or ())
 
 
 def mark_as_own(model: Any) -> None:
-    """Say that the head belongs to the weights from here on, as saving and loading would."""
+    """Mark the head as part of the weights, as saving and loading would."""
     if not is_peft_model(model):
         model.config.architectures = [type(model).__name__]
 
@@ -43,7 +43,7 @@ def _saved_with_adapter(name: str) -> bool:
 
 
 def refuse_untrainable_head(model: Any) -> None:
-    """Raise ValueError where a new head would stay random, or would not be saved."""
+    """Raise ValueError if a new head would stay random or would not be saved."""
     if not is_new(model):
         return
     adapter = is_peft_model(model)
@@ -56,29 +56,29 @@ def refuse_untrainable_head(model: Any) -> None:
         return
     modules = sorted({name.split(".")[0] for name in lost})
     remedy = (
-        'Create the adapter with `task_type="SEQ_CLS"` (`--lora_task_type SEQ_CLS`), which trains and saves the heads '
-        f"that PEFT knows, or name it: `modules_to_save={modules}`."
+        'Create the adapter with `task_type="SEQ_CLS"` (`--lora_task_type SEQ_CLS`), which trains and saves the '
+        f"heads that PEFT knows, or list it explicitly: `modules_to_save={modules}`."
         if adapter
         else "Set `requires_grad` on these parameters."
     )
     raise ValueError(
-        f"The checkpoint is no reward model, so its head {modules} is newly initialized, but "
+        f"The checkpoint is not a reward model, so its head {modules} is newly initialized, but "
         + (f"the adapter neither trains nor saves {lost}" if adapter else f"{lost} are frozen")
         + f". The scores would be those of a random head. {remedy}"
     )
 
 
 def refuse_random_head(model: Any, name: str) -> None:
-    """Raise ValueError for a model from a checkpoint of another kind that has not been trained since."""
+    """Raise ValueError for a model from a checkpoint without a head that has not been trained since."""
     base = model.get_base_model() if is_peft_model(model) else model
     if not base.config.architectures or not is_new(model):
         return  # built in memory: nothing is known
     random = [name for name in head_parameters(model) if not _saved_with_adapter(name)]
     if random:
         raise ValueError(
-            f"{name} was loaded from a checkpoint of {base.config.architectures}, which holds no reward model's head: "
-            f"{random} are newly initialized, so every score would be random. Pass a reward model, e.g. one trained "
-            "with `BradleyTerryTrainer`."
+            f"{name} was loaded from a checkpoint of {base.config.architectures}, which has no reward head: {random} "
+            "are newly initialized, so every score would be random. Pass a reward model, e.g. one trained with "
+            "`BradleyTerryTrainer`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Scores from a reward model, computed once, when the data are prepared."""
+"""Scores from a reward model, computed once when the data are prepared."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ def _alone(sums: torch.Tensor) -> torch.Tensor:
 
 
 class RewardModelScores:
-    """Scores completions with an `AutoModelForSequenceClassification` of one logit, or of two: then the second.
+    """Scores completions with an `AutoModelForSequenceClassification` with one logit, or with two, of which the second
+    is the score.
 
     The reward model has its own tokenizer and chat template, which may differ from the policy's. Completions do not
-    change, so each is scored once, before training, and the model is not needed afterwards. The rows are shared out
-    over the processes, in runs, so that completions of one prompt come into one batch and share its tokens.
+    change, so each is scored once, before training, and the model is not needed afterwards. The rows are distributed
+    over the processes in contiguous runs, so that completions of the same prompt are batched together and share its
+    tokens.
 
-    Raises ValueError for a model without padding token, with another number of labels, or whose head is random.
+    Raises ValueError for a model without a padding token, with a different number of labels, or with a random head.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class RewardModelScores:
         if model.config.num_labels not in (1, 2):
             raise ValueError(
                 f"The reward model has {model.config.num_labels} labels. It needs one logit (its score), or two as "
-                "HALOs trains them (the score is logit 1). Pass a reward model, e.g. of `BradleyTerryTrainer`."
+                "in HALOs (the score is logit 1). Pass a reward model, e.g. one trained with `BradleyTerryTrainer`."
             )
         refuse_random_head(model, "`reward_model`")
         pads = (processing_class.pad_token_id, model.config.get_text_config().pad_token_id)
@@ -53,7 +55,7 @@ class RewardModelScores:
             raise ValueError(
                 f"The reward model {problem} (tokenizer: {processing_class.pad_token!r} with id {pads[0]}, "
                 f"`model.config.pad_token_id`: {pads[1]}), so it cannot tell where a completion ends in a padded "
-                "batch. Set both to one token, e.g. `tokenizer.pad_token = tokenizer.eos_token` and "
+                "batch. Set both to the same token, e.g. `tokenizer.pad_token = tokenizer.eos_token` and "
                 "`reward_model.config.pad_token_id = tokenizer.pad_token_id`."
             )
         self.model = model
@@ -74,7 +76,7 @@ class RewardModelScores:
 
     @property
     def limit(self) -> int:
-        """The tokens that the reward model takes; of longer rows it scores the beginning."""
+        """Maximum number of tokens of the reward model; of longer rows, it scores the beginning."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min(self.processing_class.model_max_length, positions or self.processing_class.model_max_length)
 
@@ -82,13 +84,13 @@ class RewardModelScores:
         longer = sum(len(row) > self.limit for row in ids)
         if longer:
             logger.warning(
-                f"{longer} of {len(ids)} rows are longer than the {self.limit} tokens that the reward model takes. "
-                "It scores their beginning. Shorten them, or use a reward model with a longer context."
+                f"{longer} of {len(ids)} rows are longer than the {self.limit} tokens that the reward model accepts, "
+                "so only their beginning is scored. Shorten them, or use a reward model with a longer context."
             )
 
     @torch.no_grad()
     def of_ids(self, ids: list[list[int]]) -> list[float]:
-        """One score for each list of token ids (prompt and completion), in order, computed on this process."""
+        """One score per list of token ids (prompt and completion), in order, computed on this process."""
         device = PartialState().device
         home, was_training = self.model.device, self.model.training
         self.model.to(device).eval()
@@ -100,7 +102,7 @@ class RewardModelScores:
             if logits.ndim != 2:
                 raise ValueError(
                     f"The reward model ({type(self.model).__name__}) gives logits of shape {tuple(logits.shape)}; "
-                    "expected one or two for each completion. Pass an `AutoModelForSequenceClassification`."
+                    "expected one or two logits per completion. Pass an `AutoModelForSequenceClassification`."
                 )
             scores += logits[:, -1].float().tolist()
         self.model.to(home).train(was_training)

@@ -1,4 +1,6 @@
-"""What PPO knows about a batch before its first update: old log-probs, advantages, and the critic's targets."""
+"""PPO's rollout statistics, computed before the first update on a batch: old log-probs, advantages and
+critic targets.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from ..advantages import gae
 
 
 class Rollout(NamedTuple):
-    """Rollout statistics of a micro-batch, every table (B, T), without gradient and 0 outside the completions.
+    """Rollout statistics of a micro-batch. All tables are (B, T), without gradient, and 0 outside the completions.
 
-    `old_policy` holds the log-probs that the ratio is taken against, in nats. `advantages` have no unit; the rest is
+    `old_policy` holds the log-probs in the denominator of the ratio, in nats. `advantages` have no unit; the rest is
     in units of the score.
     """
 
@@ -30,7 +32,9 @@ class Rollout(NamedTuple):
 
 
 def last_token_rewards(scores_B: Tensor, mask_BT: Tensor) -> Tensor:
-    """Each score on the last completion token of its row: (B, T); nowhere in a row without one."""
+    """Each score placed on the last completion token of its row, (B, T); all zeros in a row without
+    completion tokens.
+    """
     positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     last_B1 = (positions_T * mask_BT).amax(-1, keepdim=True)
     is_last_BT = (positions_T == last_B1) & mask_BT
@@ -48,11 +52,11 @@ def roll_out(
     lam: float,
     reduce_sum: Callable[[Tensor], Tensor],
 ) -> list[Rollout]:
-    """Statistics of the micro-batches that one process holds of an optimizer step.
+    """Statistics of the micro-batches of an optimizer step on one process.
 
     `old_policy`, `values` and `masks` are tables (B, T), `scores` vectors (B,), one for each micro-batch; `reduce_sum`
-    adds a tensor over processes. Equal to `halos_trl.advantages.gae` on all rows of the step in one table: advantages
-    are whitened over the tokens of the whole step, so they do not depend on how it was split.
+    sums a tensor over processes. Equal to `halos_trl.advantages.gae` on all rows of the step at once: advantages are
+    whitened over the tokens of the whole step, so they do not depend on how it was split.
     """
     estimates = [
         gae(values_BT, last_token_rewards(scores_B, mask_BT), mask_BT.float(), gamma=gamma, lam=lam)
@@ -72,7 +76,7 @@ def roll_out(
     if not variance.isfinite():
         raise ValueError(
             f"The variance of the advantages over the step is {variance.item()}: scores or values are too large for "
-            f"{variance.dtype}. The weights were not updated with it. Rescale the scores, e.g. to a few units."
+            f"{variance.dtype}. The weights were not updated. Rescale the scores, e.g. to a few units."
         )
     scale = (variance + 1e-8).rsqrt()
     return [
@@ -90,7 +94,7 @@ def roll_out(
 
 
 class SavedRollout(NamedTuple):
-    """The rollout in progress, and what it belongs to: a digest of each micro-batch, and the settings it came from."""
+    """The current rollout, with a digest of each micro-batch and the settings it was computed with."""
 
     rollouts: Sequence[Rollout]
     batches: Sequence[str]
@@ -98,7 +102,7 @@ class SavedRollout(NamedTuple):
 
 
 def digest(batch: dict[str, Any]) -> str:
-    """Identifies a micro-batch by what a rollout is computed from: its tokens, their masks and the scores."""
+    """Identifies a micro-batch by the inputs of a rollout: its tokens, their masks and the scores."""
     sha = hashlib.sha256()
     for name in ("input_ids", "attention_mask", "completion_mask", "score"):
         table = batch[name].cpu().contiguous()
@@ -108,12 +112,12 @@ def digest(batch: dict[str, Any]) -> str:
 
 
 def rollout_file(folder: str, process: int) -> Path:
-    """Where a process keeps its rollout in a checkpoint that was written between two epochs over one batch."""
+    """The file with a process's rollout in a checkpoint that was written between two epochs over the same batch."""
     return Path(folder) / f"ppo_rollout_{process}.safetensors"
 
 
 def save_rollouts(saved: SavedRollout, path: Path) -> None:
-    """Write the rollout in progress, whole or not at all."""
+    """Write the current rollout atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{i}.{name}": table.cpu().contiguous()
@@ -126,10 +130,12 @@ def save_rollouts(saved: SavedRollout, path: Path) -> None:
 
 
 def load_rollouts(path: Path, settings: dict[str, Any], device: torch.device) -> SavedRollout:
-    """The rollout in progress. Raises ValueError when the file is missing, damaged or of other settings."""
+    """Load the current rollout. Raises ValueError if the file is missing, damaged, or was written with
+    other settings.
+    """
     consequence = (
-        "The checkpoint was written between two epochs over one batch, whose advantages cannot be computed again, "
-        "because the policy has moved since. Resume from another checkpoint, with the number of processes and the "
+        "The checkpoint was written between two epochs over the same batch. Its advantages cannot be recomputed, "
+        "because the policy has changed since. Resume from another checkpoint, with the number of processes and the "
         "`ppo_epochs` that it was written with."
     )
     if not path.is_file():
@@ -147,8 +153,8 @@ def load_rollouts(path: Path, settings: dict[str, Any], device: torch.device) ->
         raise ValueError(f"{path} cannot be read ({error}). {consequence}") from error
     if saved.settings != settings:
         raise ValueError(
-            f"{path} holds advantages that were computed with {saved.settings}, but this run has {settings}. Resume "
-            "with the settings of the checkpoint, or from a checkpoint between two batches."
+            f"{path} contains advantages that were computed with {saved.settings}, but this run has {settings}. "
+            "Resume with the settings of the checkpoint, or from a checkpoint between two batches."
         )
     return saved
 

@@ -1,4 +1,4 @@
-"""What every trainer of the package does around its host's loops, whatever it trains."""
+"""What every trainer of the package does around its host's training and evaluation loops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ else:
 
 
 class TrainingRun(_Host):
-    """Mixed in front of a host trainer: checks before the first update, one step as one batch, exact resumption.
+    """Mixin placed before a host trainer: checks before the first update, one step as one batch, exact resumption.
 
-    Each job is a function, in `start.py`, `step.py` and `checkpoints.py`; here stands where the host calls them.
+    The work is done by functions in `start.py`, `step.py` and `checkpoints.py`; this class calls them from the host's
+    hooks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -32,11 +33,11 @@ class TrainingRun(_Host):
         self.add_callback(_BeforeUpdate(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """`Trainer.train`, which a resumed run goes on with exactly.
+        """`Trainer.train`, with exact resumption.
 
-        `resume_from_checkpoint=True` takes the last *complete* checkpoint of the output directory: one with missing or
-        damaged files is passed over with a warning. A checkpoint that is named and is not complete is refused. A run
-        that had reached its last step trains no further.
+        `resume_from_checkpoint=True` uses the last *complete* checkpoint of the output directory; checkpoints with
+        missing or damaged files are skipped with a warning. An incomplete checkpoint that is named explicitly is
+        refused. A run that had already finished trains no further.
         """
 
         def train(checkpoint: Any) -> TrainOutput:
@@ -47,10 +48,12 @@ class TrainingRun(_Host):
         return train_from(self, resume_from_checkpoint, train)
 
     def restore(self, folder: str) -> None:
-        """Hook: take from a checkpoint what `before_checkpoint` wrote."""
+        """Hook: restore what `before_checkpoint` wrote to a checkpoint."""
 
     def before_update(self) -> None:
-        """Hook: gradients are there, and no weight has changed by them (DeepSpeed may have updated earlier)."""
+        """Hook: gradients are computed, but no weight has been updated yet (except under DeepSpeed, which may update
+        earlier).
+        """
         if not (self._gradients_seen or self.is_deepspeed_enabled):  # which keeps gradients to itself
             self._gradients_seen = True
             refuse_missing_gradients(self.accelerator.unwrap_model(self.model))
@@ -58,7 +61,7 @@ class TrainingRun(_Host):
     # -- one optimizer step is one batch -------------------------------------------------------------------------
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """All micro-batches of the next optimizer step, each with its `StepShare`; none once a run is finished."""
+        """All micro-batches of the next optimizer step, each with its `StepShare`; none if the run is finished."""
         if stops_finished_run(self):
             return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -67,19 +70,19 @@ class TrainingRun(_Host):
         return batches, num_items
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> Sequence[Any]:
-        """Hook: what has to be computed from the whole step before its first loss, for each micro-batch."""
+        """Hook: values computed from the whole step before its first loss, one for each micro-batch."""
         return [None] * len(batches)
 
     def prepare_batch(self, batch: dict[str, Any]) -> Any:
-        """The same for a batch that belongs to no step, e.g. one of an evaluation."""
+        """The same for a batch that is not part of a step, such as an evaluation batch."""
         return self.prepare_step([batch])[0]
 
     def batch_size(self, batch: dict[str, Any]) -> Any:
-        """Hook: what a collated batch counts in its step, e.g. its number of rows or pairs."""
+        """Hook: the weight of a collated batch in its step, such as its number of rows or pairs."""
         raise NotImplementedError
 
     def own_size(self, batch: dict[str, Any]) -> Any:
-        """The same of an evaluation batch, without the rows that accelerate repeats to fill the last one."""
+        """The same for an evaluation batch, without the rows that accelerate repeats to fill the last one."""
         return self.real_rows(self.batch_size(batch))
 
     def evaluation_loop(
@@ -90,7 +93,9 @@ class TrainingRun(_Host):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The host's loop. Its loss is the mean over all examples, also where the last batch of a stream is short."""
+        """The host's loop, with a loss that is the mean over all examples even if the last batch of a stream
+        is short.
+        """
 
         def loop() -> Any:
             return super(TrainingRun, self).evaluation_loop(
@@ -109,10 +114,11 @@ class TrainingRun(_Host):
         dataset_name: str | Sequence[str] | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Write `README.md` into the output directory: method, paper, base model, hyper-parameters, versions.
+        """Write the model card to `README.md` in the output directory: method, paper, base model, hyperparameters,
+        versions.
 
-        Differs from TRL's card: a local base model is named as such instead of being linked as `None`, and the
-        hyper-parameters are listed.
+        Differs from TRL's card: a local base model is described as local instead of being linked as `None`, and the
+        hyperparameters are listed.
         """
         if self.is_world_process_zero():
             model_card.write(self, model_name, dataset_name, tags)

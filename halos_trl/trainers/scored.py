@@ -1,4 +1,4 @@
-"""Completions that carry a score: groups of them per prompt, and batches of whole groups."""
+"""Base trainer for scored completions, which are grouped by prompt and batched as whole groups."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = get_logger(__name__)
 
 
 class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
-    """Base of every method on rows of `prompt`, `completion` and `score`, in any form that `GRPOTrainer` takes.
+    """Base class of methods on rows of `prompt`, `completion` and `score`, in any form that `GRPOTrainer` accepts.
 
-    A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and one
-    advantage for each completion, relative to all completions of its prompt, and returns a `LossOutput`, whose metrics
-    are logged under their names; everything else (loading, adapters, batching, saving) is there. The losses are
-    `(B, T)`; or `(B,)` in a class that says `averages_over = "rows"`. A method that compares with no reference says
+    A new method is a subclass that defines `loss`, which receives a record of per-token log-probs `(B, T)` in nats and
+    one advantage per completion, relative to all completions of its prompt. It returns a `LossOutput`, whose metrics
+    are logged under their names. The base class does everything else (loading, adapters, batching, saving). The losses
+    are `(B, T)`, or `(B,)` if the class sets `averages_over = "rows"`. A method without a reference sets
     `needs_reference = False`, and none is loaded. Extends `trl.KTOTrainer` and takes the same arguments; the config is
     `GRPOConfig` or derives from it.
     """
@@ -41,18 +41,19 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
     stores_token_logps = True
 
     averages_over: ClassVar[str] = "tokens"
-    """What the losses of an optimizer step are averaged over: `"tokens"` where `loss` returns `(B, T)`, one loss for
-    each completion token; `"rows"` where it returns `(B,)`, one for each completion."""
+    """What the losses of an optimizer step are averaged over: `"tokens"` if `loss` returns `(B, T)`, one loss per
+    completion token; `"rows"` if it returns `(B,)`, one per completion.
+    """
 
     groups_stay_together: ClassVar[bool] = True
-    """Whether the completions of a prompt have to meet in one optimizer step."""
+    """Whether all completions of a prompt must be in the same optimizer step."""
 
     score_rows: ScoreRows | None = None
-    """Scores rows that bring no score of their own."""
+    """Scores rows that have no score."""
 
     def loss(self, record: GroupLogps) -> LossOutput:
-        """The losses of a micro-batch, `(B, T)` or `(B,)` as `averages_over` says."""
-        raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
+        """The losses of a micro-batch: `(B, T)` or `(B,)`, depending on `averages_over`."""
+        raise NotImplementedError(f"{type(self).__name__} must define `loss(self, record) -> LossOutput`.")
 
     def after_construction(self) -> None:
         self.data_collator: Any = ScoredCollator(CheckedCollator(self.data_collator))
@@ -72,8 +73,8 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         self._is_sampled = getattr(args, "old_policy", "reference") == "sampler"
         if getattr(args.accelerator_config, "split_batches", False):
             raise ValueError(
-                "`accelerator_config={'split_batches': True}` makes `per_device_train_batch_size` the size for all "
-                f"processes together, but {type(self).__name__} builds the micro-batches of each process itself, from "
+                "`accelerator_config={'split_batches': True}` makes `per_device_train_batch_size` the total over "
+                f"all processes, but {type(self).__name__} builds the micro-batches of each process itself, from "
                 "whole groups. Leave it out, and divide the batch size by the number of processes."
             )
 
@@ -90,16 +91,16 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
     @property
     def passes_per_batch(self) -> int:
-        """How many optimizer steps in a row use one batch."""
+        """Number of consecutive optimizer steps that use the same batch."""
         return 1
 
     @property
     def halos_batches(self) -> type[HalosBatches]:
-        """HALOs' loader of the method."""
+        """HALOs' data loader for the method."""
         return HalosGroupBatches if self.groups_stay_together else HalosUnpairedBatches
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Micro-batches of this process, from a sampler that already knows the processes."""
+        """Micro-batches of this process, from a sampler that accounts for all processes itself."""
         args, data = self.args, self.train_dataset
         if args.batch_order == "halos":
             return super().get_train_dataloader()
@@ -186,18 +187,18 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
 
 
 def _report_packing(sampler: GroupBatchSampler, rows: int) -> None:
-    """Say where groups and the size of a step do not go together."""
+    """Warn if the group sizes do not fit the size of a step."""
     if sampler.oversized:
         logger.warning(
-            f"{sampler.oversized} groups of the train dataset have more completions than an optimizer step holds "
-            f"({sampler.step_size}) and are spread over several steps. Their advantages still are those of the "
-            "whole group. Raise `gradient_accumulation_steps` to keep them together."
+            f"{sampler.oversized} groups of the train dataset have more completions than fit into an optimizer step "
+            f"({sampler.step_size}), so they are split over several steps. Their advantages are still relative to "
+            "the whole group. Raise `gradient_accumulation_steps` to keep them together."
         )
     fill, needed = rows / (sampler.steps * sampler.step_size), math.ceil(rows / sampler.step_size)
     if fill < 3 / 4 and sampler.steps > needed:  # a short last step is nobody's fault
         logger.warning(
-            f"Optimizer steps hold {fill:.0%} of the {sampler.step_size} completions that they have room for, because "
-            f"groups stay whole: an epoch takes {sampler.steps} steps, where {needed} would hold all rows. Choose "
+            f"Optimizer steps hold {fill:.0%} of up to {sampler.step_size} completions, because groups stay whole: "
+            f"an epoch takes {sampler.steps} steps, although {needed} would suffice for all rows. Choose "
             "`per_device_train_batch_size` and `gradient_accumulation_steps` so that a step (their product over all "
             "processes) is a multiple of the usual group size, or several times as large."
         )

@@ -1,4 +1,4 @@
-"""What has to be true before the first update: the models fit, something trains, and the reference is where it was."""
+"""Checks before the first update: the models fit together, something is trained, and the reference is correct."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ logger = get_logger(__name__)
 _STORED_AS = {"same": "float32", "cpu": "float32", "bf16": "half", "8bit": "8bit", "4bit": "4bit"}
 
 PADDING_ROWS = 1024
-"""Models of one tokenizer may differ by this many rows of their embeddings, which pad it to a round number."""
+"""Models with the same tokenizer may differ by this many embedding rows, because embeddings are padded to round sizes.
+"""
 
 TOLERANCE = {"float32": 1e-4, "half": 0.05, "8bit": 0.1, "4bit": 0.5}
-"""Nats per completion token, on average, by which two computations of the same log-probs may differ: in a precision,
-or with the weights of one of them in a storage."""
+"""Average difference, in nats per completion token, that two computations of the same log-probs may have, by precision
+or by the storage of one model's weights.
+"""
 
 
 # -- the models that were passed -------------------------------------------------------------------------------------
 
 
 def refuse_unfit_models(model: Any, ref_model: Any, args: Any) -> None:
-    """Raise where a policy that has yet to be loaded is no decoder, or has another vocabulary than `ref_model`."""
+    """Refuse a policy, before it is loaded, that is not a decoder or whose vocabulary differs from that of
+    `ref_model`.
+    """
     config = _config_of(model, args)
     if config is not None and getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -49,8 +53,8 @@ def _refuse_other_vocabulary(policy: Any, reference: Any) -> None:
     if abs(sizes[0] - sizes[1]) > PADDING_ROWS:
         raise ValueError(
             f"The policy has a vocabulary of {sizes[0]} tokens and `ref_model` one of {sizes[1]}: the same token ids "
-            "are other words to it, so its log-probabilities say nothing about the policy's. Pass a reference with "
-            "the policy's tokenizer, or leave it out."
+            "stand for different words, so their log-probabilities cannot be compared. Pass a reference with the "
+            "policy's tokenizer, or leave it out."
         )
 
 
@@ -73,7 +77,7 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def refuse_frozen(model: torch.nn.Module) -> None:
-    """Raise where no weight of the policy would change."""
+    """Raise ValueError if no weight of the policy would change."""
     if trained_parameters(model):
         return
     if is_peft_model(model):
@@ -90,13 +94,13 @@ def refuse_frozen(model: torch.nn.Module) -> None:
 
 
 def refuse_missing_gradients(model: torch.nn.Module) -> None:
-    """Raise where a backward pass has left every trainable parameter of the policy without a gradient."""
+    """Raise ValueError if a backward pass left every trainable parameter of the policy without a gradient."""
     trained = trained_parameters(model)
     if all(parameter.grad is None for parameter in trained.values()):
         raise ValueError(
-            f"None of the {len(trained)} trainable parameters got a gradient in the first step, so nothing would "
-            f"be trained. The loss does not reach them: {_some(trained)}. Choose modules that take part in the "
-            "forward pass of this dataset (an adapter on a vision tower needs images)."
+            f"None of the {len(trained)} trainable parameters received a gradient in the first step, so nothing "
+            f"would be trained. The loss does not depend on them: {_some(trained)}. Choose modules that are used in "
+            "the forward pass of this dataset (an adapter on a vision tower needs images)."
         )
 
 
@@ -104,7 +108,9 @@ def refuse_missing_gradients(model: torch.nn.Module) -> None:
 
 
 def hold_reference(trainer: AlignmentTrainer, resuming: bool = False) -> None:
-    """Keep the start of what trains and has no switch, before it changes. Raises where it cannot be kept."""
+    """Keep the initial values of parameters that train outside the adapter. Raises ValueError if that is
+    not possible.
+    """
     # With stored log-probs there is one, too: it computes those of data that come later.
     new = (trainer.adapter_reference or trainer.reference).keep_start()
     if not new:
@@ -112,10 +118,10 @@ def hold_reference(trainer: AlignmentTrainer, resuming: bool = False) -> None:
     engine = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed" if trainer.is_deepspeed_enabled else None
     if engine is not None:
         raise ValueError(
-            f"{len(new)} parameters train outside the adapter ({_some(new)}). The reference is this model without its "
-            f"adapter, so it would change with them, and their initial values cannot be put back under {engine}, "
-            "which splits or copies parameters. Freeze them (`bias='none'`, or `modules_to_save` for whole modules), "
-            "train without that engine, or pass a `ref_model` of its own."
+            f"{len(new)} parameters train outside the adapter ({_some(new)}). The reference is this model without "
+            f"its adapter, so it would change with them, and their initial values cannot be restored under {engine}, "
+            "which splits or copies parameters. Freeze them (`bias='none'`, or `modules_to_save` for whole "
+            "modules), train without that engine, or pass a separate `ref_model`."
         )
     _say_what_is_not_saved(trainer, new, resuming)
 
@@ -128,11 +134,11 @@ def _say_what_is_not_saved(trainer: AlignmentTrainer, names: list[str], resuming
         return
     message = (
         f"{len(unsaved)} parameters outside the adapter are trainable ({_some(unsaved)}), but PEFT saves only the "
-        "adapter: neither checkpoints nor the saved model hold them"
+        "adapter: neither checkpoints nor the saved model contain them"
     )
     remedy = "Name their modules in `modules_to_save` of the adapter's config instead of unfreezing them."
     if resuming:
-        raise ValueError(f"{message}, so a resumed run would start them anew. {remedy}")
+        raise ValueError(f"{message}, so a resumed run would reset them. {remedy}")
     logger.warning(f"{message}, and no run can resume. {remedy}")
 
 
@@ -145,7 +151,7 @@ def _some(names: Any) -> str:
 
 
 class _Distance(NamedTuple):
-    """Between two computations of log-probs, in nats."""
+    """Difference between two computations of log-probs, in nats."""
 
     mean: float
     """Over completion tokens."""
@@ -156,9 +162,9 @@ class _Distance(NamedTuple):
 
 
 def check_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> None:
-    """On the first batch of a run: the policy has no noise that it should not have, and the reference is its start.
+    """Check on the first batch of a run that the policy has no unwanted noise and that the reference equals it.
 
-    Costs two forward passes without gradient at most, as long as all is well, and changes no random state.
+    Takes at most two forward passes without gradient if everything is fine, and does not change the random state.
     """
     start_BT = _reference_at_start(trainer, batch)
     noise_is_wanted = not trainer.args.disable_dropout or trainer.args.neftune_noise_alpha is not None
@@ -185,10 +191,10 @@ def _refuse_noise(trainer: AlignmentTrainer, noise: _Distance, tolerance: float)
     rates = rates_in_config(trainer.accelerator.unwrap_model(trainer.model))
     settings = ", ".join(f"{name}={value}" for name, value in rates.items())
     raise ValueError(
-        f"`disable_dropout=True`, but the policy's log-probabilities in training differ from those in evaluation "
-        f"by {noise}: the model applies dropout or other noise by itself, where no module holds its rate. Load it "
-        f"with these settings of its config at 0 ({settings or 'see its configuration'}), as in "
-        "`model_init_kwargs` or `from_pretrained(..., attention_dropout=0.0)`; or set `disable_dropout=False`."
+        "`disable_dropout=True`, but the policy's log-probabilities in training differ from those in evaluation by "
+        f"{noise}: the model applies dropout or other noise whose rate is not stored in any module. Load it with "
+        f"these settings of its config set to 0 ({settings or 'see its configuration'}), as in `model_init_kwargs` "
+        "or `from_pretrained(..., attention_dropout=0.0)`; or set `disable_dropout=False`."
     )
 
 
@@ -199,19 +205,20 @@ def _compare_starts(trainer: AlignmentTrainer, distance: _Distance, tolerance: f
     if is_peft_model(trainer.model) and not isinstance(trainer.reference, FrozenAdapter):
         logger.warning(
             f"{message}: the reference is the model without its adapter, and this adapter changes it from the start. "
-            "To compare with the start, pass a `PeftModel` in place of `peft_config`; its adapter is copied."
+            "To use the initial policy as the reference, pass a `PeftModel` instead of `peft_config`; its adapter "
+            "is copied."
         )
         return
     raise ValueError(
-        f"{message}, but no `ref_model` was passed, so they have to be equal. Either the policy was changed after the "
-        "trainer was built, or loading it twice does not give the same weights (a checkpoint that lacks some of "
-        "them), or stored log-probabilities are another model's, or `reference_storage` is too coarse for this "
-        "model. Pass `ref_model` where the difference is meant."
+        f"{message}, but no `ref_model` was passed, so they must be equal. Either the policy was changed after the "
+        "trainer was built, or loading it twice does not give the same weights (the checkpoint lacks some), or the "
+        "stored log-probabilities are those of another model, or `reference_storage` is too coarse for this model. "
+        "Pass `ref_model` if the difference is intended."
     )
 
 
 def _reference_at_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> torch.Tensor | None:
-    """Log-probs of the reference where they have to be those of the policy."""
+    """Log-probs of the reference, if they must equal those of the policy."""
     reference = trainer.reference
     if isinstance(reference, NoReference) or reference.moved or not trainer.is_at_start:
         return None
@@ -221,7 +228,7 @@ def _reference_at_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> tor
 
 
 def _as_stored(trainer: AlignmentTrainer, logps_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """The log-probs in the form in which the reference is known: of a stored one, only the sum of each row is."""
+    """The log-probs in the form that the reference provides: for a stored one, only the sum per row."""
     if isinstance(trainer.reference, PrecomputedColumn):
         return spread_evenly(logps_BT.sum(-1), mask_BT)
     return logps_BT

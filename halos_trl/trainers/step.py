@@ -1,7 +1,7 @@
-"""One optimizer step as one batch, however it is split over micro-batches and processes.
+"""One optimizer step as one batch, regardless of how it is split over micro-batches and processes.
 
-What a micro-batch has to know about its step travels inside it, so `compute_loss` is a function of its batch: it
-remembers nothing between calls, and whoever overrides it gets TRL's meaning.
+A micro-batch carries what it needs to know about its step, so `compute_loss` depends only on its batch and keeps no
+state between calls, and overriding it means the same as in TRL.
 """
 
 from __future__ import annotations
@@ -21,40 +21,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepShare:
-    """What a training micro-batch knows about its optimizer step. It stands in the batch under `STEP_SHARE`."""
+    """What a training micro-batch knows about its optimizer step. Stored in the batch under `STEP_SHARE`."""
 
     weight: torch.Tensor
-    """Factor of the micro-batch's mean loss: own examples * processes * micro-batches / examples of the step. 1 where
-    all micro-batches are of one size, since the host averages over micro-batches and processes."""
+    """Factor of the micro-batch's mean loss: own examples * processes * micro-batches / examples of the step. 1 if all
+    micro-batches have the same size, since the host averages over micro-batches and processes.
+    """
     prepared: Any = None
-    """What the method computed for this micro-batch when it saw the whole step: KTO's KL estimate, PPO's rollout."""
+    """What the method computed for this micro-batch from the whole step: KTO's KL estimate, PPO's rollout."""
 
 
 def share_in(batch: Mapping[str, Any]) -> StepShare | None:
-    """The share of a training micro-batch; None for every other batch, which stands for itself."""
+    """The share of a training micro-batch; None for any other batch."""
     return batch.get(STEP_SHARE)
 
 
 def without_share(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch as its collator made it."""
+    """The batch as returned by the collator."""
     return {name: value for name, value in batch.items() if name != STEP_SHARE}
 
 
 def weighted(mean_loss: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
-    """A micro-batch's mean loss, so that the step's gradient is that of the mean over all its examples."""
+    """A micro-batch's mean loss, weighted so that the step's gradient is that of the mean over all examples."""
     share = share_in(batch)
     return mean_loss if share is None else mean_loss * share.weight
 
 
 def attach_shares(trainer: TrainingRun, batches: list[dict[str, Any]]) -> None:
-    """Put into each micro-batch of an optimizer step what it has to know of the step; every process calls this."""
+    """Add a `StepShare` to each micro-batch of an optimizer step. All processes must call this."""
     trainer.model.train()
     for batch, share in zip(batches, shares_of(trainer, [trainer.on_device(b) for b in batches]), strict=True):
         batch[STEP_SHARE] = share
 
 
 def shares_of(trainer: TrainingRun, batches: list[dict[str, Any]]) -> list[StepShare]:
-    """The share of each micro-batch that this process holds of a step; every process has to call this."""
+    """The share of each micro-batch of a step on this process. All processes must call this."""
     sizes = [torch.as_tensor(_size_of(trainer, batch), device=trainer.accelerator.device) for batch in batches]
     step_size = trainer.accelerator.reduce(torch.stack(sizes).sum(), reduction="sum").clamp(min=1)
     slots = trainer.accelerator.num_processes * len(batches)
@@ -69,15 +70,15 @@ def _size_of(trainer: TrainingRun, batch: dict[str, Any]) -> Any:
         return trainer.batch_size(batch)
     except KeyError as error:
         raise ValueError(
-            f"`data_collator` returned a batch with {sorted(batch)}, and {type(trainer).__name__} also reads "
-            f"{error}. Leave `data_collator` out, or take the batch of the trainer's own collator and add to it."
+            f"`data_collator` returned a batch with {sorted(batch)}, but {type(trainer).__name__} also reads "
+            f"{error}. Leave `data_collator` out, or extend the batch of the trainer's own collator."
         ) from error
 
 
 def mean_over_examples(trainer: TrainingRun, loop: Callable[[], Any], description: str, prefix: str) -> Any:
-    """The host's evaluation `loop`, with a loss that is the mean over all examples, however long the batches are.
+    """The host's evaluation `loop`, with a loss that is the mean over all examples, regardless of batch sizes.
 
-    Raises ValueError where the loop has no batch.
+    Raises ValueError if the loop has no batch.
     """
     predict, zero = trainer.prediction_step, torch.zeros((), device=trainer.accelerator.device)
     losses, batches = RunningMeans(), 0
@@ -95,7 +96,7 @@ def mean_over_examples(trainer: TrainingRun, loop: Callable[[], Any], descriptio
     with overridden(trainer, prediction_step=counted):
         output = loop()
     if not batches:
-        raise ValueError(f"{description}: the dataset gives no batch. {trainer.why_no_batch('eval')}")
+        raise ValueError(f"{description}: the dataset yields no batch. {trainer.why_no_batch('eval')}")
     for mean in losses.drain(lambda x: trainer.accelerator.reduce(x, reduction="sum")).values():
         output.metrics[f"{prefix}_loss"] = mean
     return output

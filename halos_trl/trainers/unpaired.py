@@ -1,4 +1,4 @@
-"""Completions that were each judged alone."""
+"""Base trainer for completions that were judged individually."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ logger = get_logger(__name__)
 
 
 class KLEstimate(NamedTuple):
-    """What the estimate of KTO's KL leaves for the loss of a micro-batch."""
+    """KTO's KL estimate, with intermediate results that the loss of a micro-batch reuses."""
 
     kl: torch.Tensor
     """In nats, of the whole optimizer step."""
     reference_BT: torch.Tensor | None = None
-    """The reference's log-probs of the micro-batch itself, where they came with those of its prompts' partners."""
+    """The reference's log-probs of the micro-batch itself, if they were computed together with those of the KL
+    partners.
+    """
     tokens: torch.Tensor | None = None
-    """What they are the log-probs of, see `_tokens_of`."""
+    """The tokens these log-probs belong to, see `_tokens_of`."""
 
 
 class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
-    """Base of every method on rows of `prompt`, `completion` and a boolean `label`.
+    """Base class of methods on rows of `prompt`, `completion` and a boolean `label`.
 
-    A new method is a subclass that writes `loss`. It gets a record of per-token log-probs `(B, T)` in nats and returns
-    a `LossOutput`; everything else (loading, adapters, batching, metrics, saving) is there. Extends `trl.KTOTrainer`
-    and takes the same arguments.
+    A new method is a subclass that defines `loss`, which receives a record of per-token log-probs `(B, T)` in nats and
+    returns a `LossOutput`. The base class does everything else (loading, adapters, batching, metrics, saving). Extends
+    `trl.KTOTrainer` and takes the same arguments.
     """
 
     config_class = KTOConfig
@@ -49,7 +51,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
 
     def loss(self, record: UnpairedLogps) -> LossOutput:
         """The losses `(B,)` of a micro-batch, in row order, and its rewards."""
-        raise NotImplementedError(f"{type(self).__name__} has to write `loss(self, record) -> LossOutput`.")
+        raise NotImplementedError(f"{type(self).__name__} must define `loss(self, record) -> LossOutput`.")
 
     def record(self, tables: BatchTables) -> UnpairedLogps:
         self.kl = tables.prepared.kl
@@ -75,11 +77,12 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     # -- the KL estimate ---------------------------------------------------------------------------------------
 
     kl: torch.Tensor = torch.zeros(())
-    """The estimate that `loss` reads: that of the batch's optimizer step, or of an evaluation batch by itself. Set
-    before each call of `loss`."""
+    """The KL estimate for `loss`: that of the batch's optimizer step, or of an evaluation batch. Set before each call
+    of `loss`.
+    """
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> list[KLEstimate]:
-        """The KL estimate of the step, for each micro-batch; in HALOs' order that of the micro-batch alone."""
+        """The KL estimate of the step, for each micro-batch; in HALOs' order, that of each micro-batch separately."""
         if self.args.batch_order == "halos":
             return [estimate for batch in batches for estimate in self._estimates([batch])]
         return self._estimates(batches)
@@ -93,9 +96,9 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     def estimate_kl(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """KL of policy and reference in nats, over the prompts of `batches` with each other's completions.
 
-        `batches` are all micro-batches that this process holds of one optimizer step (or one evaluation batch); every
-        process of the run must call this at the same time. Scalar, at least 0, without gradient; 0 for methods that
-        do not use it. Equation 8 of the KTO paper (arXiv:2402.01306).
+        `batches` are all micro-batches of one optimizer step (or one evaluation batch) on this process; all processes
+        must call this at the same time. Scalar, at least 0, without gradient; 0 for methods that do not use it.
+        Equation 8 of the KTO paper (arXiv:2402.01306).
         """
         return self._estimates(batches)[0].kl
 
@@ -123,9 +126,8 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         kl = kl_sum / count.clamp(min=1)
         if not torch.isfinite(kl):
             raise ValueError(
-                f"The KL estimate is {kl.item()} at {self.moment}: a model gave log-probabilities that are NaN or "
-                "infinite. The weights were not updated. Look for NaN in the model's weights, or lower "
-                "`learning_rate`."
+                f"The KL estimate is {kl.item()} at {self.moment}: a model gave NaN or infinite log-probabilities. "
+                "The weights were not updated. Check the model's weights for NaN, or lower `learning_rate`."
             )
         kl = kl.clamp(min=0)
         self.record_metrics({"kl": (kl, torch.ones_like(kl))})
@@ -136,14 +138,14 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     def _kl_of(
         self, model: Any, batch: dict[str, Any], others: list[dict[str, Any]]
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Any]]:
-        """(sum, count) of the KL of a batch, and what the reference says about other batches beside it."""
+        """(sum, count) of the KL of a batch, and the reference's log-probs of the batches computed along with it."""
         with self.no_grad_forward():
             tokens = score_tokens(model, batch)
         reference_BT, *of_others = self.reference.log_probs_of([batch, *others])
         return kto_kl(tokens.logps_BT, reference_BT, tokens.mask_BT, self.args.humanline_clamp), of_others
 
     def _kl_batches(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What this process scores."""
+        """The batches that this process evaluates for the estimate."""
         if self.has_fixed_partners:
             return [_fixed_partners(self.without_repeats(batch, "KL_completion_mask")) for batch in batches]
         own = [kl_partners.split_sequences(batch)[: self.real_rows(self.batch_size(batch))] for batch in batches]
@@ -151,9 +153,9 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         paired = kl_partners.mismatch(whole)
         if not paired:
             logger.warning_once(
-                f"A step or evaluation batch of {len(whole)} rows holds one prompt only. The KL estimate gives each "
-                "prompt the completion of another prompt, so these rows do not count in it, and its KL term is 0. "
-                "Shuffle the rows, or choose a number of examples per step that leaves more at the end of the data."
+                f"A step or evaluation batch of {len(whole)} rows has only one prompt. The KL estimate pairs each "
+                "prompt with a completion of another prompt, so these rows do not count, and its KL term is 0. "
+                "Shuffle the rows, or choose a number of examples per step that leaves more rows for the last step."
             )
             return []
         share = kl_partners.share_of(paired, self.accelerator.process_index, self.accelerator.num_processes)
@@ -171,14 +173,14 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
     def fixed_partners(
         self, dataset: Dataset, name: str, max_length: int | None, column: str = "completion_ids"
     ) -> list[list[int]]:
-        """A partner for each row of a prepared dataset, as its own row trains on it: cut by its own prompt."""
+        """A KL partner for each row of a prepared dataset, truncated as in its own row."""
         limit = sys.maxsize if max_length is None else max_length
         prompts, completions = list(dataset["prompt_ids"]), list(dataset[column])
         of_row = kl_partners.partners(list(map(tuple, prompts)))
         if of_row is None:
             logger.warning(
-                f"All {len(dataset)} rows of the {name} dataset have the same prompt. KTO's KL term gives each prompt "
-                "the completion of another prompt, so no row counts in it, and it is 0."
+                f"All {len(dataset)} rows of the {name} dataset have the same prompt. KTO's KL term pairs each "
+                "prompt with a completion of another prompt, so no row counts, and the term is 0."
             )
             return [[]] * len(dataset)
         return [completions[i][: limit - len(prompts[i])] for i in of_row]
@@ -195,7 +197,7 @@ def _tokens_of(batch: dict[str, Any]) -> torch.Tensor:
 
 
 def _fixed_partners(batch: dict[str, Any]) -> dict[str, Any]:
-    """The KL sequences that came with a batch, under the plain names (images stay those of the prompts)."""
+    """The KL sequences of a batch under the standard names (images stay those of the prompts)."""
     renamed = {k.removeprefix("KL_"): v for k, v in batch.items() if k.startswith("KL_")}
     if "ref_KL_logps" in batch:
         renamed["ref_logps"] = batch["ref_KL_logps"]
