@@ -7,7 +7,8 @@ every process of the run has to call them for the same tensors in the same order
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -30,7 +31,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor put together from its shards, without gradient."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()
-    with collected([tensor]):
+    with collected(read=[tensor]):
         return tensor.detach().clone() if _in_zero3(tensor) else tensor.detach()
 
 
@@ -40,7 +41,7 @@ def assign_whole(target: torch.Tensor, value: torch.Tensor) -> None:
     value = value.to(target.device)
     if isinstance(target, DTensor):
         value = distribute_tensor(value, target.device_mesh, target.placements)
-    with collected([target]):
+    with collected(written=[target]):
         target.copy_(value)
 
 
@@ -62,23 +63,36 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def collected(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, the parameters of ZeRO-3 among `tensors` are whole on every process.
+def collected(read: Sequence[torch.Tensor] = (), written: Sequence[torch.Tensor] = ()) -> Iterator[None]:
+    """Inside, the parameters of ZeRO-3 among the tensors are whole on every process.
 
-    What is written into them stays; every process has to write the same.
+    What is put into those that are `written` stays; every process has to write the same.
     """
-    split = [tensor for tensor in tensors if _in_zero3(tensor)]
-    if not split:
+    split = [[tensor for tensor in tensors if _in_zero3(tensor)] for tensors in (read, written)]
+    if not any(split):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(split, modifier_rank=0):
+    gather = deepspeed.zero.GatheredParameters
+    with gather(split[0], modifier_rank=None), gather(split[1], modifier_rank=0):
         yield
+
+
+_IN_LAYER = re.compile(r"(?:.*?\.)?(?:layers|layer|h|blocks|block)\.\d+(?=\.)")
+
+
+def by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Names of parameters in groups that are gathered at a time: a layer of the model, or a module outside of them."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        layer = _IN_LAYER.match(name)
+        groups.setdefault(layer[0] if layer else name.rpartition(".")[0], []).append(name)
+    return list(groups.values())
 
 
 def _in_zero3(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-__all__ = ["assign_whole", "collected", "own_shard", "parameters_by_name", "reshard", "shape_of", "whole"]
+__all__ = ["assign_whole", "by_layer", "collected", "own_shard", "parameters_by_name", "reshard", "shape_of", "whole"]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from halos_trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SimPOConfig
 from halos_trl._trl import score_tokens
 from halos_trl.reference import REFERENCE_FILE
+from halos_trl.sharded import by_layer, parameters_by_name
 from halos_trl.storage import bytes_of, parameters_of, quantized_layers, store, weights_of
 
 CPU = torch.device("cpu")
@@ -268,3 +269,23 @@ def test_without_bitsandbytes(model, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         store(model, "8bit", CPU)
+
+
+# -- sharded references --------------------------------------------------------------------------------------------
+
+
+def test_what_is_gathered_at_a_time_is_a_layer_or_a_module_outside_of_them(model):
+    groups = by_layer(parameters_by_name(model))
+    assert sorted(name for names in groups for name in names) == sorted(parameters_by_name(model))
+    assert groups[0] == ["model.embed_tokens.weight"]
+    assert ["model.norm.weight"] in groups
+    layers = [names for names in groups if names[0].startswith("model.layers.")]
+    assert len(layers) == model.config.num_hidden_layers
+    for number, names in enumerate(layers):
+        assert all(name.startswith(f"model.layers.{number}.") for name in names)
+    adapters = [
+        "base.model.layers.3.q.lora_A.ref.weight",
+        "base.model.layers.3.q.lora_B.ref.weight",
+        "transformer.h.0.w",
+    ]
+    assert by_layer(adapters) == [adapters[:2], adapters[2:]]

@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT fs
 DS_ACCELERATOR=cpu accelerate launch --config_file FILE tests/two_processes.py OUT zero   # two, with DeepSpeed
 """
 
+import contextlib
 import copy
 import functools
 import os
@@ -83,6 +84,39 @@ class CompareReference(TrainerCallback):
         return {k: whole(v).clone() for k, v in parameters.items() if not self.lora or ".default." in k}
 
 
+@contextlib.contextmanager
+def layer_by_layer(engine, model):
+    """Nothing that runs inside gathers more of what ZeRO-3 has split than a layer of policy and reference."""
+    if engine != "zero":
+        yield
+        return
+    import deepspeed
+
+    class Counted(deepspeed.zero.GatheredParameters):
+        open, most = 0, 0
+
+        def __init__(self, params, *args, **kwargs):
+            self.size = sum(getattr(p, "ds_numel", 0) for p in params)
+            super().__init__(params, *args, **kwargs)
+
+        def __enter__(self):
+            Counted.open += self.size
+            Counted.most = max(Counted.most, Counted.open)
+            return super().__enter__()
+
+        def __exit__(self, *error):
+            Counted.open -= self.size
+            return super().__exit__(*error)
+
+    original, deepspeed.zero.GatheredParameters = deepspeed.zero.GatheredParameters, Counted
+    try:
+        yield
+    finally:
+        deepspeed.zero.GatheredParameters = original
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (*model.model.layers, model.lm_head)]
+    assert Counted.most <= 2 * max(sizes) < sum(p.numel() for p in model.parameters())
+
+
 def run_one(
     trainer_class,
     config_class,
@@ -122,7 +156,8 @@ def run_one(
         peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None,
     )
     compare.trainer, compare.lora = trainer, lora
-    trainer.train()
+    with layer_by_layer(engine, model):
+        trainer.train()
     assert trainer.accelerator.num_processes == args.world_size
     assert_engine(trainer, engine)
     assert trainer.ref_model is None or isinstance(trainer.ref_model, FSDPModule) == (engine == "fsdp2")

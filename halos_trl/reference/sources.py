@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from .._trl import (
     score_tokens,
 )
 from ..forward.packing import without_dropout
-from ..sharded import collected, own_shard, parameters_by_name, reshard, whole
+from ..sharded import by_layer, collected, own_shard, parameters_by_name, reshard, whole
 from ..storage import parameters_of, quantized_layers, weights_of, write_quantized
 from ..value_head import NAME as VALUE_HEAD
 
@@ -100,8 +100,8 @@ class FrozenCopy(Reference):
         own, quantized = parameters_of(model), quantized_layers(model)
         all_of_policy = parameters_by_name(self._unwrap(policy))
         # By name, since a policy may hold more than the reference does: PPO's has a value head.
-        plain = [name for name in own if name not in quantized]
-        _move([own[name] for name in plain], [all_of_policy[name] for name in plain], mix)
+        plain = {name: (own[name], all_of_policy[name]) for name in own if name not in quantized}
+        _move(plain, mix)
         for name, layer in quantized.items():
             write_quantized(layer, whole(all_of_policy[name]))
 
@@ -175,7 +175,7 @@ class FrozenAdapter(AdapterOff):
             # TRL's own losses ask for it in the policy's mode.
             if isinstance(module, torch.nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
                 module.p = 0.0
-        for reference, policy in _adapter_pairs(peft_model):
+        for reference, policy in _adapter_pairs(peft_model).values():
             # Same dtype too: a quantized policy's adapter is bfloat16, and rounding has to happen in the same places.
             reference.data = policy.data.clone()
             reference.requires_grad_(False)
@@ -184,16 +184,16 @@ class FrozenAdapter(AdapterOff):
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
         self.moved = True
         model = self._unwrap(policy)
-        named, pairs = parameters_by_name(model), _adapter_pairs(model)
-        references = [*(reference for reference, _ in pairs), *self.outside.values()]
-        _move(references, [*(source for _, source in pairs), *(named[name] for name in self.outside)], mix)
+        named = parameters_by_name(model)
+        outside = {name: (value, named[name]) for name, value in self.outside.items()}
+        _move(_adapter_pairs(model) | outside, mix)
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
         named = parameters_by_name(self._unwrap(policy))
         return {name: parameter for name, parameter in named.items() if _policys_name(name) in named} | self.outside
 
     def _has_switch(self, model: torch.nn.Module) -> set[int]:
-        return {id(policys) for _, policys in _adapter_pairs(model)}
+        return {id(policys) for _, policys in _adapter_pairs(model).values()}
 
 
 @contextlib.contextmanager
@@ -219,15 +219,22 @@ def _policys_name(name: str) -> str | None:
     return f"{head}.{POLICY_ADAPTER}.{tail}".removesuffix(".") if found else None
 
 
-def _adapter_pairs(peft_model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """(reference, policy) parameters of the two adapters."""
+def _adapter_pairs(peft_model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(reference, policy) parameters of the two adapters, by the name of the first."""
     named = parameters_by_name(peft_model)
-    return [(named[name], named[source]) for name in named if (source := _policys_name(name)) in named]
+    return {name: (named[name], named[source]) for name in named if (source := _policys_name(name)) in named}
 
 
-def _move(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix: float) -> None:
+def _move(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], mix: float) -> None:
+    """Of each (reference, policy) move the first. What ZeRO-3 has split is whole for one layer at a time."""
+    for names in by_layer(pairs):
+        targets, sources = zip(*(pairs[name] for name in names), strict=True)
+        _move_layer(targets, sources, mix)
+
+
+def _move_layer(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix: float) -> None:
     # FSDP2 shards policy and reference alike, so each process moves its own shard; the fused copy knows no DTensor.
-    with collected([*targets, *sources]):
+    with collected(read=sources, written=targets):
         own, theirs = [own_shard(t) for t in targets], [own_shard(s) for s in sources]
         if mix == 1.0:
             torch._foreach_copy_(own, theirs)
