@@ -1,6 +1,7 @@
 """Kernels that compute the attention of a packed row, and which one serves a call.
 
-On a CPU, and wherever no other kernel serves, `scaled_dot_product_attention` runs once for each span. On CUDA one
+On a CPU, and wherever no other kernel serves, `scaled_dot_product_attention` runs once for all spans of the same
+lengths. On CUDA one
 launch serves the row: FlashAttention over sequences of different lengths, of torch or of the package `flash_attn`,
 else FlexAttention under a block mask. Each is compared once with the spans, for each kind of call, before it is used.
 """
@@ -61,40 +62,60 @@ def attend(call: Call) -> Tensor:
     return by_spans(call)
 
 
-# -- one call for each span ----------------------------------------------------------------------------------------
+# -- one call for all spans of the same lengths ---------------------------------------------------------------------
 
 
 def by_spans(call: Call) -> Tensor:
-    """With softcap or sinks written out in plain torch, else by `scaled_dot_product_attention`."""
-    layout = call.layout
-    lengths = [span.queries for span in layout.spans]
-    queries, keys, values = (x.split(lengths, dim=2) for x in (call.query, call.key, call.value))
-    prompt_of = _prompts(layout)
+    """With softcap or sinks written out in plain torch, else by `scaled_dot_product_attention`.
+
+    Spans of the same two lengths are stacked and computed together: a micro-batch of short sequences has hundreds of
+    spans and few different lengths.
+    """
+    layout, device = call.layout, call.query.device
+    stacks, order = _stacks(layout, device)
+    queries, keys, values = (x[0].transpose(0, 1) for x in (call.query, call.key, call.value))
     outputs = []
-    for i, span in enumerate(layout.spans):
-        k, v = keys[i], values[i]
-        if prompt_of[i] is not None:
-            k, v = torch.cat([keys[prompt_of[i]], k], dim=2), torch.cat([values[prompt_of[i]], v], dim=2)
-        mask = _span_mask(layout, span, call.window, call.query.device)
+    for span, of_queries, of_keys in stacks:
+        # (stacked spans, heads, tokens, width)
+        q, k, v = (
+            x[index].transpose(1, 2) for x, index in ((queries, of_queries), (keys, of_keys), (values, of_keys))
+        )
+        mask = _span_mask(layout, span, call.window, device)
         if call.softcap is None and call.sinks is None:
             out = scaled_dot_product_attention(
-                queries[i], k, v, mask, call.dropout, is_causal=mask is None, scale=call.scaling,
+                q, k, v, mask, call.dropout, is_causal=mask is None, scale=call.scaling,
                 enable_gqa=call.has_grouped_queries,
             )  # fmt: skip
         else:
-            out = _written_out(queries[i], k, v, mask, call.dropout, call.scaling, call.softcap, call.sinks)
-        outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+            out = _written_out(q, k, v, mask, call.dropout, call.scaling, call.softcap, call.sinks)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[order][None]
 
 
-def _prompts(layout: Layout) -> list[int | None]:
-    """The index of the span that each span attends to besides itself."""
-    if "prompts" not in layout.plans:
-        at = {span.start: i for i, span in reversed(list(enumerate(layout.spans)))}
-        layout.plans["prompts"] = [
-            at[span.context_start] if span.context_stop > span.context_start else None for span in layout.spans
-        ]
-    return layout.plans["prompts"]  # type: ignore[return-value]
+class _Stack(NamedTuple):
+    """Spans of the same lengths: one of them, and the places of all their queries and keys in the packed row."""
+
+    span: Span
+    queries: Tensor
+    keys: Tensor
+
+
+def _stacks(layout: Layout, device: torch.device) -> tuple[list[_Stack], Tensor]:
+    """The spans by their lengths, and where each token of the packed row is found behind the stacks."""
+    plan = ("stacks", device)
+    if plan not in layout.plans:
+        of_length: dict[tuple[int, int], list[Span]] = {}
+        for span in layout.spans:
+            of_length.setdefault((span.queries, span.keys), []).append(span)
+        stacks, places = [], []
+        for spans in of_length.values():
+            queries = [range(s.start, s.stop) for s in spans]
+            keys = [[*range(s.context_start, s.context_stop), *own] for s, own in zip(spans, queries, strict=True)]
+            places += [place for own in queries for place in own]
+            indices = (torch.tensor([list(row) for row in rows], device=device) for rows in (queries, keys))
+            stacks.append(_Stack(spans[0], *indices))
+        layout.plans[plan] = stacks, torch.tensor(places, device=device).argsort()
+    return layout.plans[plan]  # type: ignore[return-value]
 
 
 def _span_mask(layout: Layout, span: Span, window: int | None, device: torch.device) -> Tensor | None:
