@@ -120,18 +120,24 @@ def load_model_path(
 def train_supervised(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, recipe: Recipe, progress: bool
 ) -> None:
-    """One pass over fresh demonstrations: AdamW with warm-up and cosine decay on the completion tokens."""
+    """One pass over fresh demonstrations."""
     rng = random.Random(f"slips-{seed}")
+    prompts = make_prompts(recipe.steps * recipe.batch_size, seed, "sft")
+    fit(model, tokenizer, prompts, [careless_answer(prompt, rng) for prompt in prompts], recipe, progress)
+
+
+def fit(
+    model: LlamaForCausalLM, tokenizer: Any, prompts: list[str], answers: list[str], recipe: Recipe, progress: bool
+) -> None:
+    """AdamW with warm-up and cosine decay on the tokens of the answers, a batch after the other."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / recipe.warmup_steps, 0.5 + 0.5 * math.cos(math.pi * i / recipe.steps))
     )
-    prompts = make_prompts(recipe.steps * recipe.batch_size, seed, "sft")
+    batches = list(zip(chunks(prompts, recipe.batch_size), chunks(answers, recipe.batch_size), strict=True))
     model.train()
-    for batch in tqdm(
-        list(chunks(prompts, recipe.batch_size)), desc="toy model: supervised training", disable=not progress
-    ):
-        loss = model(**demonstrations(batch, [careless_answer(prompt, rng) for prompt in batch], tokenizer)).loss
+    for batch in tqdm(batches, desc="toy model: supervised training", disable=not progress):
+        loss = model(**demonstrations(*batch, tokenizer)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
