@@ -93,7 +93,8 @@ def make_trainer(method, settings, model, reference, rows, steps, seed, folder, 
     args = config(
         output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH,
         lr_scheduler_type="constant_with_warmup", warmup_steps=5, logging_steps=8, save_strategy="no",
-        report_to="none", disable_tqdm=True, use_cpu=True, seed=seed, bf16=False, packed="off", precompute_ref_log_probs=fixed, **settings,
+        report_to="none", disable_tqdm=True, use_cpu=True, seed=seed, bf16=False, packed="off",
+        precompute_ref_log_probs=fixed, **settings,
     )  # fmt: skip
     made = trainer(
         model, reference, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=TOKENIZER,
