@@ -136,8 +136,8 @@ def fit(
     )
     batches = list(zip(chunks(prompts, recipe.batch_size), chunks(answers, recipe.batch_size), strict=True))
     model.train()
-    for batch in tqdm(batches, desc="toy model: supervised training", disable=not progress):
-        loss = model(**demonstrations(*batch, tokenizer)).loss
+    for asked, answered in tqdm(batches, desc="toy model: supervised training", disable=not progress):
+        loss = model(**demonstrations(asked, answered, tokenizer)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
