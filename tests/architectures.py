@@ -24,6 +24,14 @@ _MLA = {
     "first_k_dense_replace": 1, "num_key_value_heads": 4,
 }  # fmt: skip
 
+_MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "shared_intermediate_size": 48,
+}  # fmt: skip
+_LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 48, "moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
 ARCHITECTURES = {
     "apertus": _USUAL,
     "arcee": _USUAL,
@@ -47,7 +55,7 @@ ARCHITECTURES = {
     "gptj": _OLD,
     "granite": _USUAL,
     "granitemoe": _USUAL | _EXPERTS,
-    "granitemoehybrid": _USUAL,
+    "granitemoehybrid": _USUAL | _MAMBA,
     "helium": _USUAL | _HEAD,
     "lfm2": _USUAL,
     "llama": _USUAL,
@@ -67,7 +75,7 @@ ARCHITECTURES = {
     "qwen2_moe": _USUAL | _EXPERTS,
     "qwen3": _USUAL | _HEAD,
     "qwen3_moe": _USUAL | _HEAD | _EXPERTS,
-    "qwen3_next": _USUAL,
+    "qwen3_next": _USUAL | _LINEAR,
     "seed_oss": _USUAL | _HEAD,
     "smollm3": _USUAL | _HEAD,
     "stablelm": _USUAL,

@@ -9,7 +9,6 @@ Three things are shown of every field of TRL's configs:
 
 import copy
 import dataclasses
-import gc
 import inspect
 import re
 import shutil
@@ -171,15 +170,6 @@ ELSEWHERE = {
     "max_steps": "tests/test_loops.py::test_settings_without_a_step_are_refused",
     "torch_compile": "tests/test_packed_training.py::test_compiled_models_are_given_padded_rows",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Each run collects garbage, mostly among what was imported: half of the time these tests take."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 OURS, TRLS = 0, 1

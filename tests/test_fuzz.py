@@ -10,15 +10,6 @@ TIER = range(200, 2200)
 CHUNK = 20
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _frozen_garbage():
-    import gc
-
-    fuzz.freeze()
-    yield
-    gc.unfreeze()
-
-
 def chunks(numbers):
     return [numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)]
 
