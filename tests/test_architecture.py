@@ -49,11 +49,13 @@ MAY_IMPORT = MATHEMATICS | {
     "toy": set(),
     "merge": {"_trl", "model_card", "value_head"},
     "spelling": set(),
+    "memory": set(),
     "sampling": {"data"},
     "cli": {
         "scoring",
         "spelling",
         "sampling",
+        "memory",
         *MATHEMATICS,
         "data",
         "_trl",

@@ -14,6 +14,7 @@ COMMANDS = {
     "rounds": "sample, label and train, again and again",
     "convert": "convert between HALOs' feedback files, rows for trainers and Parquet",
     "merge": "merge an adapter into its base model",
+    "plan": "print the memory that a run will take on each device, part by part",
     "examples": "copy the example scripts and configs to a folder",
 }
 """Each is the module of its name in this folder, with `main(argv)`."""
