@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         SLiCConfig,
     )
     from .data.feedback import load_feedback
+    from .generation import GenerationCallback
     from .humanline import Humanline
     from .patching import TRLPatch, patch_trl
     from .trainers import (
@@ -69,6 +70,7 @@ __all__ = [
     "DatasetMixtureConfig",
     "GRPOConfig",
     "GRPOTrainer",
+    "GenerationCallback",
     "Humanline",
     "IPOConfig",
     "IPOTrainer",
@@ -115,6 +117,7 @@ if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees on
 
     _NAMES_OF_TRL = {"RewardTrainer": "BradleyTerryTrainer", "RewardConfig": "BradleyTerryConfig"}
     _ELSEWHERE = {
+        "GenerationCallback": ".generation",
         "Humanline": ".humanline",
         "TRLPatch": ".patching",
         "load_feedback": ".data.feedback",

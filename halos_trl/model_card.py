@@ -85,7 +85,7 @@ def write(
         humanline=humanline,
         hyperparameters={name: _cell(value) for name, value in hyperparameters(trainer).items()},
         run_urls={tracker: _without_key(tracker, url) for tracker, url in run_urls().items()},
-        versions=_versions(),
+        versions=versions(),
     )
     os.makedirs(directory, exist_ok=True)
     card.save(os.path.join(directory, "README.md"))
@@ -104,10 +104,16 @@ def hyperparameters(trainer: Any) -> dict[str, Any]:
     quantization = getattr(trainer.model.config, "quantization_config", None)
     if quantization is not None:
         table["base_quantization"] = _quantization(quantization)
-    for config in list(getattr(trainer.model, "peft_config", {}).values())[:1]:
-        table["adapter"] = _peft_type(trainer.model)
-        table |= {flag: getattr(config, name) for name, flag in _LORA_FIELDS.items() if getattr(config, name, None)}
+    table |= adapter_settings(trainer.model)
     return {name: getattr(value, "value", value) for name, value in table.items() if value is not None}
+
+
+def adapter_settings(model: Any) -> dict[str, Any]:
+    """Kind and sizes of a model's adapter, by the name of their flag; nothing without one."""
+    for config in getattr(model, "peft_config", {}).values():
+        sizes = {flag: getattr(config, name) for name, flag in _LORA_FIELDS.items() if getattr(config, name, None)}
+        return {"adapter": _peft_type(model), **sizes}
+    return {}
 
 
 def base_model(model: Any) -> tuple[str | None, str]:
@@ -180,7 +186,8 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that a run depends on, as installed."""
     found = {}
     for name in _PACKAGES:
         try:

@@ -150,10 +150,14 @@ def load_sampler(name: str, **model_settings: Any) -> tuple[Any, Any]:
 
 
 class TransformersSampler:
-    """Batched generation: prompts of similar length together, padded on the left. A `Sampler`."""
+    """Batched generation: prompts of similar length together, padded on the left. A `Sampler`.
 
-    def __init__(self, model: Any, processing_class: Any, settings: SamplingSettings):
-        self.model, self.settings = model, settings
+    `in_step`: processes that share a model's parameters generate until the last of them is done; all have to sample
+    for the same number of prompts.
+    """
+
+    def __init__(self, model: Any, processing_class: Any, settings: SamplingSettings, in_step: bool = False):
+        self.model, self.settings, self.in_step = model, settings, in_step
         self.processing_class = processing_class
         self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.end_ids = _end_ids(model, self.tokenizer, settings.stop)
@@ -192,6 +196,7 @@ class TransformersSampler:
                 generation_config=self._generation_config(),
                 logits_processor=LogitsProcessorList([recorder] if recorder else []),
                 **({"tokenizer": self.tokenizer} if self.stop_texts else {}),
+                **({"synced_gpus": True} if self.in_step else {}),
             )
         self.model.train(was_training)
         made_BT = whole_BT[:, width:]

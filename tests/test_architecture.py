@@ -51,7 +51,11 @@ MAY_IMPORT = MATHEMATICS | {
     "spelling": set(),
     "memory": set(),
     "sampling": {"data"},
+    "report": set(),
+    "generation": {"sampling", "scoring", "data", "_trl", "trainers"},
     "cli": {
+        "generation",
+        "report",
         "scoring",
         "spelling",
         "sampling",
@@ -66,7 +70,7 @@ MAY_IMPORT = MATHEMATICS | {
         "toy",
     },
     "patching": {"configs", "trainers"},
-    "__init__": {*MATHEMATICS, "_trl", "configs", "trainers", "data", "patching"},
+    "__init__": {*MATHEMATICS, "_trl", "configs", "trainers", "data", "patching", "generation"},
 }
 
 

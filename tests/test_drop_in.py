@@ -222,6 +222,9 @@ def pair_of_runs(run_of):
     return run
 
 
+FILES_OF_OURS = {"run_summary.json", "data_summary.json", "train_log.jsonl"}
+
+
 def seen(trainer):
     """What can be seen of a run once it is over."""
     entries = [e for e in trainer.state.log_history if "loss" in e or "eval_loss" in e]
@@ -234,7 +237,7 @@ def seen(trainer):
         "log": [{k: v for k, v in e.items() if not re.search("runtime|per_second", k)} for e in entries],
         "first batches": [next(iter(loader))["input_ids"].tolist() for loader in loaders],
         "precomputed": [c for c in trainer.train_dataset.column_names if c.startswith("ref_")],
-        "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*")),
+        "files": sorted({str(path.relative_to(folder)) for path in folder.rglob("*")} - FILES_OF_OURS),
         "checkpointing": {
             repr(m._gradient_checkpointing_func)
             for m in trainer.model.modules()

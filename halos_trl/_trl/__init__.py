@@ -52,7 +52,7 @@ from .adapters import (
     saved_with_adapter,
 )
 from .dropout import rates_in_config
-from .host import Method, NamedTrainer, TrainerHost, card_identity, run_urls
+from .host import Method, NamedTrainer, TrainerHost, card_identity, run_urls, unwrapped_for_generation
 from .online import OnlineHost
 from .overridden import overridden
 from .paired import PairedHost
@@ -91,4 +91,5 @@ __all__ = [
     "saved_with_adapter",
     "score_together",
     "score_tokens",
+    "unwrapped_for_generation",
 ]

@@ -10,7 +10,7 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers.integrations import is_wandb_available
-from trl.models.utils import disable_gradient_checkpointing
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
 from ..forward.packing import compiled_rows, give_packing
@@ -307,6 +307,17 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
 
     def _reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
+
+
+@contextlib.contextmanager
+def unwrapped_for_generation(trainer: Any) -> Iterator[Any]:
+    """The policy as a model that generates: without the wrapper of DDP, and whole where ZeRO-3 split it."""
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    ) as model:
+        yield model
 
 
 def card_identity(trainer: NamedTrainer) -> dict[str, Any]:

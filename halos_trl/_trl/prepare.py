@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
@@ -19,7 +20,17 @@ else:
     _Mixin = object
 
 
-class SamplesByLength(_Mixin):
+class NotesRows(_Mixin):
+    """Keeps what was done to the rows of a trainer's datasets."""
+
+    row_notes: dict[str, dict[str, int]]
+    """By dataset: how many rows were dropped or changed, by the reason."""
+
+    def note_rows(self, name: str, counts: dict[str, int]) -> None:
+        self.row_notes = {**getattr(self, "row_notes", {}), name: counts}
+
+
+class SamplesByLength(NotesRows):
     """Takes lengths from the columns of token ids: the host looks for `input_ids`, which only a collated batch has."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -75,7 +86,7 @@ class PreparesRows(SamplesByLength):
         def tokenizer(prompt_is_explicit: bool) -> RowTokenizer:
             return self._row_tokenizer(processing_class, args, dataset_name, prompt_is_explicit)
 
-        return tokenized_rows(dataset, tokenizer, args)
+        return tokenized_rows(dataset, tokenizer, args, functools.partial(self.note_rows, dataset_name))
 
     def _row_tokenizer(self, processing_class: Any, args: Any, name: str, prompt_is_explicit: bool) -> RowTokenizer:
         return RowTokenizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -86,7 +87,7 @@ class RewardHost(HalosOrder, SamplesByLength, SavesPolicy, NamedTrainer, HostTra
                 drop_invalid=self.drops_invalid_rows,
             )
 
-        return tokenized_rows(dataset, row_tokenizer, args)
+        return tokenized_rows(dataset, row_tokenizer, args, functools.partial(self.note_rows, dataset_name))
 
     def _in_order_of_halos(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         def prepare(rows: Dataset) -> Any:

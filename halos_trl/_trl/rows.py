@@ -47,11 +47,13 @@ def tokenized_rows(
     dataset: Any,
     tokenize: Callable[[bool], RowTokenizer],
     args: Any,
+    report: Callable[[dict[str, int]], None] | None = None,
 ) -> Any:
     """The rows with their token ids.
 
     `tokenize` makes the tokenizer of rows; it is told whether the rows bring their prompts. Pairs become rows of
-    single completions where those are asked for.
+    single completions where those are asked for. `report` is told how many rows were dropped or changed, by the
+    reason; not of a streamed dataset.
     """
     how = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
     # One process prepares and the others find its work in the cache.
@@ -67,8 +69,12 @@ def tokenized_rows(
         if isinstance(dataset, Dataset):
             how["desc"] = f"Tokenizing {row_tokenizer.name} dataset"
         dataset = dataset.map(row_tokenizer, with_indices=True, **how)
-    count = _counted if isinstance(dataset, Dataset) else _counted_as_read
-    return count(dataset, row_tokenizer.name, _texts(row_tokenizer), numbered=unpaired)
+    if not isinstance(dataset, Dataset):
+        return _counted_as_read(dataset, row_tokenizer.name, _texts(row_tokenizer), numbered=unpaired)
+    dataset, counts = _counted(dataset, row_tokenizer.name, _texts(row_tokenizer), numbered=unpaired)
+    if report is not None:
+        report(counts)
+    return dataset
 
 
 def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -117,7 +123,8 @@ def _sentence(note: str, which: str, texts: dict[str, str]) -> str:
     return f"Dropped {which}: {texts[note]}" if note == NO_ROOM else f"{which} {texts[note]}"
 
 
-def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bool) -> Dataset:
+def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bool) -> tuple[Dataset, dict[str, int]]:
+    """The rows that are kept, and the number of those with a note, by what it says."""
     all_notes = [notes.splitlines() for notes in dataset[NOTES]]
     rows = dataset[ROW_NUMBER] if numbered else range(len(dataset))
     counts = Counter(_kind(note) for notes in all_notes for note in notes)
@@ -135,7 +142,15 @@ def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bo
         text = texts.get(reason, reason.removeprefix(INVALID))
         raise ValueError(f"No row of the {name} dataset can be trained on: {text}")
     dataset = dataset.remove_columns([NOTES, ROW_NUMBER] if numbered else [NOTES])
-    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+    said = {_summary(kind, texts): count for kind, count in counts.items()}
+    return dataset if len(kept) == len(dataset) else dataset.select(kept), said
+
+
+def _summary(kind: str, texts: dict[str, str]) -> str:
+    """What a note says of a row, in a few words."""
+    if kind == INVALID:
+        return "dropped: not valid"
+    return f"dropped: {texts[kind]}" if kind == NO_ROOM else texts[kind]
 
 
 def _counted_as_read(dataset: Any, name: str, texts: dict[str, str], *, numbered: bool) -> Any:

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from ..data.feedback.prompts import Duplicates
 from ..trainers.checkpoints import last_complete_checkpoint, problem_of
 from .arguments import refuse_unknown, split_off_config
 from .data import check_splits, dataset_names, is_path, load_data
+from .generation import check_generation, toy_generation
 
 _USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
 _DESCRIPTION = """\
@@ -99,6 +100,29 @@ class HalosScriptArguments(ScriptArguments):
         },
     )
 
+    generate_on_eval: int | None = field(
+        default=None,
+        metadata={
+            "help": "At each evaluation, sample completions for so many prompts of the evaluation split and score "
+            "them with `reward_function` or `reward_model`. Logs `eval_generation_score` and `eval_win_rate` against "
+            "the start, which `metric_for_best_model` can name."
+        },
+    )
+    generate_max_tokens: int = field(
+        default=256, metadata={"help": "Tokens of a completion that `generate_on_eval` samples."}
+    )
+    reward_function: str | None = field(
+        default=None,
+        metadata={
+            "help": "What scores those completions: `module:function` or `file.py:function`, called with `prompt` and "
+            "`completion`."
+        },
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "Or a reward model: hub id or local path."})
+
+    samples_itself: ClassVar[bool] = False
+    """Whether the method samples completions on its own, and reads `reward_function` for them."""
+
     # Set by `parse`, not by a flag.
     embedded: bool = field(default=False, init=False)
     used_datasets: list[str] = field(default_factory=list, init=False)
@@ -132,10 +156,12 @@ def parse(
         known = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
         humanline = given.get("humanline") or config.get("humanline")
         defaults = TOY_DEFAULTS | (toy_defaults or {}) | ((toy_humanline or {}) if humanline else {})
+        defaults |= toy_generation(given, config)
         parser.set_defaults_with_config(**{name: value for name, value in defaults.items() if name in known})
     script_args, training_args, model_args, mixture = parser.parse_args_and_config(args=argv)
     script_args.embedded = embedded
     _refuse_what_cannot_work(script_args, model_args, mixture)
+    check_generation(script_args, training_args)
     training_args.resume_from_checkpoint = _checkpoint(training_args)
     if script_args.ignore_bias_buffers:
         training_args.ddp_broadcast_buffers = False

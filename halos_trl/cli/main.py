@@ -16,6 +16,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base model",
     "plan": "print the memory that a run will take on each device, part by part",
     "examples": "copy the example scripts and configs to a folder",
+    "report": "write a page about a run, or one that compares several",
 }
 """Each is the module of its name in this folder, with `main(argv)`."""
 

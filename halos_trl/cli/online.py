@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 
@@ -15,6 +15,8 @@ from .flags import HalosScriptArguments
 @dataclass
 class OnlineArguments(HalosScriptArguments):
     """The script arguments, and what scores the completions."""
+
+    samples_itself: ClassVar[bool] = True
 
     reward_function: str | None = field(
         default=None,

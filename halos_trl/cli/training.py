@@ -7,11 +7,13 @@ from typing import Any
 from .. import toy
 from ..merge import merge_adapter
 from .flags import HalosScriptArguments
+from .generation import add_generation
 
 
 def run(trainer: Any, script_args: HalosScriptArguments) -> None:
     """Train, save, push. On the embedded default, end with the held-out accuracy before and after."""
     before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
+    add_generation(trainer, script_args)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     save_and_push(trainer, script_args)
     if before is not None:

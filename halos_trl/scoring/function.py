@@ -32,23 +32,27 @@ class RewardFunctionError(ValueError):
 class FunctionScorer:
     """Calls `function(prompt=..., completion=..., <column>=..., ...)` for each sample.
 
-    The function is given by name, `module:function` or `file.py:function`. It receives those of the row's columns that
-    its parameters name, all of them where it takes `**kwargs`. `prompt` is as in the row; `completion` is the text, or
-    the list of messages of a completion of several turns. A function with a parameter `completions` is called as TRL
-    calls its reward functions, with lists of one element (`prompts`, `completions` in the form of the row, and the
-    columns), and returns a list of one score. None leaves a sample unscored.
+    `function` may also be its name, `module:function` or `file.py:function`. It receives those of the row's columns
+    that its parameters name, all of them where it takes `**kwargs`. `prompt` is as in the row; `completion` is the
+    text, or the list of messages of a completion of several turns. A function with a parameter `completions` is called
+    as TRL calls its reward functions, with lists of one element (`prompts`, `completions` in the form of the row, and
+    the columns), and returns a list of one score. None leaves a sample unscored.
 
     Raises ValueError for a name that cannot be resolved. While scoring, naming the row: `RewardFunctionError`
     where the function raises, ValueError where it returns anything but a finite number or None.
     """
 
-    def __init__(self, name: str):
-        self.name = name
-        self.function, source = _resolve(name)
-        self._parameters = _parameters(self.function, name)
+    def __init__(self, function: str | Function):
+        if isinstance(function, str):
+            self.name = function
+            self.function, source = _resolve(function)
+        else:
+            self.name = getattr(function, "__qualname__", type(function).__name__)
+            self.function, source = function, None
+        self._parameters = _parameters(self.function, self.name)
         self._batched = _BATCHED in self._parameters and _PLAIN not in self._parameters
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
-        self.settings: dict[str, Any] = {"function": name, "function_source": _digest(source)}
+        self.settings: dict[str, Any] = {"function": self.name, "function_source": _digest(source)}
 
     def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
         for position, sample in todo:

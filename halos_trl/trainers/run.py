@@ -11,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .. import model_card
 from .checkpoints import stops_finished_run, train_from
+from .run_files import RunFiles, recorded
 from .start import refuse_frozen, refuse_missing_gradients
 from .step import attach_shares, mean_over_examples
 
@@ -31,6 +32,7 @@ class TrainingRun(_Host):
         super().__init__(*args, **kwargs)
         self._gradients_seen = False
         self.add_callback(_BeforeUpdate(self))
+        self.add_callback(RunFiles(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """`Trainer.train`, with exact resumption.
@@ -45,7 +47,8 @@ class TrainingRun(_Host):
             self._gradients_seen = False
             return super(TrainingRun, self).train(checkpoint, *args, **kwargs)
 
-        return train_from(self, resume_from_checkpoint, train)
+        with recorded(self):
+            return train_from(self, resume_from_checkpoint, train)
 
     def restore(self, folder: str) -> None:
         """Hook: restore what `before_checkpoint` wrote to a checkpoint."""
@@ -95,6 +98,9 @@ class TrainingRun(_Host):
     ) -> Any:
         """The host's loop, with a loss that is the mean over all examples even if the last batch of a stream
         is short.
+
+        The metrics of callbacks that have `evaluation_metrics(prefix)`, such as `GenerationCallback`, are added, so
+        that they are logged, compared for the best model and seen by other callbacks like all others.
         """
 
         def loop() -> Any:
@@ -102,7 +108,11 @@ class TrainingRun(_Host):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
 
-        return mean_over_examples(self, loop, description, metric_key_prefix)
+        output = mean_over_examples(self, loop, description, metric_key_prefix)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "evaluation_metrics"):
+                output.metrics.update(callback.evaluation_metrics(metric_key_prefix))
+        return output
 
     # -- model card ----------------------------------------------------------------------------------------------
 

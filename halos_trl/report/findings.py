@@ -1,0 +1,331 @@
+"""What stands out in a run, in plain language, each with the figures that say so.
+
+A finding is a pure function of a `Run`: text or None. The thresholds are the constants below, which `docs/report.md`
+explains. A "start" or "end" is the mean of the first or last fifth of a metric's log lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .panels import series
+from .runs import Run
+
+MIN_LINES = 5
+"""Fewer log lines say nothing about a course."""
+LOSS_RISE = 1.5
+"""The loss at the end over the loss at the start."""
+LOGPS_FALL, LOGPS_FALL_NATS = 0.5, 2.0
+"""How far chosen log-probs fall: as a share of where they began, and in nats per completion."""
+COLLAPSE_NATS = 50.0
+"""A fall of chosen log-probs, in nats per completion, after which the policy no longer writes such completions."""
+SATURATED_MARGIN = 10.0
+"""A margin of rewards at which the sigmoid of the loss gives a pair less than 1/20,000 of its largest gradient."""
+KL_ZERO_SHARE = 0.9
+"""The share of log lines, after the first tenth, in which KTO's KL estimate is 0."""
+CLIPPED_SHARE = 0.5
+"""The share of tokens that the clip holds."""
+UNCLAMPED_LOW, UNCLAMPED_HIGH = 0.5, 0.999
+"""The unclamped fraction."""
+LENGTH_DRIFT = 1.5
+"""The length of samples at the end over that at the start, or the reverse."""
+AT_LIMIT_SHARE = 0.8
+"""The share of log lines with a gradient norm above `max_grad_norm`."""
+LOSS_BLOWUP = 2.0
+"""The largest loss over the first one."""
+NORM_GROWTH, NORM_VANISHED = 20.0, 1e-3
+"""The largest gradient norm over the first one; the norm at the end over the first one."""
+KL_PER_TOKEN = 5.0
+"""The KL to the reference of GRPO and PPO, in nats per token."""
+OVERLAP_SHARE = 0.01
+"""The share of an evaluation set's prompts that are in the training set."""
+OVERFIT_RISE = 0.1
+"""How far the last evaluation loss lies above the lowest one, as a share of the latter."""
+WIN_RATE_LOW = 0.45
+"""The win rate of the samples against those of the start."""
+
+
+class Finding(NamedTuple):
+    """Something that stands out."""
+
+    title: str
+    text: str
+    panel: str
+    """Key of the picture that shows it."""
+    severe: bool = False
+    """Whether the run is of no use as it is."""
+
+
+def _ends(run: Run, metric: str) -> tuple[float, float] | None:
+    """Start and end of a metric; None with fewer than `MIN_LINES` finite values."""
+    values = series(run, metric).finite.values
+    if len(values) < MIN_LINES:
+        return None
+    part = max(1, len(values) // 5)
+    return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def _reference_moves(run: Run) -> bool:
+    return bool(run.settings.get("humanline") or run.settings.get("sync_ref_model"))
+
+
+def loss_not_finite(run: Run) -> Finding | None:
+    """A loss that is NaN or infinite, or a run that was stopped because of one."""
+    steps, values = run.series("loss")
+    bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
+    error = str(run.summary.get("error", ""))
+    stopped = "NaN or infinite" in error or "not finite" in error
+    if not bad and not stopped:
+        return None
+    where = f"at step {bad[0]}, and in {len(bad)} of {len(steps)} log lines" if bad else f"and ended the run: {error}"
+    return Finding("The loss is not finite", f"It is NaN or infinite {where}.", "loss", severe=True)
+
+
+def loss_rises(run: Run) -> Finding | None:
+    """A loss that ends above where it began. Losses that may be negative have no ratio and are left out, and so are
+    those against a reference that moves: each time it is copied, the loss begins anew.
+    """
+    ends = None if _reference_moves(run) else _ends(run, "loss")
+    if ends is None or ends[0] <= 0 or ends[1] < LOSS_RISE * ends[0]:
+        return None
+    text = f"It was {ends[0]:.3g} at the start and is {ends[1]:.3g} at the end, {ends[1] / ends[0]:.1f} times as much."
+    return Finding("The loss rises", text, "loss", severe=True)
+
+
+def chosen_logps_fall(run: Run) -> Finding | None:
+    """The policy gives the completions that it should prefer less probability than before."""
+    ends = _ends(run, "logps/chosen")
+    if ends is None:
+        return None
+    fall = ends[0] - ends[1]
+    if fall < LOGPS_FALL_NATS or fall < LOGPS_FALL * abs(ends[0]):
+        return None
+    text = (
+        f"The mean log-prob of a chosen completion fell from {ends[0]:.1f} to {ends[1]:.1f} nats. The margin may "
+        "still grow, since that of the rejected ones can fall faster, but the policy moves away from both. Lower the "
+        "learning rate, raise `beta`, train for fewer epochs, or use KTO or humanline."
+    )
+    return Finding("Chosen completions become less likely", text, "logps", severe=fall > COLLAPSE_NATS)
+
+
+def rewards_saturated(run: Run) -> Finding | None:
+    """Pairs that are told apart by so much that they give no gradient any more."""
+    ends = _ends(run, "rewards/margins") if run.method in ("", "DPO", "KTO", "CDPO") else None
+    if ends is None or ends[1] < SATURATED_MARGIN:
+        return None
+    text = (
+        f"Their margin is {ends[1]:.1f} at the end; beyond {SATURATED_MARGIN:g} the sigmoid of the loss is flat, and "
+        "most pairs give almost no gradient. Further epochs change little; stop earlier, or lower `beta`."
+    )
+    return Finding("The rewards are saturated", text, "margins")
+
+
+def kl_at_zero(run: Run) -> Finding | None:
+    """KTO's reference point, which is clamped at 0, while desirable completions have rewards below it."""
+    values = series(run, "kl").finite.values if run.method in ("", "KTO") else []
+    values = values[len(values) // 10 :]
+    zeros = sum(value == 0 for value in values)
+    chosen = _ends(run, "rewards/chosen")
+    if len(values) < MIN_LINES or zeros < KL_ZERO_SHARE * len(values) or chosen is None or chosen[1] >= 0:
+        return None
+    text = (
+        f"It is 0 in {zeros} of {len(values)} log lines, and desirable completions end with a mean reward of "
+        f"{chosen[1]:.3g}, below it: the policy gives less probability to everything, and undesirable rows drive the "
+        "training. Raise `desirable_weight` or lower `undesirable_weight`, lower the learning rate, or put more rows "
+        "into a step."
+    )
+    return Finding("The KL estimate is pinned at 0", text, "kl")
+
+
+def clip_holds_most(run: Run) -> Finding | None:
+    """GRPO and PPO: tokens whose ratio is beyond the clip give no gradient."""
+    ends = _ends(run, "clip_fraction")
+    if ends is None or ends[1] < CLIPPED_SHARE:
+        return None
+    text = (
+        f"The clip holds {ends[1]:.0%} of the tokens at the end ({ends[0]:.0%} at the start), and they give no "
+        "gradient. Lower the learning rate, train for fewer epochs, or widen the clip."
+    )
+    return Finding("Most tokens are clipped", text, "clip")
+
+
+def unclamped_extreme(run: Run) -> Finding | None:
+    """Humanline: nearly every token, or hardly any, inside of the bounds."""
+    values = series(run, "unclamped").finite.values
+    if len(values) < MIN_LINES:
+        return None
+    mean = sum(values) / len(values)
+    if mean < UNCLAMPED_LOW:
+        text = (
+            f"On average {mean:.0%} of the tokens are unclamped, and the others give no gradient. Lower the learning "
+            "rate, copy the reference more often (`humanline_sync_steps`), or widen the bounds (`log_epsilon_p`, "
+            "`log_epsilon_r`)."
+        )
+        return Finding("Humanline clamps most tokens", text, "unclamped")
+    if mean > UNCLAMPED_HIGH:
+        text = (
+            f"On average {mean:.2%} of the tokens are unclamped, so the clamp changes next to nothing. Copy the "
+            "reference less often (`humanline_sync_steps`) or narrow the bounds, if it is meant to act."
+        )
+        return Finding("Humanline clamps hardly any token", text, "unclamped")
+    return None
+
+
+def length_drifts(run: Run) -> Finding | None:
+    """Samples that become longer or shorter."""
+    values = series(run, "eval_generation_length").finite.values
+    if len(values) < 2 or min(values[0], values[-1]) <= 0:
+        return None
+    ratio = values[-1] / values[0]
+    if 1 / LENGTH_DRIFT < ratio < LENGTH_DRIFT:
+        return None
+    text = (
+        f"A sample had {values[0]:.1f} tokens on average at the start and has {values[-1]:.1f} at the end. Look at "
+        "whether the scores or labels favour one length."
+    )
+    return Finding(f"Samples become {'longer' if ratio > 1 else 'shorter'}", text, "generation_length")
+
+
+def gradient_at_limit(run: Run) -> Finding | None:
+    """Most updates are scaled down by gradient clipping."""
+    limit = run.settings.get("max_grad_norm")
+    values = series(run, "grad_norm").finite.values
+    if not isinstance(limit, int | float) or limit <= 0 or len(values) < MIN_LINES:
+        return None
+    above = sum(value > limit for value in values)
+    if above < AT_LIMIT_SHARE * len(values):
+        return None
+    median = sorted(values)[len(values) // 2]
+    text = (
+        f"The norm is above `max_grad_norm={limit:g}` in {above} of {len(values)} log lines (median {median:.3g}), so "
+        "most updates have the length of the limit and their size says nothing. With Adam this matters little; "
+        "otherwise raise the limit or lower the learning rate."
+    )
+    return Finding("The gradient is at its limit", text, "grad_norm")
+
+
+def evaluation_overlaps(run: Run) -> Finding | None:
+    """Prompts of an evaluation set that are trained on."""
+    for name, counts in run.data.get("overlap", {}).items():
+        what = "prompts" if counts.get("prompts") else "rows"
+        number, shared = counts.get(what, 0), counts.get(f"shared_{what}", 0)
+        if number and shared >= OVERLAP_SHARE * number:
+            which = "evaluation set" if name == "eval" else f"evaluation set `{name}`"
+            rows = (
+                f", and {counts.get('shared_rows', 0)} of its {counts.get('rows', 0)} rows" if what != "rows" else ""
+            )
+            text = (
+                f"{shared} of the {number} different {what} of the {which} are in the training set{rows}. Its metrics "
+                "are optimistic. Split by prompt."
+            )
+            return Finding("Evaluation and training share data", text, "data")
+    return None
+
+
+def overfits(run: Run) -> Finding | None:
+    """An evaluation loss that has been lower, against the same reference."""
+    steps, values = run.series("eval_loss").finite
+    if len(values) < 3 or min(values) <= 0 or _reference_moves(run):
+        return None
+    best = values.index(min(values))
+    if values[-1] < (1 + OVERFIT_RISE) * values[best]:
+        return None
+    text = (
+        f"It was lowest at step {steps[best]} ({values[best]:.3g}) and is {values[-1]:.3g} at the end. "
+        "`load_best_model_at_end=True` keeps the best model."
+    )
+    return Finding("The evaluation loss rises again", text, "loss")
+
+
+def samples_worse(run: Run) -> Finding | None:
+    """Samples that lose against those of the start."""
+    rate = series(run, "eval_win_rate").finite.values
+    if not rate or rate[-1] >= WIN_RATE_LOW:
+        return None
+    scores = series(run, "eval_generation_score").finite.values
+    means = f" The mean score went from {scores[0]:.3g} to {scores[-1]:.3g}." if len(scores) > 1 else ""
+    text = f"At the end they win {rate[-1]:.0%} of the comparisons with the start (a tie counts half).{means}"
+    return Finding("Samples are worse than at the start", text, "win_rate", severe=True)
+
+
+def learning_rate_too_high(run: Run) -> Finding | None:
+    """The likely cause, where at least two signs of a run that has been thrown off come together."""
+    signs = [sign for sign in (find(run) for find in _SIGNS) if sign]
+    rates = run.series("learning_rate").finite.values
+    if len(signs) < 2 or not rates:
+        return None
+    text = (
+        f"It went up to {max(rates):.3g}, and {'; '.join(signs)}. Train again with a tenth to a hundredth of it; "
+        "the first log lines tell whether that is enough."
+    )
+    return Finding("The learning rate is the likely cause", text, "learning_rate", severe=True)
+
+
+def _loss_sign(run: Run) -> str | None:
+    if loss_not_finite(run):
+        return "the loss became NaN or infinite"
+    values = series(run, "loss").finite.values
+    if len(values) >= MIN_LINES and values[0] > 0 and max(values) > LOSS_BLOWUP * values[0]:
+        return f"the loss went from {values[0]:.3g} up to {max(values):.3g}"
+    return None
+
+
+def _logps_sign(run: Run) -> str | None:
+    values = series(run, "logps/chosen").finite.values
+    if len(values) < MIN_LINES or values[0] - min(values) < COLLAPSE_NATS:
+        return None
+    return f"the mean log-prob of a chosen completion fell from {values[0]:.1f} to {min(values):.1f} nats"
+
+
+def _norm_sign(run: Run) -> str | None:
+    values = series(run, "grad_norm").finite.values
+    if len(values) < MIN_LINES or values[0] <= 0:
+        return None
+    if max(values) >= NORM_GROWTH * values[0]:
+        return f"the gradient norm grew from {values[0]:.3g} to {max(values):.3g}"
+    if _ends(run, "grad_norm")[1] <= NORM_VANISHED * values[0]:  # type: ignore[index]
+        return f"the gradient vanished (norm {values[0]:.3g} at the start, {values[-1]:.3g} at the end)"
+    return None
+
+
+def _kl_sign(run: Run) -> str | None:
+    ends = _ends(run, "kl") if run.method in ("GRPO", "PPO") else None
+    if ends is None or ends[1] < KL_PER_TOKEN:
+        return None
+    return f"the KL to the reference went from {ends[0]:.3g} to {ends[1]:.3g} nats per token"
+
+
+def _samples_sign(run: Run) -> str | None:
+    scores = series(run, "eval_generation_score").finite.values
+    if len(scores) < 2 or not 0 <= scores[-1] < scores[0] / 2:
+        return None
+    return f"the mean score of samples went from {scores[0]:.3g} to {scores[-1]:.3g}"
+
+
+_SIGNS = (_loss_sign, _logps_sign, _norm_sign, _kl_sign, _samples_sign)
+
+FINDINGS: tuple[Callable[[Run], Finding | None], ...] = (
+    learning_rate_too_high,
+    loss_not_finite,
+    loss_rises,
+    samples_worse,
+    chosen_logps_fall,
+    evaluation_overlaps,
+    overfits,
+    rewards_saturated,
+    kl_at_zero,
+    clip_holds_most,
+    unclamped_extreme,
+    length_drifts,
+    gradient_at_limit,
+)
+
+
+def findings(run: Run) -> list[Finding]:
+    """All that stands out in a run, the likely cause first."""
+    return [finding for find in FINDINGS if (finding := find(run)) is not None]
+
+
+__all__ = ["FINDINGS", "Finding", "findings"]

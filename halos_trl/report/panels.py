@@ -1,0 +1,121 @@
+"""Which metrics are shown together, in which unit, and the ones that are computed from others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+from .runs import Run, Series
+
+TOKENS_PER_SECOND, MEMORY = "tokens_per_second", "memory_gib"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a run."""
+
+    key: str
+    """The name of its file and anchor."""
+    title: str
+    unit: str
+    metrics: dict[str, str] = field(default_factory=dict)
+    """What is drawn, with its label; evaluation adds `eval_` to the name."""
+    limit: str = ""
+    """A setting that is drawn as a line."""
+    may_be_log: bool = False
+    """Whether a range over more than two orders of magnitude is drawn on a logarithmic axis."""
+    share: bool = False
+    """Whether values lie between 0 and 1."""
+    from_zero: bool = False
+    """Whether the axis begins at 0."""
+
+
+_SIDES = {"chosen": "chosen", "rejected": "rejected"}
+
+
+def _sides(prefix: str) -> dict[str, str]:
+    return {f"{prefix}/{side}": label for side, label in _SIDES.items()}
+
+
+PANELS = (
+    Panel("loss", "Loss", "", {"loss": ""}),
+    Panel("rewards", "Rewards", "reward", _sides("rewards")),
+    Panel("margins", "Margin of the rewards, chosen - rejected", "reward", {"rewards/margins": ""}),
+    Panel("accuracy", "Pairs in the right order", "share", {"rewards/accuracies": "", "accuracy": ""}, share=True),
+    Panel("logps", "Log-probs of the completions", "nats per completion", _sides("logps")),
+    Panel("kl", "KL estimate", "nats", {"kl": ""}),
+    Panel("scores", "Scores of the reward model", "score", {f"{x}_reward": x for x in ("min", "mean", "max")}),
+    Panel("generation", "Score of the samples", "mean score", {"generation_score": ""}),
+    Panel("win_rate", "Win rate against the start", "share", {"win_rate": ""}, share=True),
+    Panel("generation_length", "Length of the samples", "tokens", {"generation_length": ""}),
+    Panel("entropy", "Entropy of the policy", "nats per token", {"entropy": ""}),
+    Panel("unclamped", "Unclamped tokens (humanline)", "share", {**_sides("unclamped"), "unclamped": ""}, share=True),
+    Panel("clip", "Tokens that the clip holds", "share", {"clip_fraction": ""}, share=True),
+    Panel("grad_norm", "Gradient norm before clipping", "", {"grad_norm": ""}, limit="max_grad_norm", may_be_log=True),
+    Panel("learning_rate", "Learning rate", "", {"learning_rate": ""}),
+    Panel(TOKENS_PER_SECOND, "Throughput", "tokens per second", {TOKENS_PER_SECOND: ""}, from_zero=True),
+    Panel(MEMORY, "Peak memory so far", "GiB", {MEMORY: ""}, from_zero=True),
+)  # fmt: skip
+
+
+def series(run: Run, metric: str) -> Series:
+    """A metric of a run, as logged or computed from its log lines."""
+    if metric == TOKENS_PER_SECOND:
+        return _tokens_per_second(run)
+    if metric == MEMORY:
+        steps, values = run.series("memory_bytes")
+        return Series(steps, [value / 2**30 for value in values])
+    return run.series(metric)
+
+
+def _tokens_per_second(run: Run) -> Series:
+    """Of the tokens and the training time between two log lines. `num_tokens` begins at 0 again after a resume."""
+    rows = [row for row in run.history if {"loss", "num_tokens", "seconds", "step"} <= row.keys()]
+    rates = [
+        (late["step"], (late["num_tokens"] - early["num_tokens"]) / (late["seconds"] - early["seconds"]))
+        for early, late in pairwise(rows)
+        if late["seconds"] > early["seconds"] and late["num_tokens"] > early["num_tokens"]
+    ]
+    return Series([step for step, _ in rates], [rate for _, rate in rates])
+
+
+def panels_of(runs: Sequence[Run]) -> list[Panel]:
+    """The panels of which at least one run has a finite value. For several runs each has one metric only."""
+    found = []
+    for panel in PANELS:
+        present = {
+            metric: label
+            for metric, label in panel.metrics.items()
+            if any(series(run, name).finite.steps for run in runs for name in (metric, f"eval_{metric}"))
+        }
+        if "unclamped/chosen" in present:
+            present.pop("unclamped", None)
+        found += _split(panel, present, several=len(runs) > 1)
+    return found
+
+
+def _split(panel: Panel, present: dict[str, str], *, several: bool) -> list[Panel]:
+    if not present:
+        return []
+    if several and len(panel.metrics) > 1 and all(present.values()):
+        return [
+            replace(panel, key=f"{panel.key}_{label}", title=f"{panel.title}: {label}", metrics={metric: label})
+            for metric, label in present.items()
+        ]
+    return [replace(panel, metrics=present)]
+
+
+def thinned(values: Series, most: int = 400) -> Series:
+    """At most `most` points: means over neighbours. Steps are those in the middle of each stretch."""
+    values = values.finite
+    size = math.ceil(len(values.steps) / most)
+    if size <= 1:
+        return values
+    starts = range(0, len(values.steps), size)
+    parts = [(values.steps[i : i + size], values.values[i : i + size]) for i in starts]
+    return Series([steps[len(steps) // 2] for steps, _ in parts], [sum(v) / len(v) for _, v in parts])
+
+
+__all__ = ["PANELS", "Panel", "panels_of", "series", "thinned"]

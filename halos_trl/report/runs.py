@@ -1,0 +1,186 @@
+"""What a run left behind, read from its output directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+TRAIN_LOG, TRAINER_STATE, GENERATIONS = "train_log.jsonl", "trainer_state.json", "_generations.jsonl"
+
+
+class Series(NamedTuple):
+    """A metric over a run's optimizer steps. Values may be NaN or infinite."""
+
+    steps: list[int]
+    values: list[float]
+
+    @property
+    def finite(self) -> Series:
+        pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
+        return Series([s for s, _ in pairs], [v for _, v in pairs])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its log lines in order, and what its other files say; empty where a file is missing."""
+
+    name: str
+    history: list[Row]
+    summary: Row = field(default_factory=dict)
+    data: Row = field(default_factory=dict)
+    generations: list[Row] = field(default_factory=list)
+    """Rows of `step`, `prompt`, `completion`, `score`, `tokens`, in the order in which they were written."""
+    notes: list[str] = field(default_factory=list)
+    """What the reader of the page has to know about the files."""
+
+    def series(self, metric: str) -> Series:
+        """A metric's values, one for each step that logs it; the last one where a step logs it twice."""
+        found = {row["step"]: row[metric] for row in self.history if metric in row and "step" in row}
+        kept = {step: float(value) for step, value in found.items() if isinstance(value, int | float)}
+        return Series(list(kept), list(kept.values()))
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(name for row in self.history for name in row))
+
+    @property
+    def settings(self) -> Row:
+        return self.summary.get("settings", {})
+
+    @property
+    def method(self) -> str:
+        return str(self.summary.get("trainer", "")).removesuffix("Trainer")
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """The runs of several folders, under names that differ. Raises ValueError for a folder that holds no run."""
+    paths = [Path(folder) for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    for i, path in enumerate(resolved):
+        if path in resolved[:i]:
+            raise ValueError(f"{paths[i]} is named twice. Name each run once.")
+    return [read_run(path, name) for path, name in zip(paths, _short_names(resolved), strict=True)]
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart."""
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def read_run(folder: str | Path, name: str | None = None) -> Run:
+    """The run of a folder: the `output_dir` of a trainer, or one of its checkpoints.
+
+    Raises ValueError where there is no such folder, where it holds no run, or where nothing was logged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{folder} is {'no folder' if path.exists() else 'not there'}. Name a run's `output_dir`.")
+    summary, notes = _read_json(path / "run_summary.json"), []
+    history, note = _history(path)
+    if history is None:
+        raise ValueError(_why_no_run(path, summary))
+    if not any("loss" in row or "eval_loss" in row for row in history):
+        raise ValueError(
+            f"{folder} has a log without a training or evaluation loss: the run has logged nothing yet, or "
+            "`logging_steps` is larger than the run. Try again later, or train with a smaller `logging_steps`."
+        )
+    notes += [note] if note else []
+    notes += _status_notes(summary)
+    lines = read_lines(path / GENERATIONS)
+    return Run(name or path.resolve().name, history, summary, _read_json(path / "data_summary.json"), lines, notes)
+
+
+def _history(path: Path) -> tuple[list[Row] | None, str | None]:
+    """The log lines and a remark on where they are from; None without any file of them."""
+    own, state = read_lines(path / TRAIN_LOG), _state_history(path)
+    if own and _last_step(own) >= _last_step(state or []):
+        # Evaluations after training are in one of the two only.
+        missing = [row for row in state or [] if _last_step(own) <= row.get("step", 0) and not _is_in(row, own)]
+        return own + missing, None
+    if state is not None:
+        return state, None
+    if (path / TRAIN_LOG).is_file():
+        return own, None
+    checkpoints = sorted(path.glob(f"checkpoint-*/{TRAINER_STATE}"), key=lambda p: _step_of(p.parent.name))
+    if not checkpoints:
+        return None, None
+    folder = checkpoints[-1].parent
+    return _state_history(folder), f"Only checkpoints were found; the log is that of {folder.name}."
+
+
+def _is_in(row: Row, rows: list[Row]) -> bool:
+    return any(row.items() <= other.items() for other in rows)
+
+
+def _state_history(path: Path) -> list[Row] | None:
+    file = path / TRAINER_STATE
+    history = _read_json(file).get("log_history") if file.is_file() else None
+    return [row for row in history if isinstance(row, dict)] if isinstance(history, list) else None
+
+
+def _last_step(rows: Sequence[Row]) -> int:
+    return max((row.get("step", 0) for row in rows), default=-1)
+
+
+def _step_of(name: str) -> int:
+    number = name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _why_no_run(path: Path, summary: Row) -> str:
+    if summary:
+        return f"{path} is a run that has logged nothing yet. Try again later."
+    rounds = sorted(folder.name for folder in path.glob("round-*") if folder.is_dir())
+    if rounds:
+        return f"{path} holds rounds. Name the run of one of them, e.g. {path / rounds[0] / 'policy'}."
+    below = sorted({file.parent for name in (TRAIN_LOG, TRAINER_STATE) for file in path.glob(f"*/{name}")})
+    hint = f" Did you mean {below[0]}?" if below else " Name the `output_dir` of a training run."
+    return f"{path} holds no run: there is no {TRAIN_LOG}, {TRAINER_STATE} or checkpoint in it.{hint}"
+
+
+def _status_notes(summary: Row) -> list[str]:
+    status = summary.get("status")
+    if status == "failed":
+        return [f"The run ended with an error: {summary.get('error')}"]
+    if status == "running":
+        return ["The run has recorded no end: it is still going, or it was interrupted."]
+    return []
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The objects of a JSON Lines file; none where there is no file. A line that is still being written ends it."""
+    found: list[Row] = []
+    if path.is_file():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break
+            found += [value] if isinstance(value, dict) else []
+    return found
+
+
+def _read_json(path: Path) -> Row:
+    """Raises ValueError, naming the file, where it is not a JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Was it cut while it was copied?") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
+    return value
+
+
+__all__ = ["GENERATIONS", "Run", "Series", "read_lines", "read_run", "read_runs"]
