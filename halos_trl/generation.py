@@ -134,7 +134,8 @@ class GenerationCallback(TrainerCallback):
         known = [score for score in scores if score is not None]
         if known:
             metrics["eval_generation_score"] = sum(known) / len(known)
-        wins = [_win(now, then) for now, then in zip(scores, self._start, strict=True) if None not in (now, then)]
+        pairs = zip(scores, self._start, strict=True)
+        wins = [_win(now, then) for now, then in pairs if now is not None and then is not None]
         if wins:
             metrics["eval_win_rate"] = sum(wins) / len(wins)
         return metrics
@@ -277,7 +278,7 @@ def _write(path: Path, lines: Sequence[Row], mode: str) -> None:
 
 def _log_table(lines: Sequence[Row], report_to: Sequence[str]) -> None:
     """The completions of an evaluation as a table, where a tracker that shows tables is on."""
-    columns = ["step", "prompt", "completion", "score"]
+    columns: list[Any] = ["step", "prompt", "completion", "score"]
     values = [[str(line[name]) if name == "prompt" else line[name] for name in columns] for line in lines]
     if "wandb" in report_to:
         import wandb
