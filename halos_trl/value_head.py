@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .sharded import assign_whole
+from .sharded import assign_whole, shape_of
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 """The value head lies under this name beside a saved policy and in every checkpoint."""
@@ -47,7 +47,9 @@ class ValueHead(nn.Module):
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Hidden states (B, T, H) of any float dtype -> values (B, T), in units of the score."""
         with torch.autocast(hidden_BTH.device.type, enabled=False):
-            return self.summary(hidden_BTH.detach().float()).squeeze(-1)
+            dtype = next(self.parameters()).dtype  # an engine may have cast it
+            values_BT = self.summary(hidden_BTH.detach().to(dtype)).squeeze(-1)
+            return values_BT.to(torch.promote_types(dtype, torch.float32))
 
 
 @contextlib.contextmanager
@@ -84,14 +86,15 @@ def load_value_head(head: nn.Module, folder: str) -> None:
         raise ValueError(
             f"{path} cannot be read ({error}); it is probably truncated. Use an earlier checkpoint."
         ) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    own = dict(head.named_parameters())
+    expected = {name: tuple(shape_of(tensor)) for name, tensor in own.items()}
     found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if expected != found:
         raise ValueError(
             f"{path} holds the value head of another model: shapes {found}, expected {expected}. Use the model that "
             "it was trained with."
         )
-    for name, tensor in head.state_dict().items():  # shares the head's memory
+    for name, tensor in own.items():
         assign_whole(tensor, stored[name])
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer
+from halos_trl._trl.zero import give_own_groups
 from halos_trl.advantages import gae
 from halos_trl.trainers.reward import load_reward_model
 from halos_trl.trainers.rollout import last_token_rewards, roll_out
@@ -593,3 +594,12 @@ def test_column_advantage_of_raw_rows_is_not_read(fit, said):
     trainer = fit(scored(2).add_column("advantage", ["ab"] * 8), train=False)
     assert "columns ['advantage'], which are not read" in said()
     assert "advantage" not in trainer.train_dataset.column_names
+
+
+def test_parameters_move_into_optimizer_groups_of_their_own():
+    policy, head = (torch.nn.Linear(2, 2) for _ in range(2))
+    groups = [{"params": [policy.weight, head.weight], "weight_decay": 0.1}, {"params": [head.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.5, weight_decay=0.0)
+    give_own_groups(optimizer, head.parameters())
+    found = [(group["params"], group["weight_decay"], group["lr"]) for group in optimizer.param_groups]
+    assert found == [([policy.weight], 0.1, 0.5), ([head.bias], 0.0, 0.5), ([head.weight], 0.1, 0.5)]

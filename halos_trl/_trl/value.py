@@ -13,9 +13,11 @@ from accelerate.utils import is_peft_model
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..forward.heads import only_wanted
+from ..sharded import whole
 from ..value_head import NAME as VALUE_HEAD
 from ..value_head import ValueHead, load_value_head, save_value_head, taken_off
 from .scored import ScoredHost
+from .zero import OwnLimit, give_own_groups
 
 
 @dataclass
@@ -58,14 +60,20 @@ class ValueHost(ScoredHost):
     """A host whose policy carries a value head while it trains, and is saved without it."""
 
     value_head: ValueHead
+    _own_limit: OwnLimit | None = None
 
     def attach_value_head(self) -> None:
         """Give the policy a new head. Raises ValueError where its gradients could not be limited apart."""
-        if self.is_deepspeed_enabled or not hasattr(transformers.Trainer, "_clip_grad_norm"):
-            engine = "DeepSpeed" if self.is_deepspeed_enabled else f"transformers {transformers.__version__}"
+        if not hasattr(transformers.Trainer, "_clip_grad_norm"):
             raise ValueError(
                 f"{type(self).__name__} limits the gradients of the value head apart from the policy's, which "
-                f"{engine} has no place for. Use DDP or FSDP2 with transformers 5."
+                f"transformers {transformers.__version__} has no place for. Use transformers 5."
+            )
+        if self.is_deepspeed_enabled and "optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
+            raise ValueError(
+                f"The `optimizer` section of DeepSpeed's configuration puts all parameters into one group, but "
+                f"{type(self).__name__} limits the gradients of the value head apart from the policy's. Leave that "
+                "section out, and choose the optimizer with `optim` and `learning_rate`."
             )
         causal_lm = self._causal_lm()
         config = causal_lm.config.get_text_config()
@@ -95,9 +103,30 @@ class ValueHost(ScoredHost):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled:  # whose own checkpoints hold the head
+            super()._load_best_model()
+            return
         with taken_off(self._causal_lm()):
             super()._load_best_model()
         load_value_head(self.value_head, self.state.best_model_checkpoint)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            give_own_groups(optimizer, self.value_head.parameters())
+        return optimizer
+
+    def limit_value_head(self, max_norm: float) -> None:
+        """Hook into an engine that updates the weights before anybody else can limit their gradients."""
+        zero = self.deepspeed.optimizer if self.is_deepspeed_enabled else None
+        if zero is not None and (self._own_limit is None or self._own_limit.zero is not zero):
+            self._own_limit = OwnLimit(zero, self.value_head.parameters(), max_norm)
+
+    def limited_value_head_norm(self, max_norm: float) -> torch.Tensor:
+        """The norm of the value head's gradient before it is limited, which it is after this call."""
+        if self._own_limit is not None:
+            return self._own_limit.norm
+        return whole(torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), max_norm))
 
     def _clip_grad_norm(self, model: Any) -> Any:
         own = {id(parameter) for parameter in self.value_head.parameters()}

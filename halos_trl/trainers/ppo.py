@@ -21,7 +21,6 @@ from ..humanline import log_ratios
 from ..logprobs import finite_exp
 from ..metrics import Sums, total
 from ..records import LossOutput, PolicyStep
-from ..sharded import whole
 from ..value_head import VALUE_HEAD_FILE, load_value_head
 from .loss import BatchTables
 from .reward_scores import RewardModelScores
@@ -278,9 +277,11 @@ class _ClipValueHead(TrainerCallback):
     def __init__(self, trainer: PPOTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.limit_value_head(args.v_head_max_grad_norm)
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        parameters = self.trainer.value_head.parameters()
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, args.v_head_max_grad_norm))
+        norm = self.trainer.limited_value_head_norm(args.v_head_max_grad_norm)
         if not torch.isfinite(norm):
             if self.trainer.skips_overflow:
                 return
