@@ -1,4 +1,4 @@
-.PHONY: check format lint types site test quick fuzz gpu
+.PHONY: check format lint types site test quick fuzz matrix gpu
 
 check: lint types site test   ## everything that has to pass before a commit
 
@@ -24,6 +24,9 @@ quick:                   ## the tests that start no processes and train for mome
 
 fuzz:                    ## two thousand runs on wrong input: each trains or names its cause (minutes)
 	python -m pytest -q -n auto --dist load -m fuzz tests/test_fuzz.py
+
+matrix:                  ## every method on every engine in two processes, and the table in docs/scaling.md (minutes)
+	python tests/engine_matrix.py
 
 gpu:                     ## kernels, half precision and training on packed rows, on a machine with a CUDA device
 	python -m pytest -q -m gpu tests/test_gpu.py

@@ -1,4 +1,4 @@
-"""One optimizer step over two real processes (gloo), with DDP or FSDP2, is the same step as in one process."""
+"""One optimizer step over two real processes (gloo), under each engine, is the same step as in one process."""
 
 import functools
 from pathlib import Path
@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import unpaired_rows
 from launch import ENGINES, launch
+from policy_runs import scored
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+SCRIPT = Path(__file__).with_name("every_engine.py")
 RUNS = [
-    "kto", "kto, accumulated", "kto, streamed", "kto, humanline", "kto, humanline, lora", "kto, precomputed",
-    "dpo", "dpo, robust", "dpo, humanline", "dpo, humanline, lora", "dpo, humanline, never resharded",
+    "kto, accumulated", "kto, streamed", "kto, humanline", "kto, precomputed",
+    "dpo, robust", "dpo, humanline, lora", "dpo, humanline, never resharded",
+    "grpo, accumulated", "grpo, precomputed", "ppo, humanline, accumulated, two epochs", "ppo, reward model",
 ]  # fmt: skip
 
 
@@ -23,6 +25,7 @@ def results(tmp_path_factory):
     def of(engine=None):
         out = tmp_path_factory.mktemp(engine or "one")
         unpaired_rows(24).save_to_disk(out / "rows")
+        scored(10).save_to_disk(out / "scored rows")
         return launch(SCRIPT, out, engine)
 
     return of
@@ -43,7 +46,18 @@ def test_two_processes_equal_one(results, name, engine):
             assert together[metric] == pytest.approx(value, rel=1e-5, abs=5e-6), metric  # float32 sums of 30 nats
 
 
-def test_table_names_every_run_of_the_script():
-    source = SCRIPT.read_text()
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_under_an_engine_resumes_exactly(results, engine):
+    run = results(engine)["resumed"]
+    assert run["problem"] is None, run["files"]
+    assert run["last"] == "checkpoint-4"
+    assert torch.equal(run["resumed"], run["whole"])
+    assert run["finished"][0] == 4
+    assert torch.equal(run["finished"][1], run["whole"])
+
+
+def test_table_names_every_run_of_the_scripts():
+    source = "".join(SCRIPT.with_name(name).read_text() for name in ("two_processes.py", "two_processes_policy.py"))
     assert all(f'"{name}": run(' in source for name in RUNS)
     assert source.count(": run(") == len(RUNS)

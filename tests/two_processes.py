@@ -1,17 +1,9 @@
-"""Runs in every process of a `torchrun` launch (or alone) and saves how the runs ended. OUT holds saved `rows`.
-
-python tests/two_processes.py OUT                                                       # one process
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT             # two, with DDP
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes.py OUT fsdp2       # two, with FSDP2
-DS_ACCELERATOR=cpu accelerate launch --config_file FILE tests/two_processes.py OUT zero   # two, with DeepSpeed
-"""
+"""Engines on a CPU, and runs of KTO and DPO that `every_engine.py` makes in every process."""
 
 import contextlib
 import copy
 import functools
 import os
-import sys
-from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -183,32 +175,21 @@ def on_disk(data, folder):
     return load_from_disk(folder)
 
 
-def main(out: Path, engine: str | None = None) -> None:
-    if engine == "fsdp2":
-        make_fsdp2_real()
+def runs(out, engine):
+    """How the runs ended, by name. OUT holds saved `rows`."""
     run = functools.partial(run_one, engine=engine)
     kto = (KTOTrainer, KTOConfig, unpaired_rows(24), out)
     dpo = (DPOTrainer, DPOConfig, paired_rows(24), out)
-    results = {
-        "kto": run(*kto, beta=0.5),
+    return {
         "kto, accumulated": run(*kto, beta=0.5, per_device=2),
         "kto, streamed": run(KTOTrainer, KTOConfig, unpaired_rows(24).to_iterable_dataset(), out, beta=0.5),
         "kto, humanline": run(*kto, beta=0.5, ref=False, humanline=True),
-        "kto, humanline, lora": run(*kto, beta=0.5, ref=False, humanline=True, lora=True),
         # From disk: processes share what is precomputed through the data set's cache folder.
         "kto, precomputed": run(
             KTOTrainer, KTOConfig, load_from_disk(out / "rows"), out, beta=0.5, precompute_ref_log_probs=True
         ),
-        "dpo": run(*dpo, beta=0.5),
         "dpo, robust": run(*dpo, beta=0.5, loss_type="robust", label_smoothing=0.1),
-        "dpo, humanline": run(*dpo, beta=0.5, ref=False, humanline=True),
         "dpo, humanline, lora": run(*dpo, beta=0.5, ref=False, humanline=True, lora=True),
         # FSDP2 leaves the reference whole after a forward pass; DDP takes no notice.
         "dpo, humanline, never resharded": run(*dpo, beta=0.5, ref=False, humanline=True, reshard=False),
     }
-    if int(os.environ.get("RANK", 0)) == 0:
-        torch.save(results, out / "results.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,22 +1,14 @@
-"""Runs in every process of a `torchrun` launch (or alone) and saves what GRPO and PPO ended with. OUT holds `rows`.
-
-python tests/two_processes_policy.py OUT                                                   # one process
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT         # two, with DDP
-python -m torch.distributed.run --nproc_per_node 2 tests/two_processes_policy.py OUT fsdp2   # two, with FSDP2
-"""
+"""Runs of GRPO and PPO that `every_engine.py` makes in every process."""
 
 import functools
 import os
-import sys
-from pathlib import Path
 
-import torch
 from conftest import cpu_config, weights
 from datasets import load_from_disk
 from peft import LoraConfig
 from policy_runs import build, scored, settings_of
 from test_ppo_trainer import reward_model
-from two_processes import assert_engine, make_fsdp2_real, on_disk, settings_of_engine, timeless
+from two_processes import assert_engine, on_disk, settings_of_engine, timeless
 
 from halos_trl import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer, toy
 
@@ -53,31 +45,18 @@ def run_one(
     return {"weights": weights(trainer.model), "logs": logs, "processes": trainer.accelerator.num_processes}
 
 
-def main(out: Path, engine: str | None = None) -> None:
-    if engine == "fsdp2":
-        make_fsdp2_real()
+def runs(out, engine):
+    """How the runs ended, by name. OUT holds saved `scored rows`."""
     run = functools.partial(run_one, engine=engine)
     grpo, ppo = (GRPOTrainer, GRPOConfig), (PPOTrainer, PPOConfig)
     data = scored(10)
     # From disk: processes share what is precomputed through the data set's cache folder.
-    rows = load_from_disk(out / "rows")
+    rows = load_from_disk(out / "scored rows")
     unscored = data.remove_columns("score")
     humanline = {"humanline": True, "ref": None, "log_epsilon_p": -0.001, "log_epsilon_r": 0.001}
-    results = {
-        "grpo": run(*grpo, data, out),
+    return {
         "grpo, accumulated": run(*grpo, data, out, per_device=1),
         "grpo, precomputed": run(*grpo, rows, out, precompute_ref_log_probs=True),
-        "grpo, humanline": run(*grpo, data, out, **humanline),
-        "grpo, lora": run(*grpo, data, out, ref=None, lora=True),
-        "ppo": run(*ppo, data, out),
-        "ppo, accumulated, two epochs": run(*ppo, data, out, per_device=2, ppo_epochs=2),
-        "ppo, three epochs": run(*ppo, data, out, ppo_epochs=3),
-        "ppo, lora": run(*ppo, data, out, ref=None, lora=True, ppo_epochs=2),
+        "ppo, humanline, accumulated, two epochs": run(*ppo, data, out, per_device=2, ppo_epochs=2, **humanline),
         "ppo, reward model": run(*ppo, unscored, out, learned=True),
     }
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        torch.save(results, out / "results.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])

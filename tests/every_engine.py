@@ -1,0 +1,28 @@
+"""Runs in every process of a launch (or alone) and saves how the runs ended. OUT holds saved `rows` and `scored rows`.
+
+python tests/every_engine.py OUT                                                          # one process
+accelerate launch --config_file FILE --num_processes 2 tests/every_engine.py OUT [fsdp2|zero]   # two
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import resume_engines
+import torch
+import two_processes
+import two_processes_policy
+
+
+def main(out: Path, engine: str | None = None) -> None:
+    if engine == "fsdp2":
+        two_processes.make_fsdp2_real()
+    results = two_processes.runs(out, engine) | two_processes_policy.runs(out, engine)
+    if "WORLD_SIZE" in os.environ:
+        results["resumed"] = resume_engines.resumed(out, engine)
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(results, out / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
