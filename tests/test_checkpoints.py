@@ -2,15 +2,22 @@
 
 import copy
 import json
+import resource
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import cpu_config, paired_rows, perturbed, weights
-from launch import ENGINES, launch
+from launch import engine_command
+from lost_process import SGD
+from peft import LoraConfig
 from policy_runs import scored
+from resume_engines import make as make_engine_run
 from test_overriding import scorer
+from transformers import TrainerCallback
 
 from halos_trl import (
     BradleyTerryConfig,
@@ -22,6 +29,7 @@ from halos_trl import (
     toy,
 )
 from halos_trl.trainers.checkpoints import last_complete_checkpoint, only_run_in
+from halos_trl.trainers.processes import check_processes
 
 KINDS = {
     "DPO": (DPOTrainer, DPOConfig, lambda: paired_rows(24)),
@@ -36,11 +44,14 @@ def make(kind, folder, **settings):
     saving = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     tokenizer = toy.build_tokenizer()
     model = toy.tiny_model(tokenizer)
+    lora = LoraConfig(r=4, target_modules="all-linear") if settings.pop("lora", False) else None
     return trainer_class(
         model=scorer(model) if kind == "Bradley-Terry" else copy.deepcopy(model),
         args=cpu_config(config_class, folder, **(saving | settings)),
         train_dataset=rows(),
+        eval_dataset=rows() if "eval_strategy" in settings else None,
         processing_class=tokenizer,
+        peft_config=lora,
         **({} if kind == "Bradley-Terry" or "humanline" in settings else {"ref_model": perturbed(model)}),
     )
 
@@ -191,6 +202,20 @@ def test_a_checkpoint_that_is_written_again_holds_nothing_of_the_older_run(run_o
     assert "halos_trl.moved_reference" not in json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
 
 
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_the_best_model_comes_back_with_the_reference_it_was_compared_with(tmp_path, adapter):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "humanline": True}
+    best = {"metric_for_best_model": "eval_num_tokens", "greater_is_better": False, "save_total_limit": 1}
+    trainer = make("DPO", tmp_path, **settings, **best, lora=adapter == "lora")  # the first is the best
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    then, last = (entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    again = trainer.evaluate()
+    for metric in ("eval_loss", "eval_rewards/chosen", "eval_logps/chosen"):
+        assert again[metric] == then[metric] != last[metric]
+
+
 def test_two_runs_cannot_share_an_output_directory(tmp_path):
     trainer = make("Bradley-Terry", tmp_path)
     before = weights(trainer.model)
@@ -216,13 +241,82 @@ def test_files_of_engines_are_no_damage(run_of):
         make("DPO", folder).train(resume_from_checkpoint=str(newest))
 
 
+class FullDisk(TrainerCallback):
+    """From the end of a step on no file can be longer than `room` bytes, as on a disk that has as much left."""
+
+    def __init__(self, step, room):
+        self.step, self.room = step, room
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    ("kind", "humanline", "room", "missing"),
+    [
+        ("DPO", True, 50_000, "model.safetensors"),  # the reference comes first
+        ("DPO", False, 50_000, "optimizer.pt"),
+        ("Bradley-Terry", False, 150_000, "scheduler.pt"),
+    ],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(run_of, tmp_path, kind, humanline, room, missing):
+    settings = {"humanline": True} if humanline else {}
+    _, end = run_of(kind, **settings)
+    trainer = make(kind, tmp_path / "full", **settings)
+    trainer.add_callback(FullDisk(4, room))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=r"checkpoint-4 could not be written .*`save_total_limit`"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "full" / "checkpoint-4" / missing).exists()
+    assert last_complete_checkpoint(str(tmp_path / "full")) == str(tmp_path / "full" / "checkpoint-2")
+    resumed = make(kind, tmp_path / "full", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(resumed.model), end)
+
+
+def test_a_checkpoint_of_several_processes_goes_on_in_one(run_of, said):
+    folder, end = run_of("GRPO")
+    middle = folder / "checkpoint-2"
+    for i in range(2):
+        shutil.copy(middle / "rng_state.pth", middle / f"rng_state_{i}.pth")
+    (middle / "rng_state.pth").unlink()
+    trainer = make("GRPO", folder)
+    trainer.train(resume_from_checkpoint=str(middle))
+    assert "was written by 2 processes, and this run has 1" in said()
+    assert torch.equal(weights(trainer.model), end)
+    (middle / "rng_state_0.pth").unlink()
+    with pytest.raises(ValueError, match=r"rng_state_0\.pth is missing"):
+        make("GRPO", folder).train(resume_from_checkpoint=str(middle))
+
+
+def test_another_number_of_processes_is_refused_under_deepspeed(run_of):
+    folder, _ = run_of("DPO")
+    args = SimpleNamespace(world_size=3, train_batch_size=8, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="written by 1 processes under DeepSpeed, and this run has 3"):
+        check_processes(folder / "checkpoint-2", args, deepspeed=True)
+
+
+def test_another_size_of_a_step_is_said(run_of, said):
+    folder, _ = run_of("DPO")
+    make("DPO", folder, per_device_train_batch_size=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert "held 8 examples, and one of this run holds 4" in said()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_run_under_an_engine_resumes_exactly(tmp_path, engine):
-    results = launch(Path(__file__).with_name("resume_engines.py"), tmp_path, engine)
-    assert results["processes"] == 2
-    assert results["problem"] is None, results["files"]
-    assert results["last"] == "checkpoint-4"
-    assert torch.equal(results["resumed"], results["whole"])
-    assert results["finished"][0] == 4
-    assert torch.equal(results["finished"][1], results["whole"])
+def test_a_lost_process_ends_the_others_and_leaves_the_checkpoint_before(tmp_path):
+    command, environment = engine_command(Path(__file__).with_name("lost_process.py"), [tmp_path], "ddp")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr
+    run = tmp_path / "run"
+    assert (run / "checkpoint-4" / "rng_state_0.pth").is_file(), "the other process was done with its part"
+    assert last_complete_checkpoint(str(run)) == str(run / "checkpoint-2")
+    # One process holds the whole step now.
+    alone = {"per_device_train_batch_size": 8, **SGD}
+    resumed, whole = make_engine_run(tmp_path, None, **alone), make_engine_run(tmp_path / "whole", None, **alone)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    torch.testing.assert_close(weights(resumed.model), weights(whole.model), rtol=0, atol=1e-6)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from safetensors import SafetensorError
 
 from .adapters import REFERENCE_ADAPTER
 from .overridden import overridden
@@ -39,11 +42,41 @@ class SavesPolicy:
         else:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
+    def restore_best(self, folder: str) -> None:
+        """Hook: take from the best checkpoint what `before_checkpoint` wrote and has to fit its policy."""
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self.restore_best(self.state.best_model_checkpoint)
+
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         """Hook: write what belongs into a checkpoint and TRL does not know about."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # First, so that a checkpoint with a trainer state is never one without the files of this hook.
         folder = f"checkpoint-{self.state.global_step}"
-        self.before_checkpoint(os.path.join(self._get_output_dir(trial=trial), folder))
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        path = os.path.join(self._get_output_dir(trial=trial), folder)
+        with _explained(path):
+            self.before_checkpoint(path)
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        # The trainer state comes next. With it a checkpoint counts as whole, so every process has to be done.
+        self.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _explained(folder: str) -> Iterator[None]:
+    """Say of a failed write which checkpoint it was, and where the run can go on."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        of_torch_save = ("PytorchStreamWriter", "inline_container", "unexpected pos")
+        if type(error) is RuntimeError and not any(sign in str(error) for sign in of_torch_save):
+            raise
+        raise OSError(
+            f"{folder} could not be written ({error}). It is incomplete and will not be resumed from. Make room, or "
+            "keep fewer checkpoints with `save_total_limit`; `resume_from_checkpoint=True` then goes on from the "
+            "last complete one."
+        ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState
@@ -16,6 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..sharded import assign_whole, shape_of, whole
 from .sources import Reference
 from .sync import ReferenceSync
+
+logger = get_logger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
 """A moving reference lies under this name in every checkpoint."""
@@ -56,6 +59,20 @@ def restore_reference(reference: Reference, sync: ReferenceSync | None, model: A
         raise ValueError(
             f"The reference of {folder} had not left its start, but this trainer has trained before and its "
             "reference has. Make a new trainer and resume with that one."
+        )
+
+
+def restore_best_reference(reference: Reference, model: Any, folder: str) -> None:
+    """Give a reference that has moved back the state of the best checkpoint of its own run.
+
+    A checkpoint from before the first move holds none. The reference then stays what it is, with a warning.
+    """
+    if os.path.isfile(os.path.join(folder, REFERENCE_FILE)):
+        load_reference(reference.tensors(model), folder)
+    else:
+        logger.warning(
+            f"{folder}, the best checkpoint, was written before the reference had moved, so it holds none. The policy "
+            "is that of the checkpoint; the reference stays that of the last step."
         )
 
 
@@ -138,6 +155,7 @@ __all__ = [
     "REFERENCE_FILE",
     "gathered",
     "load_reference",
+    "restore_best_reference",
     "restore_reference",
     "save_reference",
     "write_reference",

@@ -22,6 +22,7 @@ from ..reference import (
     PrecomputedColumn,
     Reference,
     ReferenceSync,
+    restore_best_reference,
     restore_reference,
     write_reference,
 )
@@ -29,6 +30,7 @@ from ..sharded import shape_of
 from ..storage import parameters_of
 from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
 from .loss import BatchTables, batch_loss, mean_loss
+from .processes import write_step_size
 from .run import TrainingRun
 from .start import check_start, hold_reference, refuse_frozen, refuse_unfit_models
 from .stored_reference import refuse_unfit_storage
@@ -306,6 +308,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         if self.args.should_save:
             begin_checkpoint(checkpoint_dir)
         write_settings(self.lasting_settings, self.state)
+        write_step_size(self.args, self.state)
         write_reference(self.reference, self.model, self.state, checkpoint_dir, keep=self.args.should_save)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -317,6 +320,11 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         self.is_at_start = False
         restore_reference(self.reference, self.sync_callback, self.model, folder)
         refuse_other_settings(self.lasting_settings, folder)
+
+    def restore_best(self, folder: str) -> None:
+        # The reference that the best policy was evaluated against.
+        if self.reference.moved:
+            restore_best_reference(self.reference, self.model, folder)
 
 
 __all__ = ["AlignmentTrainer"]

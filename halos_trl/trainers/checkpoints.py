@@ -19,6 +19,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import TrainOutput
 
+from .processes import check_processes, missing_random_state
+
 logger = get_logger(__name__)
 
 _SETTINGS = "halos_trl.settings"
@@ -57,6 +59,7 @@ def train_from(trainer: Resumable, resume_from_checkpoint: Any, train: Callable[
             return train(checkpoint)
         folder = os.fspath(checkpoint)
         require_complete(folder, deepspeed=trainer.is_deepspeed_enabled)
+        check_processes(Path(folder), trainer.args, deepspeed=trainer.is_deepspeed_enabled)
         step = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
         trainer.restore(folder)
         result = train(folder)
@@ -102,6 +105,8 @@ def only_run_in(output_dir: str) -> Iterator[None]:
 def begin_checkpoint(folder: str) -> None:
     """Mark an older checkpoint in this folder as incomplete until all of its files have been rewritten."""
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for path in Path(folder).glob("rng_state*.pth"):  # one for each process, and there may have been others
+        path.unlink(missing_ok=True)
 
 
 # -- which checkpoint ----------------------------------------------------------------------------------------------
@@ -153,7 +158,9 @@ def problem_of(folder: Path, *, deepspeed: bool | None = None) -> str | None:
     `deepspeed` tells whether DeepSpeed will read it; None if unknown. Engines have their own files: DeepSpeed's are in
     `global_step<n>`, FSDP's sharded files in folders. Only their existence is checked.
     """
-    problem = _state_problem(folder / TRAINER_STATE_NAME) or _missing_file(folder, deepspeed)
+    problem = (
+        _state_problem(folder / TRAINER_STATE_NAME) or _missing_file(folder, deepspeed) or missing_random_state(folder)
+    )
     if problem:
         return problem
     for path in sorted(folder.iterdir()):

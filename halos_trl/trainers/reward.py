@@ -15,7 +15,8 @@ from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from ..forward.rewards import score_sequences
 from . import reward_head
-from .checkpoints import lasting_settings, refuse_other_settings, write_settings
+from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
+from .processes import write_step_size
 from .run import TrainingRun
 from .step import weighted, without_share
 
@@ -125,7 +126,10 @@ class BradleyTerryTrainer(TrainingRun, RewardHost):
         return check_paired_rows(dataset, name, drop_invalid=self.drops_invalid_rows, splits_implicit=False)
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
+        if self.args.should_save:
+            begin_checkpoint(checkpoint_dir)
         write_settings(lasting_settings(self.args), self.state)
+        write_step_size(self.args, self.state)
 
     def restore(self, folder: str) -> None:
         refuse_other_settings(lasting_settings(self.args), folder)
