@@ -104,7 +104,7 @@ def train_until_killed(name, output_dir, event, step):
 
 def end_of(trainer):
     """The weights (value head included) and everything that was logged."""
-    logs = [{k: v for k, v in e.items() if k != "num_tokens"} for e in trainer.state.log_history if "loss" in e]
+    logs = [e for e in trainer.state.log_history if "loss" in e]
     return weights(trainer.model), logs
 
 

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import datasets
 import pytest
 import torch
 from conftest import paired_rows, perturbed, unpaired_rows, weights
@@ -106,6 +107,64 @@ def test_run_that_was_out_of_memory_once_logs_as_one_that_was_not(make, name):
     assert retried._train_batch_size <= 7
     assert [line == pytest.approx(other, rel=1e-6) for line, other in zip(lines(retried), lines(plain), strict=True)]
     assert lines(retried)[0]["num_tokens"] == lines(plain)[0]["num_tokens"]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_log_lines_hold_every_step_once_whatever_their_number(make, name):
+    """Steps of equal size at a learning rate of 0, with losses computed twice: a line of n steps shows their mean."""
+    size = 4 if name in ("GRPO", "PPO") else 3  # whole groups of two; as many desirable rows in each step
+    data = datasets.concatenate_datasets([TRAINERS[name][2](24).select(range(2 * size))] * (12 // size))
+    if "prompt_id" in data.column_names:
+        data = data.remove_columns("prompt_id").add_column("prompt_id", [i // 2 for i in range(24)])
+
+    def run(every):
+        trainer = make(name, data=data, per_device_train_batch_size=size, max_steps=6, logging_steps=every)
+        compute_loss = trainer.compute_loss
+
+        def twice(*args, **how):
+            compute_loss(*args, **how)
+            return compute_loss(*args, **how)
+
+        trainer.compute_loss = twice
+        trainer.train()
+        return lines(trainer)
+
+    single = run(1)
+    tokens = [line.pop("num_tokens") for line in single]
+    assert tokens[3] == 2 * tokens[1] and tokens[5] == 3 * tokens[1]
+    for every in (2, 6):
+        found = run(every)
+        assert [line.pop("num_tokens") for line in found] == tokens[every - 1 :: every]
+        for name_ in found[0].keys() - {"grad_norm"}:
+            means = [sum(line[name_] for line in single[i : i + every]) / every for i in range(0, 6, every)]
+            if name_ in TOTALS:
+                assert [line[name_] for line in found] == pytest.approx(means, rel=1e-5, abs=1e-7), name_
+
+
+TOTALS = ("loss", "logps/chosen", "logps/rejected", "rewards/margins", "scores", "mean_reward", "margin", "accuracy")
+"""Means over as many rows in every step."""
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_tokens_are_counted_on_after_a_resume(make, name, tmp_path):
+    """Resumed behind a step that no log line had reported yet."""
+    settings = {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "logging_steps": 2,
+        "per_device_train_batch_size": 4,
+    }
+    whole = make(name, output_dir=str(tmp_path / "run"), **settings)
+    whole.train()
+    again = make(name, output_dir=str(tmp_path / "run"), **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    for trainer in (whole, again):
+        assert trainer.state.log_history[-1]["step"] == 5
+    found, expected = (
+        [line["num_tokens"] for line in trainer.state.log_history if "loss" in line] for trainer in (again, whole)
+    )
+    assert found == expected and len(set(found)) == len(found)
 
 
 # -- means over rows -----------------------------------------------------------------------------------------------

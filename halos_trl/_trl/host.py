@@ -193,7 +193,6 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         train_dataset = self._checked_before_trl(train_dataset, "train")
         eval_dataset = self._checked_before_trl(eval_dataset, "eval")
         self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}
-        self._new_tokens: torch.Tensor | None = None
         hidden = self._hidden_from_trl(args)
         with (
             overridden(args, **hidden),
@@ -275,18 +274,10 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
     def forget_metrics(self, mode: str) -> None:
         super().forget_metrics(mode)
         self._means[mode] = RunningMeans()
-        if mode == "train":
-            self._new_tokens = None
 
     def record_metrics(self, sums: Sums) -> None:
         """Add named (sum, count) pairs to what the next log line averages. No communication, no device sync."""
         self._means[self.mode].add(sums)
-
-    def count_tokens(self, batch: dict[str, Any]) -> None:
-        """Add a training batch to `num_tokens`."""
-        if self.mode == "train":
-            tokens = batch["attention_mask"].sum()
-            self._new_tokens = tokens if self._new_tokens is None else self._new_tokens + tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = self.mode
@@ -297,13 +288,7 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
                 "model that gives some tokens the probability 0 has such logits."
             )
         self._metrics[mode].update({name: [mean] for name, mean in means.items()})
-        if self._new_tokens is not None:
-            tokens = self._reduce_sum(self._new_tokens.to(torch.int64))
-            self._total_train_tokens += int(tokens.item()) // self._tp_size
-            self._new_tokens = None
-        if self._metrics[mode]:
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        super().log(logs, start_time)  # type: ignore[misc]
+        super().log(logs, start_time)
 
     def _reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import IterableDataset
 
 from .overridden import overridden
@@ -18,11 +19,44 @@ else:
 class CleanLoops(Mixin):
     """A trainer whose training and evaluation loops begin with empty sums, and never end without a step."""
 
-    _total_train_tokens: int
+    _trained_tokens: int = 0
+    """In batches of training, over all processes. TRL's own count goes on with each call of its loss, and begins at 0
+    when a run is resumed."""
+
+    _new_tokens: torch.Tensor | None = None
+    """What this process has to add to it."""
 
     def forget_metrics(self, mode: str) -> None:
         """Drop what was recorded for the next log line of a mode."""
         self._metrics[mode].clear()
+        if mode == "train":
+            self._new_tokens = None
+
+    def count_tokens(self, batch: dict[str, Any]) -> None:
+        """Add a micro-batch of training to `num_tokens`. No communication, no device sync."""
+        if "attention_mask" in batch:
+            tokens = batch["attention_mask"].sum()
+            self._new_tokens = tokens if self._new_tokens is None else self._new_tokens + tokens
+
+    def trained_tokens(self) -> int:
+        """Tokens in batches of training, over all processes; every process has to call this."""
+        if self._new_tokens is not None:
+            new = self._new_tokens.to(self.accelerator.device, torch.int64)
+            self._trained_tokens += int(self.accelerator.reduce(new, reduction="sum").item()) // self._tp_size
+            self._new_tokens = None
+        return self._trained_tokens
+
+    def go_on_counting(self, tokens: int) -> None:
+        """The tokens of a run that is resumed, up to its checkpoint."""
+        self._trained_tokens = tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The host's, with the package's count of tokens."""
+        tokens = self.trained_tokens()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if metrics:
+            metrics["num_tokens"] = [tokens]
+        super().log(logs, start_time)
 
     def check_loops(self, args: Any) -> None:
         """Refuse settings with which no optimizer step can be made."""
@@ -47,13 +81,13 @@ class CleanLoops(Mixin):
                 f"`num_train_epochs={self.args.num_train_epochs}` without `max_steps`: there is nothing to train. "
                 "Pass a positive number of one of them."
             )
-        self._tokens_before = self._total_train_tokens
+        self._tokens_before = self._trained_tokens
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Also called again with a smaller batch, after the run before it has gone out of memory.
         self.forget_metrics("train")
-        self._total_train_tokens = self._tokens_before
+        self._trained_tokens = self._tokens_before
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:

@@ -28,7 +28,7 @@ from ..reference import (
 )
 from ..sharded import shape_of
 from ..storage import parameters_of
-from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
+from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, tokens_in, write_settings
 from .loss import BatchTables, batch_loss, mean_loss
 from .processes import write_step_size
 from .run import TrainingRun
@@ -307,7 +307,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         if self.args.should_save:
             begin_checkpoint(checkpoint_dir)
-        write_settings(self.lasting_settings, self.state)
+        write_settings(self.lasting_settings, self.state, self.trained_tokens())
         write_step_size(self.args, self.state)
         write_reference(self.reference, self.model, self.state, checkpoint_dir, keep=self.args.should_save)
 
@@ -320,6 +320,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         self.is_at_start = False
         restore_reference(self.reference, self.sync_callback, self.model, folder)
         refuse_other_settings(self.lasting_settings, folder)
+        self.go_on_counting(tokens_in(folder))
 
     def restore_best(self, folder: str) -> None:
         # The reference that the best policy was evaluated against.

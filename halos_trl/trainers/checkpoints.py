@@ -234,14 +234,19 @@ def lasting_settings(args: Any) -> dict[str, Any]:
     return settings
 
 
-def write_settings(settings: dict[str, Any], state: TrainerState) -> None:
-    """Record the settings in the trainer state, which is part of each checkpoint."""
-    state.stateful_callbacks[_SETTINGS] = {"args": settings, "attributes": {}}
+def write_settings(settings: dict[str, Any], state: TrainerState, tokens: int = 0) -> None:
+    """Record the settings and the number of tokens trained on in the trainer state, which is part of each checkpoint."""
+    state.stateful_callbacks[_SETTINGS] = {"args": settings, "attributes": {"num_tokens": tokens}}
+
+
+def tokens_in(folder: str) -> int:
+    """The number of tokens that a checkpoint's run had been trained on; 0 where it does not say."""
+    return _noted_in(folder).get("attributes", {}).get("num_tokens", 0)
 
 
 def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
     """Refuse to resume with settings that differ from the checkpoint's. Raises a ValueError that names them."""
-    before = _settings_in(folder)
+    before = _noted_in(folder).get("args", {})
     changed = [name for name in before | settings if before.get(name) != settings.get(name)]
     if before and changed:
         old, new = ({"batch_order": "trl"} | noted for noted in (before, settings))
@@ -252,9 +257,9 @@ def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
         )
 
 
-def _settings_in(folder: str) -> dict[str, Any]:
+def _noted_in(folder: str) -> dict[str, Any]:
     state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
-    return (state.stateful_callbacks.get(_SETTINGS) or {}).get("args", {})
+    return state.stateful_callbacks.get(_SETTINGS) or {}
 
 
 __all__ = [
@@ -267,6 +272,7 @@ __all__ = [
     "refuse_other_settings",
     "require_complete",
     "stops_finished_run",
+    "tokens_in",
     "train_from",
     "write_settings",
 ]

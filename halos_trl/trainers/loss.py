@@ -83,7 +83,6 @@ def mean_loss(trainer: AlignmentTrainer[Any], tables: BatchTables) -> torch.Tens
     record = trainer.record(own)
     output = trainer.checked(trainer.loss(record), record)
     trainer.record_metrics(trainer.metric_sums(output, own))
-    trainer.count_tokens(tables.batch)
     loss = mean(output.losses, own.tokens.mask_BT)
     if not trainer.aux_loss_enabled:
         return loss

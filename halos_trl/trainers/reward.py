@@ -15,7 +15,7 @@ from ..configs import BradleyTerryConfig
 from ..data.checks import Rows, check_paired_rows
 from ..forward.rewards import score_sequences
 from . import reward_head
-from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, write_settings
+from .checkpoints import begin_checkpoint, lasting_settings, refuse_other_settings, tokens_in, write_settings
 from .processes import write_step_size
 from .run import TrainingRun
 from .step import weighted, without_share
@@ -128,11 +128,12 @@ class BradleyTerryTrainer(TrainingRun, RewardHost):
     def before_checkpoint(self, checkpoint_dir: str) -> None:
         if self.args.should_save:
             begin_checkpoint(checkpoint_dir)
-        write_settings(lasting_settings(self.args), self.state)
+        write_settings(lasting_settings(self.args), self.state, self.trained_tokens())
         write_step_size(self.args, self.state)
 
     def restore(self, folder: str) -> None:
         refuse_other_settings(lasting_settings(self.args), folder)
+        self.go_on_counting(tokens_in(folder))
 
 
 def _refuse_task(peft_config: Any) -> None:

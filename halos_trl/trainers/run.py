@@ -70,6 +70,8 @@ class TrainingRun(_Host):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             attach_shares(self, batches)
+            for batch in batches:
+                self.count_tokens(batch)
         return batches, num_items
 
     def prepare_step(self, batches: list[dict[str, Any]]) -> Sequence[Any]:
