@@ -152,6 +152,26 @@ def test_mixture_of_a_config_file(here, tmp_path):
     assert script_args.used_datasets == ["rows.jsonl", "rows.parquet"]
 
 
+def test_halos_files_in_a_mixture_become_rows(here, tmp_path):
+    """Beside rows of TRL, with the split that the part names."""
+    items = [
+        {"prompt": [{"role": "user", "content": f"ask {i}"}], "output": "yes", "label": i % 2, "split": split}
+        | {"type": "binary_feedback"}
+        for i, split in enumerate(["train", "test", "train"])
+    ]
+    (tmp_path / "items.json").write_text(json.dumps(items))
+    files = {"train": str(tmp_path / "items.json")}
+    for part in ({"path": files["train"]}, {"path": "json", "data_files": files}):
+        both = [part, {"path": "json", "data_files": "rows.jsonl"}]
+        path = config_file(tmp_path, model_name_or_path="tiny", datasets=both)
+        rows = parse("--config", path, model=None, data=None)[3]["train"]
+        assert len(rows) == 2 + 12 and rows["label"][:2] == [False, False]
+        assert rows["sources"][0] == [f"{files['train']}#0"] and rows["sources"][2] is None
+    mixed = config_file(tmp_path, datasets=[{"path": "json", "data_files": [files["train"], "rows.jsonl"]}])
+    with pytest.raises(ValueError, match=r"is in a format of HALOs, beside rows\.jsonl"):
+        parse("--config", mixed, data=None)
+
+
 # Flags and config files
 
 

@@ -214,6 +214,16 @@ def test_a_tie_is_no_preference(load, tmp_path, said):
     assert "1 of 2 prompts give no row" in said()
 
 
+def test_a_text_is_not_preferred_to_itself(load, tmp_path):
+    items = [pairwise("p", "a", "b", 1, (2.0, 1.0)), pairwise("q", "a", "a", 1, (2.0, 1.0))]
+    path = write(tmp_path, items)
+    for for_ in ("paired", "group"):
+        with pytest.raises(
+            ValueError, match=r"item 1 .*has a pair of equal completions with the scores 2\.0 and 1\.0"
+        ):
+            load(path, for_)
+
+
 def test_ranked_lists_become_pairs(load, tmp_path):
     ranked = {"prompt": chat("p"), "chosen": answer("best"), "rejected": [answer("good"), answer("bad")]}
     rows = load(write(tmp_path, [ranked]), "paired")

@@ -397,3 +397,11 @@ def test_a_run_that_cannot_work_is_refused_before_it_begins(files, tmp_path, fla
     assert rounds(files, tmp_path / "run", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "begun, it would refuse the mended flags"
+
+
+def test_a_reward_model_that_is_none_is_refused_before_it_begins(files, tmp_path, capsys):
+    run, model = str(tmp_path / "run"), str(tmp_path / "nowhere")
+    named = ["--model_name_or_path", str(files / "tiny"), "--dataset_name", str(files / "prompts.jsonl")]
+    assert command.main(["rounds", "kto", *named, "--output_dir", run, "--reward_model", model, *QUIET]) == 2
+    assert f"The reward model '{model}' cannot be loaded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

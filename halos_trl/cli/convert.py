@@ -114,7 +114,22 @@ def _checked_output(arguments: ConvertArguments) -> Path:
             "`--for_` chooses the rows of `--format trl`; items of HALOs keep what they say. Leave it out, or make "
             "rows first and convert those."
         )
+    _refuse_without_effect(arguments)
     return output
+
+
+def _refuse_without_effect(arguments: ConvertArguments) -> None:
+    """Flags that say how scores become pairs or labels, where nothing does."""
+    if arguments.format != "halos":
+        return
+    defaults = ConvertArguments()
+    for name in ("pair_mode", "pair_threshold", "label_threshold", "seed"):
+        if getattr(arguments, name) != getattr(defaults, name):
+            raise ValueError(
+                f"`--{name} {getattr(arguments, name)}` has no effect with `--format halos`: items of HALOs keep the "
+                "scores, labels and pairs that they have. Leave it out, or make rows first (`--format trl --for_ "
+                "paired` or `unpaired`) and convert those."
+            )
 
 
 def _as_json(path: Path, folder: Path) -> Path:

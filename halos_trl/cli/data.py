@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl.scripts.utils import DatasetConfig
 
 from .. import model_card
 from ..data.feedback import feedback_splits, is_feedback_file, load_feedback
@@ -28,11 +30,13 @@ def load_data(
     """Splits of a hub dataset, a dataset of `halos_trl.data.named`, a local file, a folder of such, a `save_to_disk`
     folder, or a TRL mixture.
 
-    `for_`: which rows become of a file in one of HALOs' formats, which is recognized by its content; None leaves it as
-    it is. `evaluates`: of such a file, read the test split too.
+    `for_`: which rows become of a file in one of HALOs' formats, which is recognized by its content, in a mixture too;
+    None leaves it as it is. `evaluates`: of such a file, read the test split too.
     """
     if mixture.datasets:
-        return get_dataset(mixture)
+        duplicates: Duplicates = getattr(script_args, "dataset_duplicates", "error")
+        parts = [part if for_ is None else _part_of_rows(part, for_, duplicates) for part in mixture.datasets]
+        return get_dataset(dataclasses.replace(mixture, datasets=parts))
     name, streaming = str(script_args.dataset_name), script_args.dataset_streaming
     path = Path(name)
     _check_local(path, name, script_args)
@@ -51,6 +55,24 @@ def load_data(
             raise
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
+
+
+def _part_of_rows(part: DatasetConfig, for_: Purpose, duplicates: Duplicates) -> DatasetConfig:
+    """A part of a mixture; in place of files in a format of HALOs, the rows that they become."""
+    named = part.data_files.get(part.split, []) if isinstance(part.data_files, dict) else part.data_files
+    files = [named] if isinstance(named, str) else list(named or [part.path])
+    feedback = [name for name in files if is_feedback_file(name)]
+    if not feedback:
+        return part
+    if len(feedback) < len(files):
+        others = ", ".join(sorted(set(files) - set(feedback)))
+        raise ValueError(
+            f"A part of the `datasets` mixture has {feedback[0]}, which is in a format of HALOs, beside {others}. "
+            "Name them in parts of their own."
+        )
+    rows = load_feedback(files, for_, part.split, duplicates=duplicates)
+    cached = [file["filename"] for file in rows.cache_files]
+    return dataclasses.replace(part, path="arrow", name=None, data_dir=None, data_files=cached, split="train")
 
 
 def _own_rows(path: Path, script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:

@@ -107,10 +107,9 @@ def label(arguments: LabelArguments) -> LabelReport:
 
 
 def check_label(arguments: LabelArguments) -> None:
-    """Raise ValueError for a rule and a scorer that cannot work, without reading samples or loading a model."""
+    """Raise ValueError for a rule and a scorer that cannot work, without reading samples. A reward model is loaded."""
     _check_threshold(arguments)
-    if _chosen_scorer(arguments) != "reward_model":
-        _scorer(arguments)
+    _scorer(arguments)
 
 
 def _checked_output(arguments: LabelArguments) -> Path:

@@ -235,7 +235,7 @@ def lasting_settings(args: Any) -> dict[str, Any]:
 
 
 def write_settings(settings: dict[str, Any], state: TrainerState, tokens: int = 0) -> None:
-    """Record the settings and the number of tokens trained on in the trainer state, which is part of each checkpoint."""
+    """Record the settings and the number of trained tokens in the trainer state, which is part of each checkpoint."""
     state.stateful_callbacks[_SETTINGS] = {"args": settings, "attributes": {"num_tokens": tokens}}
 
 

@@ -271,8 +271,19 @@ def _check_texts(found: Judged, form: Format) -> None:
         keys = itertools.chain(form.sides, itertools.repeat(form.sides[-1]))
         sides = zip(texts, keys, strict=False)
         problem = _first(side_problem(text, found.prompt, key, True) or _turns_problem(text) for text, key in sides)
-    if problem is not None:
+    if problem := problem or _first(_contradiction(found, *pair) for pair in found.pairs):
         raise ValueError(problem)
+
+
+def _contradiction(found: Judged, better: int, worse: int) -> Problem:
+    """Of a pair: one text that has two scores."""
+    a, b = found.completions[better], found.completions[worse]
+    if a.text != b.text or a.score == b.score:
+        return None
+    return (
+        f"has a pair of equal completions with the scores {shown(a.score)} and {shown(b.score)}: {shown(a.text)}. "
+        "Drop the item: a text is not preferred to itself."
+    )
 
 
 def _first(problems: Any) -> Problem:
