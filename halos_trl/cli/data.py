@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
-from trl.scripts.utils import DatasetConfig
 
 from .. import model_card
 from ..data.feedback import feedback_splits, is_feedback_file, load_feedback
@@ -57,8 +56,8 @@ def load_data(
         raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
 
 
-def _part_of_rows(part: DatasetConfig, for_: Purpose, duplicates: Duplicates) -> DatasetConfig:
-    """A part of a mixture; in place of files in a format of HALOs, the rows that they become."""
+def _part_of_rows(part: Any, for_: Purpose, duplicates: Duplicates) -> Any:
+    """A part of a mixture, TRL's `DatasetConfig`; in place of files in a format of HALOs, the rows that they become."""
     named = part.data_files.get(part.split, []) if isinstance(part.data_files, dict) else part.data_files
     files = [named] if isinstance(named, str) else list(named or [part.path])
     feedback = [name for name in files if is_feedback_file(name)]
