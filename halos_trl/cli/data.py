@@ -57,7 +57,7 @@ def load_data(
 
 
 def _part_of_rows(part: Any, for_: Purpose, duplicates: Duplicates) -> Any:
-    """A part of a mixture, TRL's `DatasetConfig`; in place of files in a format of HALOs, the rows that they become."""
+    """A part of a mixture (TRL's `DatasetConfig`), with the rows of files in HALOs' formats in their place."""
     named = part.data_files.get(part.split, []) if isinstance(part.data_files, dict) else part.data_files
     files = [named] if isinstance(named, str) else list(named or [part.path])
     feedback = [name for name in files if is_feedback_file(name)]
