@@ -233,6 +233,16 @@ def test_throughput_is_tokens_over_training_time_also_after_a_resume():
     assert series(run, "tokens_per_second") == Series([20, 40], [1000.0, 1000.0])
 
 
+def test_scores_of_samples_begin_before_the_first_step():
+    rows = [
+        {"step": step, "prompt": p, "score": s, "tokens": 4}
+        for step, p, s in ((0, "a", 1.0), (0, "b", 0.0), (5, "a", 1.0))
+    ]
+    run = Run("run", [{"step": 5, "loss": 1.0, "eval_generation_score": 1.0}], generations=rows)
+    assert series(run, "eval_generation_score") == Series([0, 5], [0.5, 1.0])
+    assert series(run, "eval_generation_length") == Series([0, 5], [4.0, 4.0])
+
+
 def test_many_points_are_thinned_to_means_of_neighbours():
     values = Series(list(range(1000)), [float(i) for i in range(1000)])
     steps, numbers = thinned(values, most=100)

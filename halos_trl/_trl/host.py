@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers.integrations import is_wandb_available
+from transformers.integrations import is_deepspeed_zero3_enabled, is_wandb_available
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import get_comet_experiment_url, get_config_model_id, get_trackio_space_url
 
@@ -296,13 +296,17 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
 
 @contextlib.contextmanager
 def unwrapped_for_generation(trainer: Any) -> Iterator[Any]:
-    """The policy as a model that generates: without the wrapper of DDP, and whole where ZeRO-3 split it."""
-    with unwrap_model_for_generation(
-        trainer.model_wrapped,
-        trainer.accelerator,
-        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-    ) as model:
+    """The policy as a model that generates: without the wrapper of DDP, and whole where ZeRO-3 split it.
+
+    Gradient checkpointing stays as it is: a model in eval mode does none.
+    """
+    if not is_deepspeed_zero3_enabled():
+        yield trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        return
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         yield model
+    if trainer.args.gradient_checkpointing:  # switched on again without its settings
+        model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
 
 
 def card_identity(trainer: NamedTrainer) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def chosen_logps_fall(run: Run) -> Finding | None:
     text = (
         f"The mean log-prob of a chosen completion fell from {ends[0]:.1f} to {ends[1]:.1f} nats. The margin may "
         "still grow, since that of the rejected ones can fall faster, but the policy moves away from both. Lower the "
-        "learning rate, raise `beta`, train for fewer epochs, or use KTO or humanline."
+        "learning rate, raise `beta`, or train for fewer epochs."
     )
     return Finding("Chosen completions become less likely", text, "logps", severe=fall > COLLAPSE_NATS)
 

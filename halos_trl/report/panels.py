@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from .runs import Run, Series
 
+_OF_GENERATIONS = {"eval_generation_score": "score", "eval_generation_length": "tokens"}
 TOKENS_PER_SECOND, MEMORY = "tokens_per_second", "memory_gib"
 
 
@@ -67,7 +68,18 @@ def series(run: Run, metric: str) -> Series:
     if metric == MEMORY:
         steps, values = run.series("memory_bytes")
         return Series(steps, [value / 2**30 for value in values])
+    if metric in _OF_GENERATIONS and run.generations:
+        return _mean_of_generations(run, _OF_GENERATIONS[metric])
     return run.series(metric)
+
+
+def _mean_of_generations(run: Run, field_name: str) -> Series:
+    """By step, from the file of generations: it also holds those before the first step, which no log line does."""
+    found: dict[int, dict[str, float]] = {}
+    for row in run.generations:
+        if isinstance(row.get(field_name), int | float):
+            found.setdefault(row["step"], {})[str(row.get("prompt"))] = row[field_name]
+    return Series(sorted(found), [sum(found[step].values()) / len(found[step]) for step in sorted(found)])
 
 
 def _tokens_per_second(run: Run) -> Series:
