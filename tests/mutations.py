@@ -1,23 +1,35 @@
 """Break the package on purpose, one place at a time, and see the tests notice.
 
-    python tests/mutations.py
+    python tests/mutations.py                  # all of them
+    python tests/mutations.py KTO humanline    # those whose name holds one of the words
 
 Each mutation is made in a copy of the repository, on which the named tests then run. A mutation that no test notices
 is reported, and makes the exit status 1.
 """
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import peft  # noqa: F401  (with the two below most of what a run imports: the processes with the tests are forked)
+import pytest
+import torch  # noqa: F401
+import trl  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN, KTO, PAIRED, HUMANLINE, PPO, TOKENS = (
     f"tests/test_{name}.py"
     for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training", "ppo_trainer", "tokens")
 )
+LABELLING, ORDER, OUTPUT, PACKED, PRECOMPUTE, REWARDS, SAMPLING = (
+    f"tests/test_{name}.py"
+    for name in (
+        "labelling", "batch_order", "output_file", "packed_training", "precompute", "packed_rewards", "sampling",
+    )
+)  # fmt: skip
 # what is broken, file, text, its replacement, tests that have to notice
 MUTATIONS = [
     ("KTO: sign of the desirable side", "losses/unpaired.py", "sigmoid(-gains_B)", "sigmoid(gains_B)", [GOLDEN]),
@@ -46,12 +58,12 @@ MUTATIONS = [
     ("precomputed log-probs of another setting", "_trl/precompute.py",
      '"arguments": {name: str(getattr(self.args, name, None)) for name in _ARGUMENTS},', "", [PAIRED]),
     ("precomputed log-probs in another precision", "_trl/host.py", "self.accelerator.autocast(),", "",
-     ["test_precompute.py"]),
+     [PRECOMPUTE]),
     ("humanline: PiSSA edits the base twice", "_trl/adapters.py", "config.init_lora_weights = True", "pass",
      [HUMANLINE]),
     ("PPO: gamma and lambda swapped", "trainers/ppo.py", "gamma=self.args.gamma,\n            lam=self.args.lam,",
      "gamma=self.args.lam,\n            lam=self.args.gamma,", [PPO]),
-    ("PPO: values one position late", "_trl/value.py", "head(hidden_BSH[:, :-1])", "head(hidden_BSH[:, 1:])", [PPO]),
+    ("PPO: values one position late", "_trl/value.py", "hidden_BSH[:, :-1]", "hidden_BSH[:, 1:]", [PACKED]),
     ("what was done to rows is not said", "_trl/rows.py", "logger.warning(_sentence(note, which, texts))\n    kept",
      "pass\n    kept", [TOKENS]),
     ("a repeated prompt is left in", "data/turns.py", "completion = completion[len(prompt) :]", "pass", [TOKENS]),
@@ -62,7 +74,31 @@ MUTATIONS = [
     ("BOS stands twice", "data/tokens.py", "ids[self.repeats_bos(text) :", "ids[0:", [TOKENS]),
     ("EOS stands twice", "data/tokens.py", "len(ids) - self.adds_eos", "len(ids)", [TOKENS]),
     ("partners are scored on other turns", "_trl/unpaired.py", "if self._assistant_only:", "if False:", [TOKENS]),
+    ("stored log-probs one token late", "reference/stored.py", "stored_BW.gather(1, column_BT)",
+     "stored_BW.roll(1, 1).gather(1, column_BT)", [PRECOMPUTE]),
+    ("reward models read the token before the last", "forward/layout.py", "wanted = [positions[b][stop] for",
+     "wanted = [positions[b][max(stop - 1, 0)] for", [REWARDS]),
+    ("HALOs' batches: each epoch has the order of the first", "data/halos/batches.py", "for _ in range(self.epoch):",
+     "for _ in range(0):", [ORDER]),
+    ("HALOs' batches: the step of PPO is not repeated", "data/halos/batches.py", "for batch in step * self.repeats",
+     "for batch in step", [ORDER]),
+    ("labels: a score at the threshold is undesirable", "data/labelling.py", "score >= bound", "score > bound",
+     [LABELLING]),
+    ("labels: equal scores are a preference", "data/labelling.py", "return difference > 0 and", "return", [LABELLING]),
+    ("sampling: a resumed run draws other samples", "sampling.py", "range(skip // size * size,", "range(skip,",
+     [SAMPLING]),
+    ("sampling: the seed is not read", "sampling.py", "_seed(self.settings.seed, number, batch)",
+     "_seed(0, number, batch)", [SAMPLING]),
+    ("a resumed file keeps half a line", "cli/output.py", "file.truncate(end)", "pass", [OUTPUT]),
 ]  # fmt: skip
+
+
+def run_tests(folder: Path, tests: list[str]) -> None:
+    """In a process of their own, whose exit status is pytest's."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests]))
 
 
 def is_noticed(folder: Path, file: str, old: str, new: str, tests: list[str]) -> bool:
@@ -72,25 +108,27 @@ def is_noticed(folder: Path, file: str, old: str, new: str, tests: list[str]) ->
         raise RuntimeError(f"{file} holds {old!r} {source.count(old)} times; a mutation needs it once")
     path.write_text(source.replace(old, new))
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-        environment = os.environ | {"PYTHONPATH": str(folder)}
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True).returncode == 1
+        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
+        process.start()
+        process.join()
+        return process.exitcode == pytest.ExitCode.TESTS_FAILED
     finally:
         path.write_text(source)
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
+    chosen = [mutation for mutation in MUTATIONS if not words or any(word in mutation[0] for word in words)]
     unnoticed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".*_cache", "outputs", "wandb"))
-        for name, *mutation in MUTATIONS:
+        for name, *mutation in chosen:
             noticed = is_noticed(folder, *mutation)
             unnoticed += not noticed
             print(f"{'noticed ' if noticed else 'UNNOTICED'}  {name}", flush=True)
-    print(f"{unnoticed} of {len(MUTATIONS)} mutations went unnoticed")
+    print(f"{unnoticed} of {len(chosen)} mutations went unnoticed")
     return int(unnoticed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
