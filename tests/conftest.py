@@ -27,7 +27,11 @@ importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the long tier of the fuzz suite out, unless `-m` asks for it."""
+    """Put files with slow tests first, so that no process waits for one at the end; leave the long tier of the fuzz
+    suite out, unless `-m` asks for it.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if "fuzz" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("fuzz")]

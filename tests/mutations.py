@@ -24,12 +24,10 @@ GOLDEN, KTO, PAIRED, HUMANLINE, PPO, TOKENS = (
     f"tests/test_{name}.py"
     for name in ("golden", "kto_trainer", "paired_trainers", "humanline_training", "ppo_trainer", "tokens")
 )
-LABELLING, ORDER, OUTPUT, PACKED, PRECOMPUTE, REWARDS, SAMPLING = (
+LABELLING, ORDER, OUTPUT, PRECOMPUTE, REWARDS, SAMPLING = (
     f"tests/test_{name}.py"
-    for name in (
-        "labelling", "batch_order", "output_file", "packed_training", "precompute", "packed_rewards", "sampling",
-    )
-)  # fmt: skip
+    for name in ("labelling", "batch_order", "output_file", "precompute", "packed_rewards", "sampling")
+)
 # what is broken, file, text, its replacement, tests that have to notice
 MUTATIONS = [
     ("KTO: sign of the desirable side", "losses/unpaired.py", "sigmoid(-gains_B)", "sigmoid(gains_B)", [GOLDEN]),
@@ -63,7 +61,7 @@ MUTATIONS = [
      [HUMANLINE]),
     ("PPO: gamma and lambda swapped", "trainers/ppo.py", "gamma=self.args.gamma,\n            lam=self.args.lam,",
      "gamma=self.args.lam,\n            lam=self.args.gamma,", [PPO]),
-    ("PPO: values one position late", "_trl/value.py", "hidden_BSH[:, :-1]", "hidden_BSH[:, 1:]", [PACKED]),
+    ("PPO: values one position late", "_trl/value.py", "hidden_BSH[:, :-1]", "hidden_BSH[:, 1:]", [PPO]),
     ("what was done to rows is not said", "_trl/rows.py", "logger.warning(_sentence(note, which, texts))\n    kept",
      "pass\n    kept", [TOKENS]),
     ("a repeated prompt is left in", "data/turns.py", "completion = completion[len(prompt) :]", "pass", [TOKENS]),

@@ -411,17 +411,7 @@ def test_examples_hand_over_what_their_flags_choose(path):
 
 def test_own_method_trains_the_adapter_that_its_flags_ask_for(here, tmp_path, monkeypatch):
     module = runpy.run_path(str(EXAMPLE.parent / "custom_method.py"))
-    flags = [
-        "--dataset_name",
-        "folder",
-        "--use_peft",
-        "--lora_r",
-        "2",
-        "--eval_strategy",
-        "steps",
-        "--eval_steps",
-        "1",
-    ]
+    flags = "--dataset_name folder --use_peft --lora_r 2 --eval_strategy steps --eval_steps 1".split()
     named = ["--model_name_or_path", "tiny", "--output_dir", str(tmp_path / "own")]
     monkeypatch.setattr(sys, "argv", ["custom_method.py", *named, *ON_CPU, *flags])
     module["main"]()

@@ -98,12 +98,8 @@ def test_choices(name, make_config):
         ("DPO", {"f_divergence_type": 3}),
         ("DPO", {"pad_token": 4}),
         ("DPO", {"model_init_kwargs": [1]}),
-        ("DPO", {"max_length": 0}),
-        ("DPO", {"gradient_accumulation_steps": -1}),
         ("DPO", {"per_device_train_batch_size": 0}),
-        ("KTO", {"loss_type": ["kto"]}),
         ("BradleyTerry", {"chat_template_path": 4}),
-        ("BradleyTerry", {"center_rewards_coefficient": -1.0}),
     ],
 )
 def test_other_values(name, settings, make_config):

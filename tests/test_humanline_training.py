@@ -655,22 +655,6 @@ def test_no_complete_checkpoint_is_an_error(make):
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"precompute_ref_log_probs": True}, "become stale"),
-        ({"log_epsilon_p": 0.5}, "log_epsilon_p <= 0 <= log_epsilon_r"),
-        ({"log_epsilon_r": -0.5}, "log_epsilon_p <= 0 <= log_epsilon_r"),
-        ({"log_epsilon_p": 0.0, "log_epsilon_r": 0.0}, "not both 0"),
-        ({"log_epsilon_p": float("-inf")}, "finite"),
-        ({"humanline_sync_steps": 0}, "humanline_sync_steps=0"),
-    ],
-)
-def test_refused_at_construction(make_config, flags, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(DPOConfig, humanline=True, **flags)
-
-
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 0.0)])
 def test_zero_is_a_legal_bound(make_config, bounds):
     config = make_config(DPOConfig, humanline=True, log_epsilon_p=bounds[0], log_epsilon_r=bounds[1])

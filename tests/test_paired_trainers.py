@@ -58,17 +58,14 @@ def fit(model, tokenizer, make_config):
     return run
 
 
-def assert_same_run(ours, theirs, *, bf16=False):
-    # Under bf16, TRL sums log-probs in bfloat16 and we in float32.
-    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=3e-4 if bf16 else 1e-6)
+def assert_same_run(ours, theirs):
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=1e-6)
     steps = [[e for e in t.state.log_history if "loss" in e] for t in (ours, theirs)]
     assert len(steps[0]) == len(steps[1]) > 0
     for mine, trls in zip(*steps, strict=True):
         assert set(mine) == set(trls)
         for name, value in trls.items():
-            # float32 sums of 30 nats, times beta
-            tolerance = {"rel": 1e-2, "abs": 1e-2} if bf16 else {"rel": 1e-5, "abs": 5e-6}
-            assert mine[name] == pytest.approx(value, **tolerance), name
+            assert mine[name] == pytest.approx(value, rel=1e-5, abs=5e-6), name  # float32 sums of 30 nats, times beta
 
 
 # -- equal to TRL --------------------------------------------------------------------------------------------------
@@ -97,54 +94,21 @@ def test_cdpo_equals_trl_with_label_smoothing_mixed_by_hand(fit):
     assert ours.compute_loss(ours.model, batch).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("dpo", "sigmoid"), ("ipo", "ipo")])
-def test_loss_and_gradient_on_one_batch_equal_trl(fit, ours, theirs):
-    data = paired_rows(8)
-    parameter = {"dpo": "beta", "ipo": "tau"}[ours]
-    results = []
-    for trainer in (
-        fit(data, *PAIRED[ours], train=False, **{parameter: 0.4}),
-        fit(data, trl.DPOTrainer, trl.DPOConfig, train=False, beta=0.4, loss_type=theirs),
-    ):
-        trainer.model.train()
-        loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
-        loss.backward()
-        results.append((loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])))
-    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
-
-
-OPTIONS = [{"loss_type": name} | SMOOTHED.get(name, {}) for name in LOSS_TYPES] + [
+OPTIONS = [{"loss_type": name} | SMOOTHED.get(name, {}) for name in LOSS_TYPES if name != "sigmoid"] + [
     {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
-    {"loss_weights": [2.0]},
-    {"use_weighting": True},
-    {"ld_alpha": 0.5},
-    {"f_divergence_type": "js_divergence"},
     {"f_divergence_type": "forward_kl"},
-    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
-    {"loss_type": "discopop", "discopop_tau": 0.1},
-    {"max_length": 14},
-    {"max_length": 14, "truncation_mode": "keep_end"},
-    {"pad_to_multiple_of": 16},
-    {"precompute_ref_log_probs": True},
-    {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 3},
-    {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.7},
-    {"disable_dropout": False},
-    {"gradient_checkpointing": True},
-    {"dataset_num_proc": 1},
-    {"bf16": True},
 ]
+"""Options other than the choice of a loss: tests/test_drop_in.py."""
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
-def test_every_trl_option_of_dpo_gives_trls_run(fit, options):
+def test_every_trl_loss_of_dpo_gives_trls_run(fit, options):
     data = paired_rows(16)
-    # Adam turns the rounding of a gradient near 0 into a share of the learning rate.
     settings = {"beta": 0.5, "max_steps": 2} | options
     # TRL's rows: some of its losses turn the rounding of others into more than the tolerance.
     ours = fit(data, DPOTrainer, DPOConfig, packed="off", **settings)
     theirs = fit(data, trl.DPOTrainer, trl.DPOConfig, **settings)
-    assert_same_run(ours, theirs, bf16=options.get("bf16", False))
+    assert_same_run(ours, theirs)
 
 
 # -- one optimizer step is one batch -------------------------------------------------------------------------------
@@ -321,34 +285,6 @@ def test_streaming_and_evaluation(fit, method):
         assert torch.equal(weights(streamed.model), weights(fit(data, *PAIRED[method], max_steps=2).model))
     metrics = streamed.evaluate()
     assert streamed.evaluate(paired_rows(8, 1))["eval_loss"] == metrics["eval_a_loss"] != metrics["eval_b_loss"]
-
-
-# -- refusals ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("config", "flags", "message"),
-    [
-        (DPOConfig, {"beta": 0.0}, "beta=0.0"),
-        (CDPOConfig, {"epsilon": 0.5}, "epsilon=0.5"),
-        (CDPOConfig, {"epsilon": -0.1}, "epsilon=-0.1"),
-        (CDPOConfig, {"loss_type": "ipo"}, "CDPO has no such option"),
-        (CDPOConfig, {"label_smoothing": 0.1}, "label_smoothing=0.1"),
-        (IPOConfig, {"tau": 0.0}, "tau=0.0"),
-        (IPOConfig, {"beta": 0.3}, "beta=0.3"),
-        (SimPOConfig, {"beta": -1.0}, "beta=-1.0"),
-        (SimPOConfig, {"gamma_beta_ratio": -0.1}, "gamma_beta_ratio=-0.1"),
-        (SimPOConfig, {"precompute_ref_log_probs": True}, "precompute_ref_log_probs=True"),
-        (SLiCConfig, {"sync_ref_model": True}, "sync_ref_model=True"),
-        (SLiCConfig, {"lambda_coef": -1.0}, "lambda_coef=-1.0"),
-        (SLiCConfig, {"use_weighting": True}, "use_weighting=True"),
-        (DPOConfig, {"humanline": True, "use_weighting": True}, "cannot be combined"),
-        (DPOConfig, {"sync_ref_model": True, "precompute_ref_log_probs": True}, "cannot be combined"),
-    ],
-)
-def test_settings_that_cannot_work_are_refused_at_construction(make_config, config, flags, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(config, **flags)
 
 
 # -- HALOs' defaults -----------------------------------------------------------------------------------------------

@@ -130,13 +130,6 @@ def test_learns_to_score_chosen_above_rejected_on_held_out_pairs(fit):
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_equal_pairs_are_counted(fit, said):
-    rows = paired_rows(6).to_list()
-    rows[2]["rejected"] = rows[2]["chosen"]
-    fit(datasets.Dataset.from_list(rows), max_steps=1)
-    assert "1 of 6 rows of the train dataset (the first is row 2) have equal `chosen` and `rejected`" in said()
-
-
 def test_two_logits_are_refused_with_the_function_that_reads_them(make_config, tokenizer, tmp_path):
     model = classifier(2)
     model.save_pretrained(tmp_path / "two")
