@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import paired_rows, perturbed, unpaired_rows
 from policy_runs import scored
-from transformers import LlamaForSequenceClassification
+from test_overriding import scorer
 from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 import halos_trl
@@ -195,9 +195,7 @@ def test_every_logged_metric_is_documented(model, tokenizer, make_config, method
     trainer_class, config_class = getattr(halos_trl, f"{name}Trainer"), getattr(halos_trl, f"{name}Config")
     rows = {"kto": unpaired_rows, "grpo": scored, "ppo": scored}.get(method, paired_rows)
     if method == "reward":
-        config = copy.deepcopy(model.config)
-        config.num_labels = 1
-        model = LlamaForSequenceClassification(config).float()
+        model = scorer(model)
     settings = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
     trainer = trainer_class(
         copy.deepcopy(model), args=make_config(config_class, **settings, **({"humanline": True} if humanline else {})),

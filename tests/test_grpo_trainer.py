@@ -9,7 +9,8 @@ import trl
 from conftest import paired_rows, unpaired_rows, weights
 from peft import LoraConfig
 from policy_runs import GRPO, build, logged, scored
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from test_drop_in import mixture_of_experts
+from transformers import TrainerCallback
 
 from halos_trl import GRPOConfig, GRPOTrainer
 from halos_trl.advantages import group_advantages
@@ -146,13 +147,7 @@ def test_steps_that_are_full_enough_are_not_reported(fit, said, rows, size):
 
 
 def test_evaluation_loss_contains_the_weighted_aux_loss(tokenizer, make_config):
-    config = MixtralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    policy, held_out = MixtralForCausalLM(config).float(), scored(4, seed=1)
+    policy, held_out = mixture_of_experts(tokenizer), scored(4, seed=1)
     losses = {}
     for coefficient in (0.0, 10.0):
         # On padded rows, as the term is computed by hand below.
@@ -186,13 +181,6 @@ def test_precomputed_reference_with_split_and_evaluation(fit):
     split = fit(scored(10), **settings, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     torch.testing.assert_close(weights(split.model), weights(whole.model), rtol=0, atol=1e-6)
     assert whole.evaluate()["eval_loss"] == pytest.approx(split.evaluate()["eval_loss"], abs=1e-6)
-
-
-def test_precomputed_reference_of_an_adapter_is_its_base(fit):
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    online = fit(scored(10), ref=None, peft_config=lora, epsilon=0.01)
-    stored = fit(scored(10), ref=None, peft_config=lora, epsilon=0.01, precompute_ref_log_probs=True)
-    assert logged(stored, "kl") == [pytest.approx(row, rel=1e-4) for row in logged(online, "kl")]
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -268,13 +256,6 @@ def test_lora_trains_and_saves(fit, tmp_path):
     assert kl[2] != [0.0]
     trainer.save_model(tmp_path / "saved")
     assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
-
-
-def test_saved_policy_loads_plainly(fit, tmp_path):
-    trainer = fit(scored(10))
-    trainer.save_model(tmp_path / "saved")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(weights(loaded), weights(trainer.model))
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from halos_trl import (
     DPOConfig,
-    DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
     Humanline,
@@ -598,18 +597,18 @@ def test_a_stored_reference_is_used_whatever_the_new_period(make, checkpoint):
     assert third[0]["rewards/chosen"] == third[1]["rewards/chosen"] != 0.0
 
 
-def test_missing_reference_file_is_an_error(make, checkpoint):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"reference\.safetensors is missing.*silently restart"),
+        ({"humanline": False}, "holds a reference that has moved"),
+        ({"humanline_sync_steps": 100}, r"reference\.safetensors is missing"),
+    ],
+)
+def test_missing_reference_file_is_an_error_whatever_this_run_would_have_written(make, checkpoint, settings, message):
     make(**SAVE).train()
     (checkpoint / REFERENCE_FILE).unlink()
-    with pytest.raises(ValueError, match=r"reference\.safetensors is missing.*silently restart"):
-        make(**SAVE).train(resume_from_checkpoint=str(checkpoint))
-
-
-@pytest.mark.parametrize("settings", [{"humanline": False}, {"humanline_sync_steps": 100}])
-def test_missing_reference_file_is_an_error_whatever_this_run_would_have_written(make, checkpoint, settings):
-    make(**SAVE).train()
-    (checkpoint / REFERENCE_FILE).unlink()
-    with pytest.raises(ValueError, match=r"holds a reference that has moved|reference\.safetensors is missing"):
+    with pytest.raises(ValueError, match=message):
         make(**SAVE, **settings).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -659,8 +658,3 @@ def test_no_complete_checkpoint_is_an_error(make):
 def test_zero_is_a_legal_bound(make_config, bounds):
     config = make_config(DPOConfig, humanline=True, log_epsilon_p=bounds[0], log_epsilon_r=bounds[1])
     assert config.humanline_clamp == Humanline(*bounds)
-
-
-def test_humanline_off_leaves_dpo_alone(make):
-    assert isinstance(make(humanline=False), DPOTrainer)
-    assert make(humanline=False).sync_callback is None

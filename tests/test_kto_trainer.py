@@ -227,18 +227,6 @@ def test_instance_with_changed_weights_is_its_own_reference(fit, model, tokenize
     assert logged(trainer, "rewards/chosen", "rewards/rejected", "kl") == [[0.0, 0.0, 0.0]]
 
 
-def test_model_without_a_path_is_its_own_reference(fit):
-    trainer = fit(unpaired_rows(8), ref=None, max_steps=1)
-    assert logged(trainer, "rewards/chosen", "rewards/rejected", "kl") == [[0.0, 0.0, 0.0]]
-
-
-def test_lora_trains_against_its_base(fit):
-    trainer = fit(unpaired_rows(16), ref=None, peft_config=LoraConfig(r=4, target_modules="all-linear"), beta=0.5)
-    rewards = logged(trainer, "rewards/chosen")
-    assert rewards[0] == [0.0]
-    assert rewards[2] != [0.0]
-
-
 # -- evaluation ----------------------------------------------------------------------------------------------------
 
 
@@ -267,25 +255,6 @@ def test_evaluation_estimates_kl_per_batch_and_accepts_raw_data(fit):
     assert raw["eval_loss"] == metrics["eval_a_loss"]
 
 
-def test_compute_metrics_gets_logits(fit, model, tokenizer, make_config):
-    seen = []
-
-    def shape_of(prediction):
-        seen.append(prediction.predictions.shape)
-        return {"shape": len(prediction.predictions.shape)}
-
-    trainer = KTOTrainer(
-        model,
-        args=make_config(KTOConfig),
-        train_dataset=unpaired_rows(8),
-        eval_dataset=unpaired_rows(8, 1),
-        processing_class=tokenizer,
-        compute_metrics=shape_of,
-    )
-    assert trainer.evaluate()["eval_shape"] == 3
-    assert seen[0][0] == 8
-
-
 # -- data formats --------------------------------------------------------------------------------------------------
 
 
@@ -293,12 +262,6 @@ def test_paired_data_is_unpaired(fit):
     trainer = fit(paired_rows(8), max_steps=1)
     assert len(trainer.train_dataset) == 16
     assert sum(trainer.train_dataset["label"]) == 8
-
-
-def test_standard_text_gets_an_eos(fit, tokenizer):
-    rows = [{"prompt": "a b", "completion": " c", "label": True}, {"prompt": "d", "completion": " e", "label": False}]
-    trainer = fit(datasets.Dataset.from_list(rows), max_steps=1, per_device_train_batch_size=2)
-    assert all(ids[-1] == tokenizer.eos_token_id for ids in trainer.train_dataset["completion_ids"])
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import paired_rows, perturbed, unpaired_rows, weights
 from policy_runs import scored
-from transformers import LlamaForSequenceClassification
+from test_overriding import scorer
 
 import halos_trl
 
@@ -32,7 +32,7 @@ def make(model, tokenizer, make_config):
             config_class, **({"train_sampling_strategy": "sequential", "learning_rate": 0.0} | options | settings)
         )
         evaluated = make_rows(12).select(range(4, 11)) if eval_dataset == "other" else eval_dataset
-        policy = _scorer(model) if name == "Bradley-Terry" else copy.deepcopy(model)
+        policy = scorer(model) if name == "Bradley-Terry" else copy.deepcopy(model)
         return (base or trainer_class)(
             model=policy,
             args=config,
@@ -44,14 +44,6 @@ def make(model, tokenizer, make_config):
         )
 
     return of
-
-
-def _scorer(model):
-    config = copy.deepcopy(model.config)
-    config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return LlamaForSequenceClassification(config).float().eval()
 
 
 TIMES = re.compile("runtime|per_second|preparation|^epoch$|^step$|flos")

@@ -162,33 +162,11 @@ def test_methods_without_reference_load_only_the_policy(
     assert "reference" not in said().lower()
 
 
-@pytest.mark.parametrize("method", ["simpo", "slic"])
-def test_methods_without_reference_keep_no_reference_adapter(method, model, tokenizer, make_config):
-    from peft import LoraConfig, get_peft_model
-
-    trainer_class, config_class = PAIRED[method]
-    policy = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-    trainer = trainer_class(
-        policy, args=make_config(config_class), train_dataset=paired_rows(8), processing_class=tokenizer
-    )
-    assert list(trainer.model.peft_config) == ["default"]
-    before = weights(trainer.model)
-    trainer.train()
-    assert not torch.equal(before, weights(trainer.model))
-
-
 def test_reference_for_a_method_without_one_is_refused(model, tokenizer, make_config):
     with pytest.raises(ValueError, match="uses no reference"):
         SimPOTrainer(
             model, perturbed(model), make_config(SimPOConfig), train_dataset=paired_rows(8), processing_class=tokenizer
         )
-
-
-@pytest.mark.parametrize("method", ["dpo", "cdpo", "ipo"])
-def test_policy_instance_without_path_is_its_own_reference(fit, method):
-    trainer = fit(paired_rows(8), *PAIRED[method], ref=None, max_steps=1)
-    first = trainer.state.log_history[0]
-    assert first["rewards/chosen"] == first["rewards/rejected"] == 0.0
 
 
 def test_ipo_from_policy_equal_to_reference_stays_finite(fit):
@@ -241,8 +219,10 @@ def test_adapter_without_reference_is_never_copied(fit, model, tokenizer, make_c
     trainer = trainer_class(
         policy, args=make_config(config_class), train_dataset=paired_rows(8), processing_class=tokenizer
     )
+    before = weights(trainer.model)
     trainer.train()
     assert list(trainer.model.peft_config) == ["default"]
+    assert not torch.equal(before, weights(trainer.model))
 
 
 def test_equal_chosen_and_rejected_are_counted(fit, said):
@@ -254,20 +234,6 @@ def test_equal_chosen_and_rejected_are_counted(fit, said):
     streamed = datasets.Dataset.from_list(rows).to_iterable_dataset()
     fit(streamed, DPOTrainer, DPOConfig, max_steps=1)
     assert "1 rows of the streamed train dataset so far have equal `chosen` and `rejected`" in said()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rejected": [{"role": "assistant", "content": ""}]}, "Row 5 .*empty `rejected`"),
-        ({"chosen": []}, "Row 5 .*empty `chosen`"),
-    ],
-)
-def test_empty_completions_are_refused(fit, change, message):
-    rows = paired_rows(8).to_list()
-    rows[5] |= change
-    with pytest.raises(ValueError, match=message):
-        fit(datasets.Dataset.from_list(rows), DPOTrainer, DPOConfig)
 
 
 def test_misnamed_column_is_named(fit):
