@@ -67,6 +67,10 @@ def build(name, folder, engine):
         getattr(halos_trl, f"{method}Config"),
         folder,
         max_steps=STEPS,
+        # Far above the gradients, so that Adam does not divide by their size and make whole steps of rounding errors;
+        # it still has a state that a resumed run needs.
+        optim="adamw_torch",
+        adam_epsilon=1.0,
         learning_rate=0.5,
         save_strategy="steps",
         save_steps=SAVED,

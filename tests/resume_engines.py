@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import cpu_config, paired_rows, weights
 from two_processes import assert_engine, settings_of_engine
 
@@ -42,4 +43,11 @@ def resumed(out, engine):
     results["resumed"] = weights(again.model)
     finished = make(out, engine)
     finished.train(resume_from_checkpoint=True)
-    return results | {"finished": (finished.state.global_step, weights(finished.model))}
+    results["finished"] = (finished.state.global_step, weights(finished.model))
+    if engine == "fsdp2":
+        stateless = {"optim": "sgd", "max_steps": 2}
+        make(out / "stateless", engine, **stateless).train()
+        with pytest.raises(ValueError, match="cannot be restored under FSDP") as refused:
+            make(out / "stateless", engine, **(stateless | {"max_steps": 4})).train(resume_from_checkpoint=True)
+        results["refused"] = str(refused.value)
+    return results

@@ -57,6 +57,11 @@ def test_a_run_under_an_engine_resumes_exactly(results, engine):
     assert torch.equal(run["finished"][1], run["whole"])
 
 
+@pytest.mark.slow
+def test_fsdp2_cannot_restore_an_optimizer_without_state(results):
+    assert "Pass the folder as `model`" in results("fsdp2")["resumed"]["refused"]
+
+
 def test_table_names_every_run_of_the_scripts():
     source = "".join(SCRIPT.with_name(name).read_text() for name in ("two_processes.py", "two_processes_policy.py"))
     assert all(f'"{name}": run(' in source for name in RUNS)

@@ -21,6 +21,7 @@ class SavesPolicy:
     model: Any
     accelerator: Any
     state: Any
+    is_fsdp_enabled: bool
     _get_output_dir: Any
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -59,6 +60,18 @@ class SavesPolicy:
         with _explained(path):
             self.before_checkpoint(path)
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except AssertionError as error:
+            if not self.is_fsdp_enabled:
+                raise
+            raise ValueError(
+                f"The optimizer of {checkpoint} cannot be restored under FSDP: torch has no way to do so for one "
+                f"without state, e.g. `optim='sgd'` without momentum ({error}). Pass the folder as `model` to start a "
+                "new run from its weights, with an optimizer that has a state, e.g. `optim='adamw_torch'`."
+            ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
