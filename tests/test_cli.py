@@ -292,8 +292,8 @@ def test_help_lists_every_flag_of_trl_and_ours(capsys):
         (["--eval_strategy", "steps"], r"not 'test'.*`--eval_strategy no`.*one folder"),
         (["--dataset_config", "x"], r"`rows.jsonl` is local"),
         (["--streaming"], r"use `--dataset_streaming`"),
-        (["--test_split_size", "0.5"], r"belong to a `datasets` mixture"),
-        (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], r"`nowhere` holds no complete checkpoint"),
+        (["--test_split_size", "0.5"], r"apply to a `datasets` mixture"),
+        (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], r"`nowhere` has no complete checkpoint"),
         (["--resume_from_checkpoint", "folder"], "no checkpoint to go on from: trainer_state.json is missing"),
         (["--config", "nowhere.yaml"], r"`--config nowhere.yaml` cannot be opened"),
         (["--config", "rows.parquet"], r"`--config rows.parquet` cannot be read"),
@@ -309,9 +309,9 @@ def test_refused_flags(here, flags, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./nowhere", r"./nowhere` is a local path, but no folder"),
-        ("/nowhere/model", r"local path, but no folder"),
-        ("rows.jsonl", r"local path, but no folder"),
+        ("./nowhere", r"./nowhere` is a local path, but there is no such folder"),
+        ("/nowhere/model", r"local path, but there is no such folder"),
+        ("rows.jsonl", r"local path, but there is no such folder"),
         ("folder", r"without `config.json`. Name the folder that `save_pretrained` wrote"),
         (None, r"name a dataset but not `--model_name_or_path`"),
     ],
@@ -382,7 +382,7 @@ def test_refused_config_files(here, tmp_path):
         (b"user: hf_secret\npassword: hf_secret: 5\n", "line 2, column 20"),
         (b"a: *hf_secret", "line 1, column 4"),
         (b"- hf_secret", "holds list"),
-        (b"\xffhf_secret", "no text in UTF-8"),
+        (b"\xffhf_secret", "not UTF-8 text"),
     ],
 )
 def test_config_file_of_another_kind_is_not_quoted(tmp_path, content, where):

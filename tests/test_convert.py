@@ -68,7 +68,7 @@ def test_rows_without_scores_get_rewards_that_halos_can_read(convert, tmp_path):
     pairs = [{"prompt": chat("p"), "chosen": answer("a"), "rejected": [answer("b"), answer("c")], "own": 1}]
     code, said = convert(write(tmp_path, pairs), "out.json", "--format", "halos")
     assert code == 0
-    assert "Wrote 2 items to out.json. Not kept: `own`." in said
+    assert "Wrote 2 items to out.json. Dropped keys: `own`." in said
     assert [(item["output_B"], item["label"], item["reward_A"], item["reward_B"]) for item in read("out.json")] == [
         (answer("b"), 1, 1.0, -1.0),
         (answer("c"), 1, 1.0, -1.0),
@@ -89,14 +89,14 @@ def test_nothing_is_overwritten_unasked_and_nothing_written_in_part(convert, tmp
     assert convert(broken, "out.jsonl", "--overwrite", "--format", "halos")[0] == 2
     assert len(read("out.jsonl")) == 2
     assert (
-        convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Name another file.")
+        convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Choose another file.")
     )
 
 
 def test_other_columns_of_a_table_may_be_of_any_type(convert):
     rows = {"prompt": ["p"], "completion": ["c"], "label": [True], "asked": [datetime.date(2026, 1, 1)]}
     datasets.Dataset.from_dict(rows).to_parquet("rows.parquet")
-    assert convert("rows.parquet", "out.jsonl")[1].strip().endswith("Not kept: `asked`.")
+    assert convert("rows.parquet", "out.jsonl")[1].strip().endswith("Dropped keys: `asked`.")
     datasets.Dataset.from_dict({**rows, "prompt": [b"p"]}).to_parquet("bytes.parquet")
     code, said = convert("bytes.parquet", "bytes.jsonl")
     assert code == 2 and "bytes.parquet, row 0 cannot be written as JSON" in said
@@ -121,8 +121,8 @@ def test_a_single_input_of_a_config_file(tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (("rows.csv", "out.json"), "ends in '.csv'; files end in .json, .jsonl, .parquet"),
-        (("feedback.json", "out.parquet", "--format", "halos"), "HALOs reads JSON, no Parquet"),
-        (("feedback.json", "out.json", "--format", "halos", "--for_", "sft"), "`--for_` chooses the rows"),
+        (("feedback.json", "out.parquet", "--format", "halos"), "HALOs reads JSON, not Parquet"),
+        (("feedback.json", "out.json", "--format", "halos", "--for_", "sft"), "`--for_` applies to"),
         (("feedback.json", "out.json", "--format", "halos", "--pair_mode", "min"), "`--pair_mode min` has no effect"),
         (("feedback.json", "out.json", "--format", "halos", "--label_threshold", "1"), "`--label_threshold 1` has no"),
         (("feedback.json", "out.json", "--format", "halos", "--pair_threshold", "1"), "`--pair_threshold 1.0` has no"),

@@ -139,7 +139,9 @@ def test_other_samples_or_settings_are_not_mixed_with_old_scores(rows, folder):
     assert len((folder / "calls").read_text().split()) == 6
     (folder / "out.jsonl").unlink()
     (folder / "rewards.py").write_text("def length(completion): return -len(completion)\n")
-    with pytest.raises(ValueError, match=r"out\.jsonl\.scores` was begun with other settings: `function_source` was"):
+    with pytest.raises(
+        ValueError, match=r"out\.jsonl\.scores` was started with other settings: `function_source` was"
+    ):
         run(reward_function="rewards.py:length")
     write(folder / "samples.jsonl", rows[:4])
     with pytest.raises(ValueError, match="`content` was"):
@@ -238,10 +240,10 @@ def test_flags_in_the_documentation_exist():
         ({"samples": ["nowhere.parquet"]}, "nowhere.parquet"),
         ({"threshold": "median", "feedback": "pairwise"}, "'median'; expected a number"),
         ({"threshold": "1", "feedback": "scalar"}, "no effect on `--feedback scalar`"),
-        ({"feedback": "groups", "format": "halos"}, "no files of groups"),
+        ({"feedback": "groups", "format": "halos"}, "no format for groups"),
         ({"reward_function": "rewards.py:length", "judge_model": "m"}, "Both `--reward_function` and `--judge_model`"),
         ({"judge_model": "m", "judge_options": "{"}, "is not JSON"),
-        ({"judge_model": "m", "judge_options": "[]"}, "no JSON object"),
+        ({"judge_model": "m", "judge_options": "[]"}, "not a JSON object"),
         ({"judge_model": "m", "judge_key_variable": "NO_SUCH_KEY"}, "`--judge_key_variable` names is not set"),
         ({"judge_model": "m", "judge_template": "nowhere.txt"}, "nowhere.txt` cannot be read"),
         ({}, r"item 0 \(line 1\) has neither `reward` nor `score`"),
@@ -256,7 +258,7 @@ def test_settings_that_cannot_work_are_refused(rows, folder, settings, message):
 @pytest.mark.parametrize("score", ["0.5", True, float("nan"), float("inf")])
 def test_scores_that_are_no_finite_numbers_are_refused_by_item(folder, score):
     write(folder / "samples.jsonl", [sample(0, 0, "a", reward=1.0), sample(0, 1, "b", reward=score)])
-    with pytest.raises(ValueError, match=r"samples\.jsonl, item 1 \(line 2\) has a wrong score"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl, item 1 \(line 2\) has an invalid score"):
         run()
 
 

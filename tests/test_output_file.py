@@ -45,7 +45,9 @@ def test_other_settings_are_refused_by_name(tmp_path):
     path = tmp_path / "out.jsonl"
     interrupted(path, ITEMS[:2])
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"begun with other settings: `seed` was 0 and is 1; `top_p` was '\(none\)'"):
+    with pytest.raises(
+        ValueError, match=r"started with other settings: `seed` was 0 and is 1; `top_p` was '\(none\)'"
+    ):
         OutputFile(path, {**SETTINGS, "seed": 1, "top_p": 0.9})
     assert path.read_bytes() == before
     with OutputFile(path, {**SETTINGS, "seed": 1}, overwrite=True) as output:
@@ -68,7 +70,7 @@ def test_finished_and_foreign_files_are_not_overwritten(tmp_path):
         OutputFile(path, SETTINGS)
     foreign = tmp_path / "mine.jsonl"
     foreign.write_text("precious")
-    with pytest.raises(ValueError, match=re.escape("`.mine.jsonl.settings.yaml` beside it does not")):
+    with pytest.raises(ValueError, match=re.escape("`.mine.jsonl.settings.yaml` next to it does not")):
         OutputFile(foreign, SETTINGS)
     assert foreign.read_text() == "precious"
 
@@ -82,7 +84,7 @@ def test_half_a_character_is_written_as_its_escape(tmp_path):
 
 def test_refused_file_leaves_no_lock_and_a_folder_is_none(tmp_path):
     (tmp_path / "mine.jsonl").write_text("precious")
-    with pytest.raises(ValueError, match="beside it does not"):
+    with pytest.raises(ValueError, match="next to it does not"):
         OutputFile(tmp_path / "mine.jsonl", SETTINGS)
     with pytest.raises(ValueError, match="is a folder"):
         OutputFile(tmp_path, SETTINGS)

@@ -203,12 +203,12 @@ def test_without_matplotlib_the_numbers_are_written_and_a_message_says_what_to_d
 @pytest.mark.parametrize(
     ("more", "method", "message"),
     [
-        ([], "sft", "`sft` is no method; known are kto, dpo"),
+        ([], "sft", "`sft` is not a method; choose one of kto, dpo"),
         (["--rounds", "0"], "kto", "`--rounds 0` counts"),
-        (["--samples_per_prompt", "1"], "dpo", "compares samples of a prompt"),
+        (["--samples_per_prompt", "1"], "dpo", "compares samples of the same prompt"),
         (["--use_peft"], "kto", "Pass `--reference first`"),
-        (["--save_only_model", "true"], "kto", "do not go with rounds"),
-        (["--reward_function", ""], "kto", "Nothing scores the samples"),
+        (["--save_only_model", "true"], "kto", "cannot be used with rounds"),
+        (["--reward_function", ""], "kto", "The samples need a score"),
         (["--beta_", "1"], "kto", "Unknown argument `--beta_`. Did you mean `--beta`?"),
     ],
 )
@@ -220,7 +220,7 @@ def test_mistakes_of_rounds_are_said_before_anything_is_written(files, tmp_path,
 
 def test_other_settings_are_refused_by_name(finished, files, capsys):
     assert rounds(files, finished, "--beta", "0.5") == 2
-    assert "was begun with other settings: `beta` was '(none)' and is 0.5" in capsys.readouterr().err
+    assert "was started with other settings: `beta` was '(none)' and is 0.5" in capsys.readouterr().err
 
 
 # -- train and merge -----------------------------------------------------------------------------------------------

@@ -348,12 +348,12 @@ def test_help_fits_a_screen_and_imports_no_torch(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sampel"], "`sampel` is no command. Did you mean `sample`?"),
+        (["sampel"], "`sampel` is not a command. Did you mean `sample`?"),
         (["sample", "--num_sampels", "3"], "Unknown argument `--num_sampels`."),
         (["sample", "--dataset_name", "x"], "name a dataset but not `--model_name_or_path`"),
         (["sample", "--top_p", "3"], "`top_p` is 3.0"),
         (["sample", "--config", "missing.yaml"], "cannot be opened"),
-        (["sample", "--num_prompts", "-1"], "expected at least 0 prompts to leave out and at least 1"),
+        (["sample", "--num_prompts", "-1"], "expected at least 0 prompts to skip and at least 1"),
         (["sample", "--num_prompts", "0"], "at least 1 to sample for"),
         (["sample", "--num_skip", "-1"], "`--num_skip` is -1"),
     ],

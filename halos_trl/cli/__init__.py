@@ -13,7 +13,7 @@ __all__ = ["TOY_DEFAULTS", "HalosScriptArguments", "eval_split", "load_data", "p
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Imported when first asked for: the help of the command needs none of it."""
+        """Imported lazily, because the help of the command does not need these modules."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         homes = (import_module(home, __name__) for home in (".flags", ".data", ".training"))

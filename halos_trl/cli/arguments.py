@@ -1,4 +1,4 @@
-"""Flags of a subcommand: a dataclass, filled from the command line and `--config FILE.yaml`, and shown."""
+"""Flags of a subcommand: a dataclass filled from the command line and `--config FILE.yaml`."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ T = TypeVar("T")
 def read_arguments(arguments: type[T], argv: Sequence[str] | None, command: str) -> T:
     """The dataclass `arguments` from flags and `--config FILE.yaml`; prints the settings to standard error.
 
-    The docstring of the dataclass is the description in `--help`. Raises ValueError for unknown names (with the one
-    that may have been meant), config files that cannot be read, and values in them of another type or choice.
+    The docstring of the dataclass is the description in `--help`. Raises ValueError for unknown names (with a
+    suggestion), config files that cannot be read, and values in them with a wrong type or choice.
     """
     parser: Any = TrlParser(
         (arguments,),  # type: ignore[arg-type]
@@ -39,16 +39,17 @@ def read_arguments(arguments: type[T], argv: Sequence[str] | None, command: str)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Leaves out defaults that say nothing: None and empty lists, whose meaning the help of their flags gives."""
+    """Omits the defaults None and empty list, whose meaning is explained in the help of the flag."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def check_values(arguments: Any) -> None:
-    """Of values from a config file, which argparse does not check: a single text becomes a list where one is expected.
+    """Check values from a config file, which argparse does not; a single text is converted to a list if a list is
+    expected.
 
-    Raises ValueError for a value that is none of the choices or not of the type.
+    Raises ValueError for a value with a wrong type or choice.
     """
     hints = get_type_hints(type(arguments))
     for field in dataclasses.fields(arguments):
@@ -72,7 +73,7 @@ def show(settings: dict[str, Any], command: str) -> None:
 
 
 def split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """The command line with the config file in the one form that `TrlParser` reads, and the file's settings."""
+    """The command line with `--config FILE` in the form that `TrlParser` reads, and the settings in that file."""
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="--config FILE.yaml")
     config_parser.add_argument("--config")
     known, flags = config_parser.parse_known_args(argv)
@@ -84,13 +85,13 @@ def split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         raise ValueError(f"`--config {known.config}` cannot be opened: {error.strerror}. Check the path.") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = "it is no text in UTF-8" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
+        where = "it is not UTF-8 text" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
         # Neither the parser's message nor its context: both quote the file, which may be one of keys given by mistake.
         raise ValueError(f"`--config {known.config}` cannot be read as YAML: {where}.") from None
     if not isinstance(settings, dict):
         raise ValueError(
-            f"`--config {known.config}` holds {type(settings).__name__}, not settings by name. Write one "
-            "`name: value` on each line, e.g. `learning_rate: 1.0e-6`."
+            f"`--config {known.config}` contains a {type(settings).__name__}, not settings by name. Write one `name: "
+            "value` per line, e.g. `learning_rate: 1.0e-6`."
         )
     return ["--config", known.config, *flags], settings
 
@@ -106,7 +107,9 @@ def refuse_unknown(parser: argparse.ArgumentParser, argv: list[str], config: dic
     foreign = sorted(map(str, config.keys() - known.keys() - {"env"}))
     if foreign:
         names = ", ".join(f"`{name}`" for name in foreign)
-        raise ValueError(f"The config file sets {names}, unknown to this script.{did_you_mean(foreign[0], known)}")
+        raise ValueError(
+            f"The config file sets {names}, which this script does not have.{did_you_mean(foreign[0], known)}"
+        )
     return known
 
 

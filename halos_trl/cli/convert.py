@@ -1,4 +1,4 @@
-"""`halos-trl convert`: between HALOs' feedback files, rows for trainers, and Parquet."""
+"""`halos-trl convert`: convert between HALOs' feedback files, rows for trainers, and Parquet."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SUFFIXES = (".json", ".jsonl", ".parquet")
 class ConvertArguments:
     """Convert between HALOs' feedback files, rows for trainers and Parquet.
 
-    The output's suffix says how it is written: `.json` (one array), `.jsonl` (JSON Lines) or `.parquet`.
+    The output format is determined by its suffix: `.json` (one array), `.jsonl` (JSON Lines) or `.parquet`.
     """
 
     input: list[str] = field(
@@ -46,21 +46,29 @@ class ConvertArguments:
     for_: str | None = field(
         default=None,
         metadata={
-            "help": f"What rows are for: {', '.join(PURPOSES)}. None: pairs for pairs, labels for labels, groups for "
-            "scores, sft for samples."
+            "help": (
+                f"Purpose of the rows: {', '.join(PURPOSES)}. None: determined by the input (pairs, labels, groups "
+                "for scores, sft for samples)."
+            )
         },
     )
-    split: str | None = field(default=None, metadata={"help": "Only items of this split, and those without one."})
-    pair_mode: Literal["random", "max", "min"] = field(default="max", metadata={"help": "How scores become pairs."})
-    pair_threshold: float = field(default=0.0, metadata={"help": "Difference of scores that a pair has to exceed."})
+    split: str | None = field(
+        default=None, metadata={"help": "Use only items of this split, and items without a split."}
+    )
+    pair_mode: Literal["random", "max", "min"] = field(
+        default="max", metadata={"help": "How scores are turned into pairs."}
+    )
+    pair_threshold: float = field(
+        default=0.0, metadata={"help": "Minimum difference of scores (exclusive) for a pair."}
+    )
     label_threshold: str = field(
-        default="median", metadata={"help": "Score from which on a completion is desirable: `mean`, `median`, number."}
+        default="median", metadata={"help": "Minimum score of a desirable completion: `mean`, `median`, or a number."}
     )
-    seed: int = field(default=0, metadata={"help": "Decides the draws of `pair_mode`."})
+    seed: int = field(default=0, metadata={"help": "Random seed for `pair_mode`."})
     duplicates: Literal["error", "drop", "keep"] = field(
-        default="error", metadata={"help": "What to do with items that repeat another one in all fields."}
+        default="error", metadata={"help": "What to do with exact duplicates of an item."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def convert(arguments: ConvertArguments) -> str:
-    """Write the output, and return what was done in words. It is there as a whole or not at all.
+    """Write the output atomically, and return a message about what was done.
 
     Raises ValueError for arguments that cannot work, an output that exists, and what `load_feedback` raises.
     """
@@ -90,7 +98,7 @@ def convert(arguments: ConvertArguments) -> str:
 
 
 def _with_names(text: str, copied: dict[str, str]) -> str:
-    """A text with the files as the user named them."""
+    """Replace temporary file names in a text by those that the user passed."""
     for copy, name in copied.items():
         text = text.replace(copy, name)
     return text
@@ -102,17 +110,17 @@ def _checked_output(arguments: ConvertArguments) -> Path:
     output = Path(arguments.output)
     for path in (*map(Path, arguments.input), output):
         if path.suffix not in _SUFFIXES:
-            raise ValueError(f"`{path}` ends in {path.suffix!r}; files end in {', '.join(_SUFFIXES)}.")
+            raise ValueError(f"`{path}` has the suffix {path.suffix!r}; supported are {', '.join(_SUFFIXES)}.")
     if any(Path(name).resolve() == output.resolve() for name in arguments.input):
         raise ValueError(f"`--output {output}` is one of the inputs. Name another file.")
     if output.exists() and not arguments.overwrite:
         raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or name another file.")
     if arguments.format == "halos" and output.suffix == ".parquet":
-        raise ValueError("HALOs reads JSON, no Parquet. Write a `.json` file, or rows with `--format trl`.")
+        raise ValueError("HALOs reads JSON, not Parquet. Write a `.json` file, or rows with `--format trl`.")
     if arguments.format == "halos" and arguments.for_ is not None:
         raise ValueError(
-            "`--for_` chooses the rows of `--format trl`; items of HALOs keep what they say. Leave it out, or make "
-            "rows first and convert those."
+            "`--for_` applies to `--format trl`; items of HALOs' files keep their kind. Leave it out, or convert to "
+            "rows first and then convert those."
         )
     _refuse_without_effect(arguments)
     return output
@@ -133,7 +141,7 @@ def _refuse_without_effect(arguments: ConvertArguments) -> None:
 
 
 def _as_json(path: Path, folder: Path) -> Path:
-    """The file itself, or of Parquet a copy as JSON Lines."""
+    """The file itself, or for Parquet, a copy as JSON Lines."""
     if path.suffix != ".parquet":
         return path
     copy = folder / f"{len(list(folder.iterdir()))}-{path.stem}.jsonl"
@@ -148,7 +156,9 @@ def _as_json(path: Path, folder: Path) -> Path:
 
 
 def _line(row: dict[str, Any], where: str) -> str:
-    """A row as JSON. Of columns that no format has, other types are written as text: only their names are used."""
+    """A row as JSON. In columns that no format uses, other types are written as text, since only the column names
+    matter.
+    """
     others = {key: value if key in _READ else str(value) for key, value in row.items() if value is not None}
     try:
         return json.dumps(others, ensure_ascii=False)
@@ -157,7 +167,7 @@ def _line(row: dict[str, Any], where: str) -> str:
 
 
 def _set_only(row: dict[str, Any]) -> dict[str, Any]:
-    """Without the columns that are null in a row, which a table cannot leave out."""
+    """The row without null columns, which a table cannot omit."""
     return {key: value for key, value in row.items() if value is not None}
 
 
@@ -165,7 +175,7 @@ def _set_only(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _purpose(inputs: list[Path], arguments: ConvertArguments) -> str:
-    """What the rows are for."""
+    """The purpose of the rows."""
     return arguments.for_ or PURPOSES_OF[format_of(next(read_items(inputs[0]))).name]
 
 
@@ -230,13 +240,13 @@ _READ = {
 
 
 def _not_kept(inputs: list[Path], arguments: ConvertArguments) -> str:
-    """The keys of the files' first items that are not in the output."""
+    """A message about keys of the first items that are not in the output."""
     firsts = set(itertools.chain.from_iterable(next(read_items(path)).value for path in inputs))
     others = sorted(firsts - _READ)
     keeps_sampler = arguments.format == "halos" or _purpose(inputs, arguments) == "group"
     if not (keeps_sampler and "logprobs" in firsts):
         others += sorted(firsts & set(SAMPLER_COLUMNS))
-    return f" Not kept: {', '.join(f'`{key}`' for key in others)}." if others else ""
+    return f" Dropped keys: {', '.join((f'`{key}`' for key in others))}." if others else ""
 
 
 __all__ = ["ConvertArguments", "convert", "main"]

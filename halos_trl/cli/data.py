@@ -1,4 +1,4 @@
-"""The data of a training script: hub datasets, local files and folders, mixtures; and their splits."""
+"""The data of a training script: Hub datasets, local files and folders, mixtures, and their splits."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_data(
     *,
     evaluates: bool = False,
 ) -> datasets.DatasetDict:
-    """Splits of a hub dataset, a dataset of `halos_trl.data.named`, a local file, a folder of such, a `save_to_disk`
-    folder, or a TRL mixture.
+    """Load the splits of a Hub dataset, a dataset of `halos_trl.data.named`, a local file, a folder of files, a
+    `save_to_disk` folder, or a TRL mixture.
 
-    `for_`: which rows become of a file in one of HALOs' formats, which is recognized by its content, in a mixture too;
-    None leaves it as it is. `evaluates`: of such a file, read the test split too.
+    `for_` is the purpose of the rows that are built from a file in one of HALOs' formats, which is recognized by its
+    content, in a mixture too; None leaves it unchanged. `evaluates`: also read the test split of such a file.
     """
     if mixture.datasets:
         duplicates: Duplicates = getattr(script_args, "dataset_duplicates", "error")
@@ -75,7 +75,7 @@ def _part_of_rows(part: Any, for_: Purpose, duplicates: Duplicates) -> Any:
 
 
 def _own_rows(path: Path, script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:
-    """The splits of what `datasets` cannot read as rows: HALOs' files, and datasets with a name of their own here."""
+    """The splits of data that `datasets` cannot read as rows: HALOs' files and named datasets."""
     _refuse_folder_of_feedback(path, str(path))
     if is_feedback_file(path):
         return _feedback(script_args, for_, evaluates)
@@ -86,11 +86,13 @@ def _own_rows(path: Path, script_args: ScriptArguments, for_: Purpose, evaluates
 
 def _check_local(path: Path, name: str, script_args: ScriptArguments) -> None:
     if path.exists() and script_args.dataset_config:
-        raise ValueError(f"`--dataset_config` chooses a part of a hub dataset; `{name}` is local. Leave it out.")
+        raise ValueError(
+            f"`--dataset_config` selects a configuration of a Hub dataset, but `{name}` is local. Leave it out."
+        )
     if not path.exists() and is_path(name):
         raise ValueError(f"`--dataset_name {name}` is a local path, but there is no such file or folder.")
     if path.is_file() and path.suffix not in _READERS:
-        raise ValueError(f"`--dataset_name {name}` has suffix {path.suffix!r}; readable are {sorted(_READERS)}.")
+        raise ValueError(f"`--dataset_name {name}` has the suffix {path.suffix!r}; supported are {sorted(_READERS)}.")
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"`--dataset_name {name}` is an empty file.")
 
@@ -99,8 +101,8 @@ def _refuse_folder_of_feedback(path: Path, name: str) -> None:
     feedback = next(filter(is_feedback_file, sorted(path.iterdir())), None) if path.is_dir() else None
     if feedback:
         raise ValueError(
-            f"`--dataset_name {name}` is a folder, and {feedback.name} in it is in a format of HALOs. Name the file "
-            "itself, or make rows of the files with `halos-trl convert`."
+            f"`--dataset_name {name}` is a folder, and {feedback.name} in it is in one of HALOs' formats. Pass the "
+            "file itself, or convert the files to rows with `halos-trl convert`."
         )
 
 
@@ -116,12 +118,12 @@ def _feedback(script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> A
 
 
 def _named(script_args: ScriptArguments, for_: Purpose, evaluates: bool) -> Any:
-    """The splits of a dataset that has a name of its own here."""
+    """The splits of a named dataset."""
     name = str(script_args.dataset_name)
     if script_args.dataset_config:
         raise ValueError(
-            f"`--dataset_config` chooses a part of a hub dataset, and {name!r} stands for {NAMED[name].hub_id} with "
-            "the parts of each row chosen. Leave it out, or name the hub id."
+            f"`--dataset_config` selects a configuration of a Hub dataset, but {name!r} stands for "
+            f"{NAMED[name].hub_id} with a fixed configuration. Leave it out, or pass the Hub id."
         )
     splits = [script_args.dataset_train_split]
     if evaluates and script_args.dataset_test_split in NAMED[name].splits:
@@ -141,7 +143,7 @@ def _streamed(splits: datasets.DatasetDict) -> datasets.IterableDatasetDict:
 
 
 def check_splits(script_args: ScriptArguments, training_args: Any, data: Any) -> None:
-    """Raise ValueError where the data lacks a split that the flags name."""
+    """Raise ValueError if the data lack a split that the flags name."""
     wanted = {"dataset_train_split": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         wanted["dataset_test_split"] = script_args.dataset_test_split
@@ -157,7 +159,7 @@ def check_splits(script_args: ScriptArguments, training_args: Any, data: Any) ->
 
 
 def dataset_names(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
-    """What the model card names. A mixture's `path` may be a reader ("json"); then its files are what was used."""
+    """Dataset names for the model card. If the `path` of a mixture is a reader ("json"), these are its files."""
     if not mixture.datasets:
         return [str(script_args.dataset_name)]
     names: list[str] = []
@@ -169,10 +171,10 @@ def dataset_names(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -
 
 
 def eval_split(script_args: ScriptArguments, training_args: Any, data: Any) -> Any:
-    """The evaluation split, or None with evaluation off."""
+    """The evaluation split; None if evaluation is off."""
     return data[script_args.dataset_test_split] if training_args.eval_strategy != "no" else None
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be meant as a local path."""
+    """Whether a name can only be a local path."""
     return not model_card.is_repo_id(name) or Path(name).suffix in _READERS

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def shipped_files() -> dict[str, Path]:
     """Name (`examples/train_kto.py`) -> file, of an installed wheel or of a checkout.
 
-    Raises ValueError for an installation that holds neither.
+    Raises ValueError if the installation contains none.
     """
     if (_CHECKOUT / "pyproject.toml").is_file():
         found = {p.relative_to(_CHECKOUT).as_posix(): p for folder in FOLDERS for p in (_CHECKOUT / folder).rglob("*")}
@@ -51,7 +51,7 @@ def shipped_files() -> dict[str, Path]:
     sources = {name: p for name, p in sorted(found.items()) if p.suffix in (".py", ".yaml", ".ipynb") and p.is_file()}
     if not sources:
         raise ValueError(
-            "This installation of halos_trl holds no examples. Install the wheel with pip, or take the folders "
+            "This installation of halos_trl contains no examples. Install the wheel with pip, or copy the folders "
             "`examples` and `configs` from the repository."
         )
     return sources

@@ -47,14 +47,14 @@ _PURPOSES: dict[str, Purpose] = {"unpaired": "unpaired", "paired": "paired", "sc
 
 @dataclass
 class HalosScriptArguments(ScriptArguments):
-    """TRL's script arguments and ours.
+    """TRL's script arguments, with additions.
 
     Parameters:
         dataset_name (`str`, *optional*):
-            Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow), folder of such files, or folder of `save_to_disk`.
-            JSON files in one of HALOs' formats are recognized by their content.
+            Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow), folder of such files, or folder written by
+            `save_to_disk`. JSON files in one of HALOs' formats are recognized by their content.
         dataset_duplicates (`str`, *optional*, defaults to `"error"`):
-            What to do with items of such a file that repeat another one in all fields: "error", "drop" or "keep".
+            What to do with exact duplicates in such a file: "error", "drop" or "keep".
         merge_adapter (`bool`, *optional*, defaults to `False`):
             After training an adapter, also save the merged model to `<output_dir>-merged` (and push it to
             `<hub_model_id>-merged` with `--push_to_hub`).
@@ -63,33 +63,38 @@ class HalosScriptArguments(ScriptArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow; HALOs' feedback files), folder of such "
-            "files with a split in each name, or folder of `save_to_disk`. Excludes `datasets`."
+            "help": (
+                "Hub id, local file (JSON, JSONL, Parquet, CSV, Arrow; HALOs' feedback files), folder of such files "
+                "with the split in each name, or folder written by `save_to_disk`. Cannot be combined with "
+                "`datasets`."
+            )
         },
     )
     dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of the hub dataset, where it has several. Excludes `datasets`."}
+        default=None,
+        metadata={"help": "Configuration of the Hub dataset, if it has several. Cannot be combined with `datasets`."},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Split to evaluate on; read only where `eval_strategy` is not `no`."}
+        default="test", metadata={"help": "Split to evaluate on; only read if `eval_strategy` is not `no`."}
     )
     dataset_streaming: bool = field(
         default=False,
-        metadata={"help": "Stream the dataset of `dataset_name`; needs `max_steps`. For `datasets`: `streaming`."},
+        metadata={
+            "help": "Stream the dataset `dataset_name`; requires `max_steps`. With `datasets`, use `streaming`."
+        },
     )
     dataset_duplicates: Duplicates = field(
         default="error",
-        metadata={
-            "help": "What to do with items of a HALOs file that repeat another one in all fields: `error`, `drop`, or "
-            "`keep`."
-        },
+        metadata={"help": "What to do with exact duplicates in a HALOs file: `error`, `drop`, or `keep`."},
     )
     ignore_bias_buffers: bool = field(
         default=False,
         metadata={
-            "help": "The same as `--ddp_broadcast_buffers false`: for old models whose boolean mask buffers cannot be "
-            "broadcast between processes."
+            "help": (
+                "Same as `--ddp_broadcast_buffers false`, for old models whose boolean mask buffers cannot be "
+                "broadcast between processes."
+            )
         },
     )
     merge_adapter: bool = field(
@@ -138,14 +143,13 @@ def parse(
 ) -> tuple[Any, Any, ModelConfig, datasets.DatasetDict]:
     """Read the flags (and `--config FILE.yaml`), and load the data.
 
-    With neither a model nor a dataset given, the embedded default is used: its model, its feedback of `toy_kind`
-    ("unpaired", "paired", "scored"), and `toy_defaults` for every setting that no flag or config file names; with
-    `--humanline`, `toy_humanline` before those.
-    `arguments` holds the flags that are not of the training config; a script with flags of its own derives a dataclass
-    from it.
+    If neither a model nor a dataset is given, the embedded default is used: its model, its feedback of `toy_kind`
+    ("unpaired", "paired", "scored"), and `toy_defaults` for all settings that no flag or config file sets. With
+    `--humanline`, `toy_humanline` takes precedence over these. `arguments` is the dataclass of the flags outside the
+    training config; a script with its own flags passes a subclass of it.
 
-    Returns (script arguments, training config, model config, dataset splits). Raises ValueError for flags and paths
-    that cannot work, before any model is loaded.
+    Returns (script arguments, training config, model config, dataset splits). Raises ValueError for invalid flags and
+    paths, before any model is loaded.
     """
     dataclass_types: Any = (arguments, config_class, ModelConfig, DatasetMixtureConfig)
     parser: Any = TrlParser(dataclass_types, usage=_USAGE, description=_DESCRIPTION)
@@ -184,7 +188,7 @@ def parse(
 
 
 def _names_nothing(given: dict[str, Any], config: dict[str, Any]) -> bool:
-    """Whether neither a model nor a dataset is named. Refuses one of the two without the other."""
+    """Whether neither a model nor a dataset is given. Raises ValueError if only one of them is."""
     has_model, *has_data = (
         bool(given[name] or config.get(name)) for name in ("model_name_or_path", "dataset_name", "datasets")
     )
@@ -193,12 +197,12 @@ def _names_nothing(given: dict[str, Any], config: dict[str, Any]) -> bool:
 
 
 def refuse_half_named(has_model: bool, has_data: bool) -> None:
-    """Raise ValueError for a model without data, and data without a model."""
+    """Raise ValueError for a model without data, or data without a model."""
     if has_model != has_data:
         named, missing = ("a model", "dataset_name") if has_model else ("a dataset", "model_name_or_path")
         raise ValueError(
-            f"The flags name {named} but not `--{missing}`. Pass it too (a hub id or a local path), or neither of the "
-            "two to run on the embedded default task."
+            f"The flags name {named} but not `--{missing}`. Pass both (Hub ids or local paths), or neither to run on "
+            "the embedded default task."
         )
 
 
@@ -217,13 +221,13 @@ def _refuse_what_cannot_work(
     refusals = (
         (
             script_args.merge_adapter and no_peft,
-            "`--merge_adapter` was set without `--use_peft`, so there will be no adapter to merge: the whole model is "
+            "`--merge_adapter` was set without `--use_peft`, so there is no adapter to merge: the whole model is "
             "trained and saved. Add `--use_peft`, or leave `--merge_adapter` out.",
         ),
         (
             quantized and no_peft,
             "`--load_in_4bit` and `--load_in_8bit` need `--use_peft`: quantized weights cannot be trained, only an "
-            "adapter on top of them. Add `--use_peft`, or leave the quantization out.",
+            "adapter on them. Add `--use_peft`, or leave the quantization out.",
         ),
         (
             lora and no_peft,
@@ -241,12 +245,12 @@ def _refuse_what_cannot_work(
         ),
         (
             mixture.datasets and (script_args.dataset_streaming or script_args.dataset_config),
-            "`dataset_streaming` and `dataset_config` belong to `dataset_name` and have no effect on a `datasets` "
+            "`dataset_streaming` and `dataset_config` apply to `dataset_name` and have no effect on a `datasets` "
             "mixture. Use `streaming`, and `name` inside the mixture.",
         ),
         (
             not mixture.datasets and (mixture.streaming or mixture.test_split_size is not None),
-            "`streaming` and `test_split_size` belong to a `datasets` mixture, and there is none. To stream "
+            "`streaming` and `test_split_size` apply to a `datasets` mixture, but none is given. To stream "
             "`dataset_name`, use `--dataset_streaming`; to split it, list it under `datasets` in a `--config` file.",
         ),
     )
@@ -256,7 +260,7 @@ def _refuse_what_cannot_work(
 
 
 def _checkpoint(training_args: Any) -> str | None:
-    """The checkpoint to resume from; `true` stands for the last one of the output directory."""
+    """The checkpoint to resume from; `true` stands for the last one in the output directory."""
     wanted = str(training_args.resume_from_checkpoint or "false")
     if wanted.lower() in ("false", "none"):
         return None
@@ -265,17 +269,16 @@ def _checkpoint(training_args: Any) -> str | None:
         last = last_complete_checkpoint(output_dir)
         if last is None:
             raise ValueError(
-                f"`--resume_from_checkpoint true` was set, but `{output_dir}` holds no complete checkpoint. Check "
-                "`--output_dir`, or leave it out to start anew."
+                f"`--resume_from_checkpoint true` was set, but `{output_dir}` has no complete checkpoint. Check "
+                "`--output_dir`, or leave the flag out to start from the beginning."
             )
         return last
     # The folder of a finished run has a trainer state too, but nothing that training could go on from.
     problem = problem_of(Path(wanted)) if os.path.isdir(wanted) else "there is no such folder"
     if problem:
         raise ValueError(
-            f"`--resume_from_checkpoint {wanted}` is no checkpoint to go on from: {problem}. Name a "
-            "`checkpoint-<step>` folder that was not written with `save_only_model`, or `true` for the last one of "
-            "the output directory."
+            f"`--resume_from_checkpoint {wanted}` cannot be resumed from: {problem}. Pass a `checkpoint-<step>` "
+            "folder that was not written with `save_only_model`, or `true` for the last one in the output directory."
         )
     return wanted
 
@@ -288,14 +291,14 @@ def _check_model_path(model_args: ModelConfig) -> None:
             raise ValueError(
                 f"`--model_name_or_path {name}` is a folder without `config.json`. "
                 + (
-                    "It holds an adapter: merge it into its base model first (`--merge_adapter` does so after "
+                    "It contains an adapter: merge it into its base model first (`--merge_adapter` does so after "
                     "training), or resume its training with `--resume_from_checkpoint`."
                     if adapter
-                    else "Name the folder that `save_pretrained` wrote."
+                    else "Pass the folder that `save_pretrained` wrote."
                 )
             )
     elif os.path.exists(name) or is_path(name):
         raise ValueError(
-            f"`--model_name_or_path {name}` is a local path, but no folder of this name exists. Name the folder that "
-            "`save_pretrained` wrote, or a hub id."
+            f"`--model_name_or_path {name}` is a local path, but there is no such folder. Pass the folder that "
+            "`save_pretrained` wrote, or a Hub id."
         )

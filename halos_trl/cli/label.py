@@ -1,4 +1,6 @@
-"""`halos-trl label`: from samples to feedback. Scores are appended to a file as they come, labels made at the end."""
+"""`halos-trl label`: from samples to feedback. Scores are appended to a file as they are computed, and labels derived
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -27,22 +29,22 @@ from .output import OutputFile, begun_with
 
 @dataclass
 class LabelReport:
-    """What a run did, in numbers."""
+    """Statistics of a run."""
 
     output: Path
     rows: int
     """Of the output."""
     samples: int
     empty: int
-    """Samples left out because their completion is empty; they are not among `samples`."""
+    """Number of samples left out because of an empty completion; not included in `samples`."""
     scores: list[float]
     unscored: Counter[str]
-    """Samples without score, by reason."""
+    """Number of samples without a score, by reason."""
     rule: Rule
     groups: int
     """Different prompts."""
     single: int
-    """Prompts with one scored sample only, which gives no pair."""
+    """Number of prompts with a single scored sample, which yields no pair."""
 
     def __str__(self) -> str:
         counts = f"{_counted(self.samples, 'sample')} of {_counted(self.groups, 'prompt')}"
@@ -82,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def label(arguments: LabelArguments) -> LabelReport:
-    """Score samples, make feedback of the scores, and write it.
+    """Score samples, turn the scores into feedback, and write it.
 
-    Scores are appended to `<output>.scores` as they come, so that a run that was stopped goes on where it was when it
-    is called again with the same settings. Raises ValueError for anything that cannot work; nothing is written to the
-    output before all samples are scored.
+    Scores are appended to `<output>.scores` as they are computed, so an interrupted run continues when it is called
+    again with the same settings. Raises ValueError for invalid settings or samples. The output is written once all
+    samples are scored.
     """
     output = _checked_output(arguments)
     scorer = _scorer(arguments)
@@ -107,31 +109,31 @@ def label(arguments: LabelArguments) -> LabelReport:
 
 
 def check_label(arguments: LabelArguments) -> None:
-    """Raise ValueError for a rule and a scorer that cannot work, without reading samples. A reward model is loaded."""
+    """Raise ValueError for invalid settings of labels or scorer, without reading samples. Loads a reward model."""
     _check_threshold(arguments)
     _scorer(arguments)
 
 
 def _checked_output(arguments: LabelArguments) -> Path:
     if not arguments.samples:
-        raise ValueError("There is nothing to label. Name files of samples with `--samples`.")
+        raise ValueError("There is nothing to label. Pass files of samples with `--samples`.")
     output = Path(arguments.output)
     if output.suffix not in (".json", ".jsonl"):
         raise ValueError(
             f"`--output {output}` ends in {output.suffix!r}; expected `.jsonl` (JSON Lines) or `.json` (an array)."
         )
     if output.exists() and not arguments.overwrite:
-        raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or name another file.")
+        raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or choose another file.")
     if any(Path(name).resolve() == output.resolve() for name in arguments.samples):
-        raise ValueError(f"`--output {output}` is one of the inputs. Name another file.")
+        raise ValueError(f"`--output {output}` is one of the inputs. Choose another file.")
     if arguments.format == "halos" and arguments.feedback == "groups":
-        raise ValueError("HALOs has no files of groups. Write `--feedback scalar`, which it groups itself.")
+        raise ValueError("HALOs has no format for groups. Use `--feedback scalar`, which HALOs groups itself.")
     _check_threshold(arguments)
     return output
 
 
 def _check_threshold(arguments: LabelArguments) -> None:
-    """Before anything is scored."""
+    """Check the threshold before anything is scored."""
     rule = _rule(arguments)
     if rule.kind in ("scalar", "groups"):
         if rule.threshold is not None:
@@ -148,12 +150,12 @@ def _rule(arguments: LabelArguments) -> Rule:
 def _chosen_scorer(arguments: LabelArguments) -> str | None:
     chosen = [n for n in ("reward_model", "reward_function", "judge_model") if getattr(arguments, n) is not None]
     if len(chosen) > 1:
-        raise ValueError(f"Both `--{chosen[0]}` and `--{chosen[1]}` are given. Samples are scored by one of them.")
+        raise ValueError(f"Both `--{chosen[0]}` and `--{chosen[1]}` are given. Choose one of them.")
     return chosen[0] if chosen else None
 
 
 def _scorer(arguments: LabelArguments) -> Scorer | None:
-    """Its module is imported only here, since a reward model needs much that the others do not."""
+    """Create the scorer. Its module is imported here, since a reward model needs imports that the others do not."""
     _chosen_scorer(arguments)
     if arguments.reward_model is not None:
         from ..scoring.reward_model import RewardModelScorer
@@ -176,7 +178,7 @@ def _judge(arguments: LabelArguments) -> Scorer:
     except ValueError as error:
         raise ValueError(f"`--judge_options {arguments.judge_options}` is not JSON: {error}.") from None
     if not isinstance(options, dict):
-        raise ValueError(f"`--judge_options {arguments.judge_options}` is no JSON object.")
+        raise ValueError(f"`--judge_options {arguments.judge_options}` is not a JSON object.")
     template = TEMPLATE
     if arguments.judge_template is not None:
         try:
@@ -226,14 +228,16 @@ def _dataset_rows(name: str, arguments: LabelArguments) -> Iterator[tuple[str, d
 
 
 def _check_writable(sample: Sample, with_columns: bool) -> None:
-    """Before anything is scored: a row of a dataset may hold what JSON cannot, and a text half of a character."""
+    """Check before scoring that samples can be written as JSON: rows may contain other types, and texts lone
+    surrogates.
+    """
     written = {"prompt": sample.prompt, "completion": sample.completion, **(sample.columns if with_columns else {})}
     for name, value in written.items():
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{sample.where} has a `{name}` that cannot be written as JSON: {error}. Mend the value, or remove "
+                f"{sample.where} has a `{name}` that cannot be written as JSON: {error}. Fix the value, or remove "
                 "the column."
             ) from None
 
@@ -241,11 +245,11 @@ def _check_writable(sample: Sample, with_columns: bool) -> None:
 def _given_score(sample: Sample) -> float:
     if sample.given_score is None:
         raise ValueError(
-            f"{sample.where} has neither `reward` nor `score`, and nothing was named that gives scores. Pass "
-            "`--reward_function`, `--reward_model` or `--judge_model`."
+            f"{sample.where} has neither `reward` nor `score`, and no scorer was given. Pass `--reward_function`, "
+            "`--reward_model` or `--judge_model`."
         )
     if problem := score_problem(sample.given_score):
-        raise ValueError(f"{sample.where} has a wrong score: {problem}.")
+        raise ValueError(f"{sample.where} has an invalid score: {problem}.")
     return float(sample.given_score)
 
 
@@ -265,13 +269,13 @@ def _scores_file(arguments: LabelArguments, output: Path, scorer: Scorer, sample
 
 
 def _score(scorer: Scorer, samples: Sequence[Sample], file: OutputFile) -> list[Verdict]:
-    """A verdict for each sample, in order: those in the file, and the missing ones, which are added to it."""
+    """A verdict for each sample, in order: those in the file, and the missing ones, which are appended."""
     verdicts = {item["position"]: Verdict(**item) for item in file.items()} if file.count else {}
     todo = [(position, sample) for position, sample in enumerate(samples) if position not in verdicts]
     with tqdm(total=len(samples), initial=len(verdicts), desc="scoring", unit="sample") as bar:
         for verdict in scorer(todo):
             if verdict.score is not None and (problem := score_problem(verdict.score)):
-                raise ValueError(f"The score of {samples[verdict.position].where} is wrong: {problem}.")
+                raise ValueError(f"The score of {samples[verdict.position].where} is invalid: {problem}.")
             file.write(
                 {name: value for name, value in verdict._asdict().items() if value is not None or name == "score"}
             )
@@ -294,8 +298,8 @@ def _write(arguments: LabelArguments, output: Path, found: Samples, verdicts: li
     rows = feedback_rows(samples, scores, rule, arguments.format)  # type: ignore[arg-type]
     if not rows:
         raise ValueError(
-            f"The {len(scores)} scores give no pair: prompts have a single scored sample, or scores that differ by no "
-            f"more than {float(rule.threshold or 0):g}. Sample more per prompt, or lower `--threshold`."
+            f"The {len(scores)} scores yield no pair: prompts have a single scored sample, or scores that differ by "
+            f"no more than {float(rule.threshold or 0):g}. Sample more per prompt, or lower `--threshold`."
         )
     _write_rows(output, rows)
     members = group_positions([sample.group for sample in samples])
@@ -317,12 +321,12 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _general(reason: str | None) -> str:
-    """The reason without what differs from sample to sample."""
+    """The reason without details of the single sample."""
     return str(reason).split(":")[0]
 
 
 def _write_rows(output: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Whole or not at all."""
+    """Write rows atomically."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]

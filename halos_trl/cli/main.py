@@ -1,4 +1,4 @@
-"""The command `halos-trl`: which subcommand, and what becomes of its errors."""
+"""The command `halos-trl`: dispatches to its subcommands and reports their errors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from importlib.metadata import version
 COMMANDS = {
     "train": "align a model (kto, dpo, cdpo, ipo, simpo, slic, grpo, ppo), or train a reward model",
     "sample": "write completions of a model for the prompts of a dataset",
-    "label": "score samples, and make labels, pairs or scores of them",
-    "rounds": "sample, label and train, again and again",
+    "label": "score samples, and write labels, pairs or scores",
+    "rounds": "sample, label and train repeatedly",
     "convert": "convert between HALOs' feedback files, rows for trainers and Parquet",
     "merge": "merge an adapter into its base model",
     "plan": "print the memory that a run will take on each device, part by part",
     "examples": "copy the example scripts and configs to a folder",
     "report": "write a page about a run, or one that compares several",
 }
-"""Each is the module of its name in this folder, with `main(argv)`."""
+"""Each is implemented by the module of the same name in this folder, by its `main(argv)`."""
 
 HELP = """\
 usage: halos-trl COMMAND [--config FILE.yaml] [--flag value ...]
@@ -32,7 +32,9 @@ dataset, a command runs on the embedded task, which needs no network."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0, or 2 for what the user can mend, which is said in one line."""
+    """Run the command line. Returns the exit code: 0, or 2 for an error that the user can fix, which is reported in
+    one line.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         from ..spelling import did_you_mean
 
-        print(f"halos-trl: `{command}` is no command.{did_you_mean(command, COMMANDS)}\n", file=sys.stderr)
+        print(f"halos-trl: `{command}` is not a command.{did_you_mean(command, COMMANDS)}\n", file=sys.stderr)
         print(help_text(), file=sys.stderr)
         return 2
     try:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """One screen."""
+    """The help text of the command."""
     return HELP.format(commands="\n".join(f"  {name:8} {purpose}" for name, purpose in COMMANDS.items()))
 
 

@@ -17,16 +17,16 @@ class MergeArguments:
     adapter: str | None = field(default=None, metadata={"help": "Folder that training with `--use_peft` wrote."})
     output: str | None = field(default=None, metadata={"help": "Folder to write. None: `<adapter>-merged`."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the base model; auto: the checkpoint's."}
+        default="auto", metadata={"help": "Dtype of the base model; auto: the checkpoint's."}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Move an output that exists aside."})
+    overwrite: bool = field(default=False, metadata={"help": "Rename an existing output first."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the subcommand."""
     arguments = read_arguments(MergeArguments, argv, "merge")
     if arguments.adapter is None:
-        raise ValueError("Nothing was named to merge. Pass `--adapter FOLDER`.")
+        raise ValueError("No adapter was given. Pass `--adapter FOLDER`.")
     output = arguments.output or f"{arguments.adapter.rstrip('/')}-merged"
     merge_folder(arguments.adapter, output, dtype=arguments.dtype, overwrite=arguments.overwrite)
     print(f"Merged model saved to {output}")

@@ -1,4 +1,4 @@
-"""The methods of `halos-trl train` and `rounds`: trainer, config, feedback, settings on the embedded task."""
+"""The methods of `halos-trl train` and `rounds`: trainer, config, feedback, defaults on the embedded task."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class PPOScriptArguments(HalosScriptArguments):
 
 @dataclass(frozen=True)
 class Method:
-    """What a method is made of."""
+    """Trainer, config, feedback and default settings of a method."""
 
     trainer: Any
     config: Any
     feedback: Literal["unpaired", "paired", "scored"]
     toy: Mapping[str, Any]
-    """Settings on the embedded task, where no flag says otherwise; those of `examples/train_<method>.py`."""
+    """Default settings on the embedded task, the same as in `examples/train_<method>.py`."""
     script: type[HalosScriptArguments] = HalosScriptArguments
     toy_humanline: Mapping[str, Any] = field(default_factory=dict)
-    """Those that differ with `--humanline`."""
+    """Defaults that differ with `--humanline`."""
 
 
 _PAIRED = {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "num_train_epochs": 1}
@@ -83,20 +83,22 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(words: list[str], command: str, methods: Mapping[str, Method]) -> tuple[str, list[str]]:
-    """The method that the command line begins with, and the flags after it. Raises ValueError for an unknown one."""
+    """The method at the beginning of the command line, and the flags after it. Raises ValueError for an unknown
+    method.
+    """
     if not words or words[0].startswith("-"):
         raise ValueError(
-            f"`halos-trl {command}` needs a method first: {', '.join(methods)}. E.g. `halos-trl {command} kto`; "
-            f"`halos-trl {command} kto --help` lists the flags."
+            f"`halos-trl {command}` needs a method: {', '.join(methods)}. E.g. `halos-trl {command} kto`; `halos-trl "
+            f"{command} kto --help` lists the flags."
         )
     name, *flags = words
     if name not in methods:
-        raise ValueError(f"`{name}` is no method; known are {', '.join(methods)}.{did_you_mean(name, methods)}")
+        raise ValueError(f"`{name}` is not a method; choose one of {', '.join(methods)}.{did_you_mean(name, methods)}")
     return name, flags
 
 
 def make_trainer(method: Method, model: str, training_args: Any, model_args: Any, **arguments: Any) -> Any:
-    """The method's trainer, with the quantization and the adapter of the flags."""
+    """The method's trainer, with the quantization and adapter that the flags specify."""
     return method.trainer(
         model=model,
         args=training_args,

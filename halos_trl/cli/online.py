@@ -14,7 +14,7 @@ from .flags import HalosScriptArguments
 
 @dataclass
 class OnlineArguments(HalosScriptArguments):
-    """The script arguments, and what scores the completions."""
+    """The script arguments, with what scores the completions."""
 
     samples_itself: ClassVar[bool] = True
 
@@ -28,24 +28,24 @@ class OnlineArguments(HalosScriptArguments):
 
 
 def _in_order(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-    """The embedded task's reward: 1 for a right answer, else 0."""
+    """The embedded task's reward: 1 for a correct answer, else 0."""
     pairs = zip(prompts, completions, strict=True)
     return [float(toy.verify(p[-1]["content"], c[0]["content"])) for p, c in pairs]
 
 
 def rewards(script_args: OnlineArguments) -> list[Any]:
-    """Reward functions and models as TRL takes them. Raises ValueError where the flags name none."""
+    """Reward functions and models as TRL expects them. Raises ValueError if the flags specify none."""
     if script_args.embedded:
         return [_in_order]
     named: list[Any] = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
     if script_args.reward_function:
         named.append(resolve_function(script_args.reward_function))
     if not named:
-        raise ValueError("Nothing scores the completions. Pass `--reward_function` or `--reward_model_name_or_path`.")
+        raise ValueError("The completions need a score. Pass `--reward_function` or `--reward_model_name_or_path`.")
     return named
 
 
 def unique_prompts(rows: Dataset) -> Dataset:
-    """The different prompts of rows in which equal ones stand together."""
+    """The distinct prompts of rows in which equal prompts are adjacent."""
     prompts = list(rows["prompt"])
     return Dataset.from_list([{"prompt": p} for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]])

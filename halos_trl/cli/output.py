@@ -1,11 +1,11 @@
-"""The output file of a command: JSON Lines, appended as it goes, so that a run that was killed can be gone on with.
+"""The output file of a command: JSON Lines that are appended incrementally, so that an interrupted run can be resumed.
 
     with OutputFile("samples.jsonl", {"model": model, "seed": seed}, overwrite=False) as output:
         for item in itertools.islice(all_items, output.count, None):  # the first `count` are in the file already
             output.write(item)
 
-Beside `samples.jsonl` lies `.samples.jsonl.settings.yaml`: the settings that the file was begun with, and whether it
-is finished. Leaving the `with` block without an exception finishes the file.
+`.samples.jsonl.settings.yaml` next to `samples.jsonl` stores the settings of the run and whether the file is finished.
+Leaving the `with` block without an exception finishes the file.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from filelock import FileLock, Timeout
 
 
 class OutputFile:
-    """A JSON Lines file that is written once, by one process at a time, by one or more runs of the same settings.
+    """A JSON Lines file that is written once, by one process at a time, in one or more runs with the same settings.
 
     Parameters:
-        path: The file. Its folder is made where there is none.
-        settings: Everything that the content depends on: JSON values by name. Keep out what does not change the
+        path: The file. Its folder is created if necessary. settings: Everything that the content depends on: JSON
+        values by name. Keep out what does not change the
             content (a batch size of no influence, a URL's key), and add a `fingerprint` of the inputs.
-        overwrite: Begin anew, whatever is there.
-        reopen: Go on with a finished file of the same settings too.
+        overwrite: Start over, replacing an existing file. reopen: Also continue a finished file with the same
+        settings.
 
     Attributes:
-        count: Items in the file, those of earlier runs included.
-        resumed: Whether an earlier run began the file.
+        count: Number of items in the file, including those of earlier runs. resumed: Whether an earlier run started
+        the file.
 
-    Raises ValueError where the path is a folder, and where the file exists and is finished (without `reopen`), was not
-    begun by this class, was begun with other settings (each is named), or is being written by another process.
+    Raises ValueError if the path is a folder, or if the file exists and is finished (without `reopen`), was not
+    written by this class, was started with other settings (each is named), or is being written by another process.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class OutputFile:
         self.settings = json.loads(json.dumps(dict(settings)))
         self._reopen = reopen
         if self.path.is_dir():
-            raise ValueError(f"`{self.path}` is a folder. Name a file in it.")
+            raise ValueError(f"`{self.path}` is a folder. Pass a file in it.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"`{self.path}` is being written by another process. Wait for it, or name another output."
+                f"`{self.path}` is being written by another process. Wait for it, or choose another output."
             ) from None
         try:
             if not overwrite:
@@ -71,25 +71,25 @@ class OutputFile:
         if begun is None:
             if self.path.exists():
                 raise ValueError(
-                    f"`{self.path}` exists, and `{_settings_path(self.path).name}` beside it does not, so it cannot "
-                    "be gone on with. Name another output, or pass `--overwrite` to replace it."
+                    f"`{self.path}` exists, but `{_settings_path(self.path).name}` next to it does not, so the run "
+                    "cannot be resumed. Choose another output, or pass `--overwrite` to replace it."
                 )
             return
         if not self.path.exists() or (self.path.stat().st_size == 0 and not begun["finished"]):
             return
         if begun["finished"] and not self._reopen:
             raise ValueError(
-                f"`{self.path}` exists and is finished. Name another output, or pass `--overwrite` to replace it."
+                f"`{self.path}` exists and is finished. Choose another output, or pass `--overwrite` to replace it."
             )
         differing = differences(begun["settings"], self.settings)
         if differing:
             raise ValueError(
-                f"`{self.path}` was begun with other settings: {'; '.join(differing)}. Go on with the settings that "
-                "it was begun with, name another output, or pass `--overwrite` to begin anew."
+                f"`{self.path}` was started with other settings: {'; '.join(differing)}. Use the original settings, "
+                "choose another output, or pass `--overwrite` to start over."
             )
 
     def write(self, *items: Mapping[str, Any]) -> None:
-        """Append items, each as one line; they are in the file when this returns."""
+        """Append items, one per line, and flush them to the file."""
         # A half of a surrogate pair, which a judge may reply with, becomes its escape.
         texts = (json.dumps(item, ensure_ascii=False) for item in items)
         self._file.write(b"".join(text.encode(errors="backslashreplace") + b"\n" for text in texts))
@@ -97,7 +97,9 @@ class OutputFile:
         self.count += len(items)
 
     def items(self) -> Iterator[dict[str, Any]]:
-        """The items in the file, in its order. Raises ValueError, naming the line, for one that is no JSON object."""
+        """The items of the file, in order. Raises a ValueError that gives the line of an item that is not a JSON
+        object.
+        """
         return read_items(self.path)
 
     def _save(self, *, finished: bool) -> None:
@@ -126,19 +128,19 @@ class OutputFile:
 
 
 def begun_with(path: str | Path) -> dict[str, Any] | None:
-    """The settings that a file was begun with; None where no `OutputFile` has been."""
+    """The settings that a file was started with; None if it was not written by `OutputFile`."""
     begun = _read_settings(Path(path))
     return None if begun is None else begun["settings"]
 
 
 def is_finished(path: str | Path) -> bool:
-    """Whether a run of `OutputFile` has finished this file."""
+    """Whether the file was finished by `OutputFile`."""
     begun = _read_settings(Path(path))
     return Path(path).exists() and begun is not None and begun["finished"]
 
 
 def read_items(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The items of a JSON Lines file. Raises ValueError, naming the line, for one that is no JSON object."""
+    """The items of a JSON Lines file. Raises a ValueError that gives the line of an item that is not a JSON object."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -146,12 +148,12 @@ def read_items(path: str | Path) -> Iterator[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"`{path}`, line {number}: not JSON ({error}).") from None
             if not isinstance(item, dict):
-                raise ValueError(f"`{path}`, line {number}: holds {type(item).__name__}, not an object.")
+                raise ValueError(f"`{path}`, line {number}: contains a {type(item).__name__}, not an object.")
             yield item
 
 
 def fingerprint(items: Iterable[Any]) -> str:
-    """16 hexadecimal digits that change with any of the JSON values."""
+    """A hash (16 hexadecimal digits) of JSON values."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(json.dumps(item, sort_keys=True).encode() + b"\n")
@@ -159,7 +161,7 @@ def fingerprint(items: Iterable[Any]) -> str:
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What differs between two sets of settings, in words."""
+    """Descriptions of the differences between two sets of settings."""
     absent = "(none)"
     names = [*before, *(name for name in after if name not in before)]
     pairs = [(name, before.get(name, absent), after.get(name, absent)) for name in names]
@@ -183,7 +185,7 @@ def _read_settings(path: Path) -> dict[str, Any] | None:
 
 
 def _cut_to_whole_lines(path: Path) -> int:
-    """Cut what a killed run wrote of a line, and return the number of whole lines."""
+    """Remove an incomplete last line, and return the number of complete lines."""
     count = end = 0
     with path.open("r+b") as file:
         for line in file:

@@ -1,4 +1,4 @@
-"""The training of one round: it goes on from the checkpoint of the round before, on other data."""
+"""The training of one round, which continues from the checkpoint of the previous round on new data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def train_round(run: Rounds, number: int, rows: Dataset) -> dict[str, Any]:
-    """Train on the feedback of a round, and save its policy and its checkpoint. Every process has to call this.
+    """Train on the feedback of a round, and save its policy and its checkpoint. All processes must call this.
 
-    Optimizer, scheduler, random state and a moving reference are those of the last round's checkpoint. The schedule
-    is planned for as many steps in each later round as in this one. A round that was interrupted in its training is
-    trained anew from there.
+    Optimizer, scheduler, random state and a moving reference are restored from the checkpoint of the previous round.
+    The schedule assumes that each later round has as many steps as this one. A round that was interrupted during
+    training is trained again from that checkpoint.
     """
     folder = run.folder(number)
     args = copy.copy(run.training)
@@ -36,8 +36,8 @@ def train_round(run: Rounds, number: int, rows: Dataset) -> dict[str, Any]:
     before = last_complete_checkpoint(str(run.folder(number - 1))) if number > 1 else None
     if number > 1 and before is None:
         raise ValueError(
-            f"`{run.folder(number - 1)}` has no complete checkpoint to go on from. Remove its `metrics.json` to train "
-            "the round again."
+            f"`{run.folder(number - 1)}` has no complete checkpoint to resume from. Remove its `metrics.json` to "
+            "train the round again."
         )
     done = int(before.rsplit("-", 1)[1]) if before else 0
     steps = _steps(trainer, run.training)
@@ -51,13 +51,13 @@ def train_round(run: Rounds, number: int, rows: Dataset) -> dict[str, Any]:
 
 
 def _model(run: Rounds, number: int) -> str:
-    """The model that the reference is a copy of; the policy's weights come from the checkpoint."""
+    """The model that the reference is copied from; the policy's weights come from the checkpoint."""
     moves = run.flags.reference == "previous" and not run.model.use_peft
     return run.policy(number - 1) if moves else run.start
 
 
 def _steps(trainer: Any, training: Any) -> int:
-    """Optimizer steps of a round: `--max_steps`, or those of `--num_train_epochs` over its rows."""
+    """Number of optimizer steps of a round: `--max_steps`, or `--num_train_epochs` passes over its rows."""
     if training.max_steps > 0:
         return training.max_steps
     batches = len(trainer.get_train_dataloader())

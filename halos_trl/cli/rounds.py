@@ -1,8 +1,7 @@
-"""`halos-trl rounds METHOD`: sample from the policy, label the samples, train on the feedback; again and again.
+"""`halos-trl rounds METHOD`: repeatedly sample from the policy, label the samples, and train on the feedback.
 
-Every round is a folder: `samples.jsonl`, `feedback.jsonl`, `policy` (the model), `checkpoint-<step>` (what training
-goes on from) and `metrics.json`, which is written last. Started again, a run goes on with the first stage that is not
-finished.
+Every round has a folder with `samples.jsonl`, `feedback.jsonl`, `policy` (the model), `checkpoint-<step>` (for the
+next round) and `metrics.json`, which is written last. A restarted run continues with the first unfinished stage.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ On several processes: `accelerate launch -m halos_trl.cli.main rounds METHOD ...
 
 @dataclass(frozen=True)
 class Rounds:
-    """A run: its method, its flags, where it begins."""
+    """A run: its method, its flags, and its initial model."""
 
     method: Method
     flags: RoundsArguments
@@ -61,11 +60,11 @@ class Rounds:
         return self.flags.dataset_name is None
 
     def folder(self, number: int) -> Path:
-        """Of round `number`, from 1."""
+        """The folder of round `number`, counted from 1."""
         return Path(self.training.output_dir) / f"round-{number:02d}"
 
     def policy(self, number: int) -> str:
-        """The policy after round `number`; 0 is the start."""
+        """The policy after round `number`; 0 is the initial model."""
         return str(self.folder(number) / "policy") if number else self.start
 
 
@@ -85,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_rounds(run: Rounds) -> list[dict[str, Any]]:
-    """Run every round that is not finished, and write the report. Returns the metrics of each round."""
+    """Run all unfinished rounds, and write the report. Returns the metrics of each round."""
     rounds: list[dict[str, Any]] = [_start(run)]
     for number in range(1, run.flags.rounds + 1):
         if not _prompts(run, number):
@@ -102,7 +101,7 @@ def run_rounds(run: Rounds) -> list[dict[str, Any]]:
 
 
 def read_run(name: str, words: list[str]) -> Rounds:
-    """The run that the command line asks for. Raises ValueError for what cannot work, before any model is loaded."""
+    """The run that the command line specifies. Raises ValueError for invalid settings, before any model is loaded."""
     method = METHODS[name]
     types: Any = (RoundsArguments, method.config, ModelConfig)
     usage = f"halos-trl rounds {name} [--config FILE.yaml] [--flag [value ...]] ..."
@@ -131,28 +130,29 @@ def read_run(name: str, words: list[str]) -> Rounds:
 def _refuse_what_cannot_work(flags: RoundsArguments, training: Any, model: ModelConfig, method: Method) -> None:
     for name in ("rounds", "prompts_per_round", "samples_per_prompt"):
         if getattr(flags, name) < 1:
-            raise ValueError(f"`--{name} {getattr(flags, name)}` counts and has to be at least 1.")
+            raise ValueError(f"`--{name} {getattr(flags, name)}` must be at least 1.")
     if method.feedback != "unpaired" and flags.samples_per_prompt < 2:
         raise ValueError(
-            f"`--samples_per_prompt {flags.samples_per_prompt}`: this method compares samples of a prompt, so it "
-            "needs at least 2."
+            f"`--samples_per_prompt {flags.samples_per_prompt}`: this method compares samples of the same prompt, so "
+            "at least 2 are needed."
         )
     if model.use_peft and flags.reference == "previous" and getattr(method.trainer, "needs_reference", False):
         raise ValueError(
-            "`--use_peft` keeps the base model as the reference in every round. Pass `--reference first`, which says "
-            "so, or train the whole model."
+            "`--use_peft` keeps the base model as the reference in every round. Pass `--reference first`, or train "
+            "the whole model."
         )
     if not (flags.reward_function or flags.reward_model or flags.judge_model):
-        raise ValueError("Nothing scores the samples. Pass `--reward_function`, `--reward_model` or `--judge_model`.")
+        raise ValueError("The samples need a score. Pass `--reward_function`, `--reward_model` or `--judge_model`.")
     if training.save_only_model or training.resume_from_checkpoint:
         raise ValueError(
-            "`--save_only_model` and `--resume_from_checkpoint` do not go with rounds: each goes on from the whole "
-            "checkpoint of the one before, and a run that is started again goes on by itself. Leave them out."
+            "`--save_only_model` and `--resume_from_checkpoint` cannot be used with rounds: each round continues "
+            "from the complete checkpoint of the previous one, and a restarted run resumes automatically. Leave "
+            "them out."
         )
 
 
 def _check_settings(run: Rounds) -> None:
-    """Write down the settings of a new run; refuse to go on with others. Raises ValueError that names them."""
+    """Store the settings of a new run, and refuse to resume with others. Raises a ValueError that names them."""
     path = Path(run.training.output_dir) / "settings.yaml"
     settings = json.loads(json.dumps(set_by_the_user(run.flags, run.training, run.model), default=str))
     free = ("output_dir", "run_name", "logging_dir", "local_rank", "disable_tqdm", "report_to")
@@ -164,7 +164,7 @@ def _check_settings(run: Rounds) -> None:
         differing = differences(yaml.safe_load(path.read_text("utf-8")), settings)
         if differing:
             raise ValueError(
-                f"`{path.parent}` was begun with other settings: {'; '.join(differing)}. Go on with those, or name "
+                f"`{path.parent}` was started with other settings: {'; '.join(differing)}. Use those, or choose "
                 "another `--output_dir`."
             )
         return
@@ -181,7 +181,7 @@ def _prompts(run: Rounds, number: int) -> list[dict[str, Any]]:
 
 
 def _start(run: Rounds) -> dict[str, Any]:
-    """Where the run begins."""
+    """The initial model of the run."""
     path = run.folder(0).with_name("start.json")
     if path.exists():
         return json.loads(path.read_text("utf-8"))
@@ -250,7 +250,7 @@ def _labelling(run: Rounds, samples: str, output: str) -> LabelArguments:
 
 
 def _gap(run: Rounds) -> str | None:
-    """The threshold of pairs; that of the embedded task is one of labels."""
+    """The threshold for pairs; the embedded task's threshold is for labels."""
     return None if run.embedded and run.flags.threshold == EMBEDDED["threshold"] else run.flags.threshold
 
 

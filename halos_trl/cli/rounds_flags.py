@@ -11,8 +11,10 @@ class RoundsArguments:
     """Rounds of sampling from the policy, labelling the samples, and training on the feedback."""
 
     rounds: int = field(default=4, metadata={"help": "Rounds."})
-    prompts_per_round: int = field(default=512, metadata={"help": "Prompts of a round; each prompt is used once."})
-    samples_per_prompt: int = field(default=8, metadata={"help": "Completions of each prompt."})
+    prompts_per_round: int = field(
+        default=512, metadata={"help": "Number of prompts per round; each prompt is used once."}
+    )
+    samples_per_prompt: int = field(default=8, metadata={"help": "Number of completions per prompt."})
     reference: Literal["previous", "first"] = field(
         default="previous",
         metadata={
@@ -25,28 +27,31 @@ class RoundsArguments:
         metadata={"help": "Hub id, local file or folder with prompts. None, and no model: the embedded task."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts of."})
+    dataset_split: str = field(default="train", metadata={"help": "Split that provides the prompts."})
     temperature: float = field(default=0.7, metadata={"help": "Of the samples."})
     top_p: float = field(default=0.95, metadata={"help": "Of the samples."})
-    max_tokens: int = field(default=2048, metadata={"help": "Tokens of a sample, at most."})
+    max_tokens: int = field(default=2048, metadata={"help": "Maximum number of tokens per sample."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a sample."})
-    sample_batch_size: int = field(default=64, metadata={"help": "Samples that are generated together."})
+    sample_batch_size: int = field(default=64, metadata={"help": "Number of samples generated in one batch."})
     engine: Literal["auto", "vllm", "transformers"] = field(
-        default="auto", metadata={"help": "What samples; `auto`: vLLM where it is installed."}
+        default="auto", metadata={"help": "Sampling engine; `auto`: vLLM if it is installed."}
     )
     reward_function: str | None = field(
-        default=None, metadata={"help": "What scores the samples: `module:function` or `file.py:function`."}
+        default=None, metadata={"help": "Function that scores the samples: `module:function` or `file.py:function`."}
     )
-    reward_model: str | None = field(default=None, metadata={"help": "The same: a reward model, hub id or folder."})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Reward model that scores the samples: Hub id or folder."}
+    )
     judge_model: str | None = field(
-        default=None, metadata={"help": "The same: a model of an OpenAI-compatible server."}
+        default=None, metadata={"help": "Judge that scores the samples: a model on an OpenAI-compatible server."}
     )
     judge_url: str = field(default="https://api.openai.com/v1", metadata={"help": "Base URL of that server."})
     threshold: str | None = field(
-        default=None, metadata={"help": "As in `halos-trl label`: of labels (`median`) or of differences (0)."}
+        default=None,
+        metadata={"help": "As in `halos-trl label`: threshold for labels (`median`) or for score differences (0)."},
     )
     pair_mode: Literal["random", "max", "min"] = field(
-        default="max", metadata={"help": "Which samples become a pair, as in `halos-trl label`."}
+        default="max", metadata={"help": "Which samples are paired, as in `halos-trl label`."}
     )
 
 
@@ -64,6 +69,6 @@ EMBEDDED = {
     "threshold": "0.5",
     "rounds": 8,
 }
-"""On the embedded task, where no flag says otherwise."""
+"""Defaults on the embedded task."""
 
 __all__ = ["EMBEDDED", "RoundsArguments"]

@@ -1,4 +1,4 @@
-"""What came out of rounds: a table, and a picture where matplotlib is installed."""
+"""The results of rounds: a table, and a plot if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ def write_report(folder: Path, rounds: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rounds)
     print(f"Metrics of {len(rounds) - 1} rounds: {folder / 'rounds.json'}, {folder / 'rounds.csv'}")
     if not find_spec("matplotlib"):
-        print("No picture: matplotlib is not installed. `pip install halos_trl[plots]` brings it.")
+        print(
+            "No plot was drawn, because matplotlib is not installed. Install it with `pip install halos_trl[plots]`."
+        )
         return
     accuracy = "accuracy" in rounds[0]
     name = "accuracy" if accuracy else "mean_score"
     label = "accuracy on held-out prompts" if accuracy else "mean score of the samples"
     points = [(metrics["round"], metrics[name]) for metrics in rounds if name in metrics]
     draw(folder / "rounds.png", {"": points}, label)
-    print(f"Picture: {folder / 'rounds.png'}")
+    print(f"Plot: {folder / 'rounds.png'}")
 
 
 def draw(path: Path, lines: dict[str, list[tuple[int, float]]], label: str) -> None:
-    """A picture of values per round: one line for each name, `label` on the vertical axis."""
+    """Plot values per round: one line per name, with `label` on the vertical axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

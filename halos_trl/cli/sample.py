@@ -27,30 +27,35 @@ EMBEDDED_PROMPTS = 1000
 
 @dataclass
 class SampleArguments:
-    """Write completions of a model for the different prompts of a dataset, as JSON Lines in HALOs' sample format.
+    """Write completions of a model for the distinct prompts of a dataset, as JSON Lines in HALOs' sample format.
 
-    A killed run goes on where it stopped when it is started again with the same flags, and gives the same file.
+    An interrupted run continues when it is started again with the same flags, and gives the same file.
     """
 
     output: str = field(default="samples.jsonl", metadata={"help": "File to write."})
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Model or adapter: hub id or folder. None, and no dataset: the embedded task."}
+        default=None,
+        metadata={"help": "Model or adapter: Hub id or folder. Without model and dataset: the embedded task."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id, a name such as `shp` (docs/data.md), local file or folder."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to take the prompts of."})
-    num_prompts: int | None = field(default=None, metadata={"help": "Prompts to sample for. None: all."})
-    num_skip: int = field(default=0, metadata={"help": "Prompts to leave out at the start."})
-    num_samples_per_prompt: int = field(default=1, metadata={"help": "Completions of each prompt."})
+    dataset_split: str = field(default="train", metadata={"help": "Split that provides the prompts."})
+    num_prompts: int | None = field(default=None, metadata={"help": "Number of prompts to sample for. None: all."})
+    num_skip: int = field(default=0, metadata={"help": "Number of prompts to skip at the start."})
+    num_samples_per_prompt: int = field(default=1, metadata={"help": "Number of completions per prompt."})
     temperature: float = field(
-        default=0.7, metadata={"help": "Divides the logits; 0 takes the most likely token at each step."}
+        default=0.7, metadata={"help": "Sampling temperature; 0 selects the most likely token at each step."}
     )
-    top_p: float = field(default=0.95, metadata={"help": "Probability of the tokens that are drawn from; 1: all."})
-    max_tokens: int = field(default=2048, metadata={"help": "Tokens of a completion, at most."})
+    top_p: float = field(
+        default=0.95,
+        metadata={"help": "Sample from the smallest set of tokens with this total probability; 1: all tokens."},
+    )
+    max_tokens: int = field(default=2048, metadata={"help": "Maximum number of tokens per completion."})
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a prompt; a longer one is an error. None: no limit."}
+        default=None,
+        metadata={"help": "Maximum number of tokens per prompt; a longer prompt is an error. None: no limit."},
     )
     stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
     seed: int = field(default=0, metadata={"help": "Decides the draws."})
@@ -61,13 +66,13 @@ class SampleArguments:
             "`train grpo --old_policy sampler` reads them."
         },
     )
-    batch_size: int = field(default=64, metadata={"help": "Completions that are generated together."})
+    batch_size: int = field(default=64, metadata={"help": "Number of completions generated in one batch."})
     engine: Literal["auto", "vllm", "transformers"] = field(
-        default="auto", metadata={"help": "`auto`: vLLM where it is installed, else transformers."}
+        default="auto", metadata={"help": "Sampling engine; `auto`: vLLM if it is installed, else transformers."}
     )
-    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs that share the model, with vLLM."})
+    tensor_parallel_size: int = field(default=1, metadata={"help": "Number of GPUs over which vLLM splits the model."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: the checkpoint's."}
+        default="auto", metadata={"help": "Dtype of the weights; auto: the checkpoint's."}
     )
     alpaca_eval: str | None = field(
         default=None,
@@ -75,7 +80,7 @@ class SampleArguments:
             "help": "Also write this `.json` file for AlpacaEval: an array of instruction, output and generator."
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an output that exists."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an existing output."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def settings_of(arguments: SampleArguments) -> SamplingSettings:
-    """What decides the draws."""
+    """The settings that determine the samples."""
     if arguments.num_skip < 0 or (arguments.num_prompts is not None and arguments.num_prompts < 1):
         raise ValueError(
             f"`--num_skip` is {arguments.num_skip} and `--num_prompts` {arguments.num_prompts}; expected at least 0 "
-            "prompts to leave out and at least 1 to sample for."
+            "prompts to skip and at least 1 to sample for."
         )
     return SamplingSettings(
         n=arguments.num_samples_per_prompt,
@@ -109,7 +114,7 @@ def settings_of(arguments: SampleArguments) -> SamplingSettings:
 
 
 def prompts_of(arguments: SampleArguments) -> list[dict[str, Any]]:
-    """The different prompts of the dataset with the other columns of their rows, and `prompt_id`."""
+    """The distinct prompts of the dataset, with `prompt_id` and the other columns of their rows."""
     if arguments.dataset_name is None:
         count = (arguments.num_prompts or EMBEDDED_PROMPTS) + arguments.num_skip
         rows = [{"prompt": [{"role": "user", "content": text}]} for text in toy.make_prompts(count, 0, "feedback")]
@@ -129,8 +134,8 @@ def prompts_of(arguments: SampleArguments) -> list[dict[str, Any]]:
     chosen = [{**row, "prompt_id": number} for number, row in enumerate(rows)][arguments.num_skip : end]
     if not chosen:
         raise ValueError(
-            f"`--num_skip {arguments.num_skip}` leaves none of the {len(rows)} prompts of "
-            f"`{arguments.dataset_name}`. Skip fewer."
+            f"`--num_skip {arguments.num_skip}` skips all {len(rows)} prompts of `{arguments.dataset_name}`. Skip "
+            "fewer."
         )
     return chosen
 
@@ -141,11 +146,11 @@ def write_samples(
     prompts: list[dict[str, Any]],
     sampler: Sampler | None = None,
 ) -> None:
-    """Write the samples of all prompts to `arguments.output`, going on where an earlier run stopped."""
+    """Write the samples of all prompts to `arguments.output`, continuing an interrupted run."""
     n = settings.n
     with OutputFile(arguments.output, _decisive(arguments, prompts), overwrite=arguments.overwrite) as output:
         if output.resumed:
-            print(f"{arguments.output}: going on after {output.count} samples")
+            print(f"{arguments.output}: continuing after {output.count} samples")
         skip, part = divmod(output.count, n)
         if skip < len(prompts):
             sampler = sampler or _sampler(arguments, settings)
@@ -163,7 +168,7 @@ def write_samples(
 def items(
     row: dict[str, Any], completions: Sequence[Completion], arguments: SampleArguments
 ) -> Iterator[dict[str, Any]]:
-    """The samples of a prompt in HALOs' format, and what HALOs does not write: tokens, log-probs, other columns."""
+    """The samples of a prompt in HALOs' format, with additional fields: tokens, log-probs, other columns."""
     dataset = Path(arguments.dataset_name).stem if arguments.dataset_name else "embedded"
     for sample_id, completion in enumerate(completions):
         yield {
@@ -183,30 +188,30 @@ def items(
 
 
 def check_alpaca_eval(arguments: SampleArguments, prompts: Sequence[dict[str, Any]]) -> None:
-    """Raise ValueError for what AlpacaEval cannot read: it takes one output of one text, from a file `*.json`."""
+    """Raise ValueError for what AlpacaEval cannot read: it needs one text output per prompt, in a `.json` file."""
     if arguments.alpaca_eval is None:
         return
     path = Path(arguments.alpaca_eval)
     if path.suffix != ".json":
-        raise ValueError(f"`--alpaca_eval {path}`: AlpacaEval reads files that end in `.json`. Name such a file.")
+        raise ValueError(f"`--alpaca_eval {path}`: AlpacaEval reads files that end in `.json`. Choose such a name.")
     if path.exists() and not arguments.overwrite:
-        raise ValueError(f"`{path}` exists. Name another file, or pass `--overwrite` to replace it.")
+        raise ValueError(f"`{path}` exists. Choose another file, or pass `--overwrite` to replace it.")
     if arguments.num_samples_per_prompt != 1:
         raise ValueError(
-            f"`--alpaca_eval` takes one output per prompt, not {arguments.num_samples_per_prompt}. Leave out "
+            f"`--alpaca_eval` needs one output per prompt, not {arguments.num_samples_per_prompt}. Leave out "
             "`--num_samples_per_prompt`."
         )
     for row in prompts:
         if instruction_of(row["prompt"]) is None:
             raise ValueError(
-                f"`--alpaca_eval` takes prompts of one user turn; prompt {row['prompt_id']} of "
-                f"`{arguments.dataset_name}` has the roles {[turn['role'] for turn in row['prompt']]}. Leave the flag "
-                "out, or name a dataset of single instructions."
+                f"`--alpaca_eval` needs prompts of one user turn; prompt {row['prompt_id']} of "
+                f"`{arguments.dataset_name}` has the roles {[turn['role'] for turn in row['prompt']]}. Leave the "
+                "flag out, or choose a dataset of single instructions."
             )
 
 
 def instruction_of(prompt: str | list[dict[str, Any]]) -> str | None:
-    """The text of a prompt of one user turn; None of another one."""
+    """The text of a prompt with a single user turn; None for any other prompt."""
     if isinstance(prompt, str):
         return prompt
     return prompt[0]["content"] if [turn["role"] for turn in prompt] == ["user"] else None

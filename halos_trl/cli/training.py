@@ -11,7 +11,7 @@ from .generation import add_generation
 
 
 def run(trainer: Any, script_args: HalosScriptArguments) -> None:
-    """Train, save, push. On the embedded default, end with the held-out accuracy before and after."""
+    """Train, save and push. On the embedded default, print the held-out accuracy before and after."""
     before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
     add_generation(trainer, script_args)
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -23,7 +23,7 @@ def run(trainer: Any, script_args: HalosScriptArguments) -> None:
 
 
 def save_and_push(trainer: Any, script_args: HalosScriptArguments) -> None:
-    """What the flags ask for after training: the model with its card, on the Hub, with its adapter merged."""
+    """Save the model and its card, push it and merge its adapter, as the flags specify."""
     args, say = trainer.args, trainer.accelerator.print
     trainer.save_state()
     if args.push_to_hub:
