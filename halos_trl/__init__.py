@@ -125,8 +125,8 @@ if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees on
     }
 
     def __getattr__(name: str) -> Any:
-        """A public name or a module, imported when first asked for: trainers take seconds to import, and the help of
-        the command needs none.
+        """A public name or a module, imported lazily: trainers take seconds to import, and the help of the command
+        does not need them.
         """
         if name in __all__:
             value = _public(_NAMES_OF_TRL.get(name, name))

@@ -1,4 +1,4 @@
-"""How much better than expected: advantages relative to a group, and generalized advantage estimation.
+"""Advantages: relative to a group, and generalized advantage estimation.
 
 Shape legend: see `halos_trl.records`. Nothing here has a gradient.
 """
@@ -33,8 +33,8 @@ def group_advantages(
 ) -> Tensor:
     """Score of each completion relative to its group: (score - group mean) / (group std + eps).
 
-    Shao et al. (DeepSeekMath), arXiv 2402.03300, section 4.1.2; `scale_by_std=False` leaves the division out, as
-    Dr. GRPO does (arXiv 2503.20783).
+    Shao et al. (DeepSeekMath), arXiv 2402.03300, section 4.1.2; `scale_by_std=False` omits the division, as Dr. GRPO
+    does (arXiv 2503.20783).
 
     Args:
         scores_B: one finite score per completion, any unit.
@@ -42,11 +42,12 @@ def group_advantages(
         eps: added to the standard deviation, in the unit of the scores; positive.
 
     Returns:
-        (B,) without unit, float32 or float64. Exactly 0 in a group of one or of equal scores. Any finite scores serve.
+        (B,) without unit, float32 or float64. Exactly 0 in a group of one or with equal scores. Any finite scores are
+        accepted.
 
-    As in HALOs the standard deviation is that of the population (divided by n); TRL divides by n - 1 and adds 1e-4.
+    As in HALOs, the standard deviation is the population's (divided by n); TRL divides by n - 1 and adds 1e-4.
     """
-    check_number("eps", eps, "(0, inf)", "It keeps the division finite where all scores of a group are equal.")
+    check_number("eps", eps, "(0, inf)", "It keeps the division finite if all scores of a group are equal.")
     if scores_B.ndim != 1 or len(group_ids_B) != len(scores_B):
         raise ValueError(
             f"scores have shape {tuple(scores_B.shape)} and there are {len(group_ids_B)} group ids; expected one "
@@ -72,25 +73,25 @@ def group_advantages(
 def gae(values_BT: Tensor, rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float = 0.99, lam: float = 0.95) -> GAE:
     """Generalized advantage estimation, returns and discounted future rewards.
 
-    Schulman et al., arXiv 1506.02438, eq. 16: A[t] = sum over l of (gamma * lam)^l * delta[t + l] with
-    delta[t] = rewards[t] + gamma * values[t + 1] - values[t] and values 0 behind the last position.
+    Schulman et al., arXiv 1506.02438, eq. 16: A[t] = sum over l of (gamma * lam)^l * delta[t + l] with delta[t] =
+    rewards[t] + gamma * values[t + 1] - values[t] and values 0 after the last position.
 
     Args:
         values_BT: the critic's values at the rollout, in units of the reward.
-        rewards_BT: reward per token; a score for the whole completion stands on its last token.
+        rewards_BT: reward per token; a score for the whole completion is placed on its last token.
         mask_BT: nonzero on completion tokens; may have holes (the other side's turns).
         gamma: discount per position, in [0, 1].
-        lam: mixing of the estimators, in [0, 1]: 0 is one step, 1 is the whole future.
+        lam: interpolation between the estimators, in [0, 1]: 0 is one step, 1 is the whole future.
 
     Returns:
         `GAE`. Advantages are whitened with mean and population variance (+ 1e-8) over the mask of this call; the rest
         is in units of the reward.
 
-    As in HALOs, values and rewards count as 0 at masked positions, and a hole still takes a step of the discount for
-    each of its positions.
+    As in HALOs, values and rewards count as 0 at masked positions, and the discount is also applied once per masked
+    position.
     """
-    check_number("gamma", gamma, "[0, 1]", "It is a discount per token.")
-    check_number("lam", lam, "[0, 1]", "It mixes the one-step estimate (0) with the whole future (1).")
+    check_number("gamma", gamma, "[0, 1]", "It is a discount factor per token.")
+    check_number("lam", lam, "[0, 1]", "It interpolates between the one-step estimate (0) and the whole future (1).")
     check_shapes("gae", {"values": (values_BT, "BT"), "rewards": (rewards_BT, "BT"), "mask": (mask_BT, "BT")})
     values_BT, rewards_BT = apply_mask(values_BT, mask_BT), apply_mask(rewards_BT, mask_BT)
     _check_finite("values", values_BT)
@@ -141,7 +142,7 @@ def _group_mean(x_B: Tensor, groups_B: Tensor, count: int) -> Tensor:
 
 
 def _unit(x_B: Tensor, groups_B: Tensor, count: int) -> Tensor:
-    """For each row the largest power of two that its group reaches in absolute value, at least 1: (B,)."""
+    """The largest power of two that the absolute values of each row's group reach, at least 1: (B,)."""
     largest_G = x_B.new_ones(count).scatter_reduce(0, groups_B, x_B.abs(), "amax")
     # mantissa in [1/2, 1); the quotient is exact, where 2 ** exponent may overflow or round.
     mantissa_G, _ = torch.frexp(largest_G)
@@ -152,6 +153,6 @@ def _check_finite(name: str, x: Tensor) -> None:
     if not x.isfinite().all():
         at = (~x.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"{name}{at} is {x[tuple(at)].item()}; expected finite numbers. Drop the row or mend its score: one such "
-            "number would spoil the statistics of every row that it is averaged with."
+            f"{name}{at} is {x[tuple(at)].item()}; expected finite numbers. Drop the row or fix its score: one such "
+            "number would make the statistics of all rows it is averaged with non-finite."
         )

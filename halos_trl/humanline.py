@@ -1,4 +1,4 @@
-"""The humanline clamp: per-token log-ratios of policy and reference are held between two bounds before any loss.
+"""The humanline clamp: per-token log-ratios of policy and reference are clamped between two bounds before any loss.
 
 Shape legend: see `halos_trl.records`.
 """
@@ -20,7 +20,7 @@ class Humanline:
     """Bounds of the per-token log-ratio log policy - log reference, in nats.
 
     "Humanline: Online Alignment as Perceptual Loss" (arXiv 2509.24207): a token beyond a bound counts as the bound and
-    gives no gradient. The defaults are HALOs'.
+    has no gradient. The defaults are HALOs'.
 
     Attributes:
         log_epsilon_p: lower bound, at most 0.
@@ -35,9 +35,9 @@ class Humanline:
         numbers = isinstance(low, Real) and isinstance(high, Real)
         if not (numbers and -math.inf < low <= 0 <= high < math.inf and low < high):
             raise ValueError(
-                f"Humanline bounds are log_epsilon_p={low!r} and log_epsilon_r={high!r}; expected finite numbers with "
-                "log_epsilon_p <= 0 <= log_epsilon_r, not both 0. They bound a log-ratio, which is 0 where policy and "
-                "reference agree; pass humanline=None to switch the clamp off."
+                f"Humanline bounds are log_epsilon_p={low!r} and log_epsilon_r={high!r}; expected finite numbers "
+                "with log_epsilon_p <= 0 <= log_epsilon_r, not both 0. They bound a log-ratio, which is 0 where "
+                "policy and reference agree; pass humanline=None to disable the clamp."
             )
 
 
@@ -48,15 +48,15 @@ def log_ratios(
 
     Args:
         policy_BT: log-probs of the policy, nats.
-        reference_BT: log-probs of the reference, nats. None counts as zeros: the methods without a reference clamp the
-            raw log-probs, where only the lower bound can bind.
+        reference_BT: log-probs of the reference, nats. None counts as zeros: methods without a reference clamp the raw
+            log-probs, for which only the lower bound can take effect.
         mask_BT: nonzero on completion tokens.
         humanline: the bounds; None leaves the log-ratios as they are.
 
     Returns:
         The log-ratios (B, T) in nats, exactly 0 at masked positions, and the unclamped fraction (0-d; see
-        `unclamped_fraction`). The gradient passes where the log-ratio lies inside the bounds or exactly at one, and is
-        0 outside.
+        `unclamped_fraction`). The gradient passes if the log-ratio lies within the bounds, inclusive, and is 0
+        outside.
     """
     tables: dict[str, tuple[object, str]] = {"policy": (policy_BT, "BT"), "mask": (mask_BT, "BT")}
     if reference_BT is not None:
@@ -72,7 +72,7 @@ def log_ratios(
 
 
 def clamp(log_ratios_BT: Tensor, humanline: Humanline | None) -> Tensor:
-    """`log_ratios_BT` held inside the bounds; the gradient passes inside and exactly at a bound."""
+    """`log_ratios_BT` clamped to the bounds; the gradient passes inside and exactly at a bound."""
     if humanline is None:
         return log_ratios_BT
     # The bounds enclose 0, so masked positions stay exactly 0.
@@ -80,12 +80,12 @@ def clamp(log_ratios_BT: Tensor, humanline: Humanline | None) -> Tensor:
 
 
 def unclamped_fraction(log_ratios_BT: Tensor, humanline: Humanline | None) -> Tensor:
-    """Share of the tokens that the clamp leaves alone: detached, 0-d, in [0, 1].
+    """Fraction of tokens that the clamp leaves unchanged: detached, 0-d, in [0, 1].
 
-    Counted as HALOs counts, so that its logged curves can be compared: a token is in the denominator if its (masked,
-    not yet clamped) log-ratio is not exactly 0, and in the numerator if moreover it lies strictly inside the bounds.
-    So the fraction is 0, not 1, where policy and reference are equal, and a token exactly at a bound counts as
-    clamped although its gradient passes. 1 where humanline is off or there is no row at all.
+    Counted as in HALOs, so that logged curves are comparable: a token is in the denominator if its (masked, unclamped)
+    log-ratio is not exactly 0, and in the numerator if it also lies strictly inside the bounds. So the fraction is 0,
+    not 1, if policy and reference are equal, and a token exactly at a bound counts as clamped although its gradient
+    passes. 1 if humanline is off or there are no rows.
     """
     log_ratios_BT = log_ratios_BT.detach()
     if humanline is None or log_ratios_BT.shape[0] == 0:

@@ -1,7 +1,8 @@
 """Per-token log-probabilities and the reductions over a mask. Shape legend: see `halos_trl.records`.
 
-Arithmetic is at least float32: half-precision input is upcast before it is exponentiated or summed, float64 stays.
-Masked positions are selected away, not multiplied by 0, so that an infinity or NaN in the padding cannot leak.
+Arithmetic is at least float32: half-precision input is upcast before it is exponentiated or summed, and float64 is
+kept. Masked positions are removed by selection, not by multiplication with 0, so that an infinity or NaN in the
+padding cannot leak.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def token_logps(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         (B, T-1) in nats: entry t is log p(labels[t+1] | logits[t]), and 0 where labels[t+1] is -100. float32, or
         float64 for float64 logits.
 
-    As in HALOs, half-precision logits are upcast before the softmax: bfloat16 keeps 8 bits, and the errors of the
-    single tokens add up over a completion.
+    As in HALOs, half-precision logits are upcast before the softmax: bfloat16 has 8 significant bits, and the errors
+    of single tokens add up over a completion.
     """
     if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != labels_BT.shape:
         raise ValueError(
@@ -69,21 +70,21 @@ def sequence_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def masked_mean(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over all completion tokens of the batch: 0-d; 0 where there are none."""
+    """Mean over all completion tokens of the batch: 0-d; 0 if there are none."""
     return apply_mask(x_BT, mask_BT).sum() / (mask_BT != 0).sum().clamp(min=1)
 
 
 def masked_var(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Population variance over all completion tokens of the batch: 0-d; 0 where there are none."""
+    """Population variance over all completion tokens of the batch: 0-d; 0 if there are none."""
     return masked_mean((at_least_float32(x_BT) - masked_mean(x_BT, mask_BT)).square(), mask_BT)
 
 
 def finite_exp(x: Tensor) -> Tensor:
-    """exp(x) without overflow: beyond three quarters of the exponent range it goes on as its tangent.
+    """exp(x) without overflow: beyond three quarters of the exponent range, it is continued along its tangent.
 
     At least float32. Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope are finite and positive:
-    such a ratio times an advantage of 0 is 0, clipped it has no slope, and where nothing clips it it is pushed back.
-    The last quarter of the range is left to factors and sums.
+    such a ratio times an advantage of 0 is 0, a clipped ratio has no gradient, and an unclipped one is pushed back.
+    The last quarter of the range is headroom for factors and sums.
     """
     x = at_least_float32(x)
     inside = x.clamp(max=_exp_limit(x.dtype))
@@ -95,8 +96,8 @@ def kl_k3(log_ratios_BT: Tensor) -> Tensor:
 
     Unbiased when the tokens were sampled from the policy, and never negative: "k3" of Schulman's note "Approximating
     KL divergence" (http://joschu.net/blog/kl-approx.html); DeepSeekMath (arXiv 2402.03300) eq. 4. Nats, shape and
-    dtype of the input (at least float32). exp(-r) - 1 is taken as one function because r is near 0 where training
-    starts; far below 0 it goes on as its tangent, as `finite_exp` does.
+    dtype of the input (at least float32). exp(-r) - 1 is computed as one function because r is near 0 at the start of
+    training; far below 0, it is continued along its tangent, as in `finite_exp`.
     """
     log_ratios_BT = at_least_float32(log_ratios_BT)
     inside = (-log_ratios_BT).clamp(max=_exp_limit(log_ratios_BT.dtype))

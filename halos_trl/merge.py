@@ -1,4 +1,4 @@
-"""A saved adapter merged into its base model: loaded, merged, checked, saved and pushed."""
+"""Merging a saved adapter into its base model: load, merge, check, save and push."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = get_logger(__name__)
 def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
     """Merge the saved adapter into its base model and save (and push) the result; on one process only.
 
-    The base is loaded anew, unquantized, in the dtype of the run (`--dtype`): merging into quantized weights would
-    round the update away, and the trainer's own model may be sharded. What was saved is loaded once more and compared
-    with the adapter. Raises ValueError where the two differ, and leaves no merged model behind.
+    The base is reloaded, unquantized, in the dtype of the run (`--dtype`): merging into quantized weights would lose
+    the update to rounding, and the trainer's own model may be sharded. The result is reloaded and compared with the
+    adapter. Raises ValueError if they differ, and leaves no merged model behind.
     """
     args = trainer.args
     # DeepSpeed ZeRO-3 would shard every model that is loaded while its configuration is set, with all processes.
@@ -84,17 +84,18 @@ def _write(trainer: Any, folder: Path, used_datasets: list[str]) -> None:
 def merge_folder(adapter: str, output: str, *, dtype: str = "auto", overwrite: bool = False) -> None:
     """Merge a saved adapter into its unquantized base model, and save model and tokenizer in the folder `output`.
 
-    What was saved is loaded once more and compared with the adapter. With `overwrite`, what lies at `output` is moved
-    aside.
+    The result is reloaded and compared with the adapter. With `overwrite`, an existing `output` is renamed first.
 
-    Raises ValueError for a folder without an adapter, an output that exists (without `overwrite`), and where the
-    merged model is not the adapter's; then nothing is left at `output`.
+    Raises ValueError for a folder without an adapter, for an existing output (without `overwrite`), and if the merged
+    model differs from the adapter, in which case nothing is left at `output`.
     """
     if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-        raise ValueError(f"`{adapter}` is no folder with an adapter: it has no `adapter_config.json`.")
+        raise ValueError(f"`{adapter}` is not a folder with an adapter: it has no `adapter_config.json`.")
     target = Path(output)
     if target.exists() and not overwrite:
-        raise ValueError(f"`{output}` exists. Name another folder, or pass `--overwrite` to move it aside.")
+        raise ValueError(
+            f"`{output}` exists. Choose another folder, or pass `--overwrite` to rename the existing one."
+        )
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -130,7 +131,7 @@ def _write_merged(adapter: str, folder: Path, dtype: str) -> None:
 
 
 def _labels_of(adapter: str) -> int:
-    """Logits of a reward model's head, which is saved with its adapter; 1 where it is not."""
+    """Number of logits of a reward model's head that is saved with its adapter; 1 if there is none."""
     file = os.path.join(adapter, "adapter_model.safetensors")
     if os.path.isfile(file):
         with safe_open(file, framework="pt") as tensors:
@@ -146,8 +147,8 @@ def _labels_of(adapter: str) -> int:
 def merged_model(adapted: PeftModel) -> Any:
     """The adapter merged into its base.
 
-    An adapter acts on one of two tied weights, or on each in its own way. So they are untied for the merge, and tied
-    again where they still are equal.
+    An adapter may act on only one of two tied weights, or differently on each. So weights are untied for the merge,
+    and tied again if they are still equal.
     """
     tied = _tied_parameters(adapted)
     for places in tied:
@@ -164,7 +165,7 @@ def merged_model(adapted: PeftModel) -> Any:
 
 
 def _tied_parameters(model: torch.nn.Module) -> list[list[tuple[torch.nn.Module, str]]]:
-    """Every parameter that several modules hold, with its places."""
+    """Every parameter that several modules share, with its locations."""
     places: dict[int, list[tuple[torch.nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -201,16 +202,16 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _comparable(trainer: Any, trained: Any) -> bool:
-    """Whether this process alone can run the trained model, in the arithmetic of the merged one."""
+    """Whether this process can run the trained model by itself, with the same arithmetic as the merged one."""
     sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
     return not sharded and getattr(trained.config, "quantization_config", None) is None
 
 
 def refuse_other_model(expected: torch.Tensor, got: torch.Tensor, change: float, dtype: torch.dtype) -> None:
-    """Raise ValueError where the outputs of the merged model are not those of the adapter.
+    """Raise ValueError if the outputs of the merged model differ from those of the adapter.
 
-    `change` is the mean absolute effect of the adapter. In half precision, base plus adapter is rounded to the grid
-    of the base's weights.
+    `change` is the mean absolute effect of the adapter. In half precision, the sum of base and adapter is rounded to
+    the precision of the base weights.
     """
     floor, share = (1e-3, 0.01) if dtype in (torch.float32, torch.float64) else (0.1, 0.2)
     difference = (expected - got).abs().mean().item()
@@ -227,14 +228,18 @@ def refuse_other_model(expected: torch.Tensor, got: torch.Tensor, change: float,
 
 
 def _move_away(target: Path) -> None:
-    """Keep what lay in the folder out of the merged model: `from_pretrained` and a push would take it for a part."""
+    """Rename an existing folder, whose files `from_pretrained` and a push would otherwise treat as part of the merged
+    model.
+    """
     if not target.exists():
         return
     number = 1
     while (aside := target.with_name(f"{target.name}.previous-{number}")).exists():
         number += 1
     target.rename(aside)
-    logger.warning(f"{target} existed already. It was moved to {aside}, so that nothing of it mixes with the new one.")
+    logger.warning(
+        f"{target} already existed. It was renamed to {aside}, so that its files do not mix with the new ones."
+    )
 
 
 def _push(args: Any, repo: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """From loss outputs to logged numbers: named sums and counts, divided once per log line.
 
 A mean of micro-batch means depends on how a step was split; a sum over a count does not. So everything that is logged
-travels as `(sum, count)`, stays on its device, and is reduced over processes only when a line is written.
+is kept as `(sum, count)` on its device, and reduced over processes only when a log line is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Sums = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def total(values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum and count of `values`, over `mask` where one is given. Detached, at least float32."""
+    """Sum and count of `values`, over `mask` if one is given. Detached, at least float32."""
     values = values.detach()
     values = values if values.dtype == torch.float64 else values.float()
     if mask is None:
@@ -28,7 +28,7 @@ def total(values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch
 
 
 def loss_sums(output: LossOutput) -> Sums:
-    """Rewards of both sides and the method's own metrics."""
+    """Sums of the rewards of both sides and of the method's own metrics."""
     sums = {"rewards/chosen": total(output.chosen_rewards), "rewards/rejected": total(output.rejected_rewards)}
     # The mean of no rows is no number; the name stays, since every process has to count the same ones.
     of_rows = {name: total(value if len(output.losses) else value[None][:0]) for name, value in output.metrics.items()}
@@ -36,12 +36,12 @@ def loss_sums(output: LossOutput) -> Sums:
 
 
 def accuracy_sums(output: LossOutput) -> Sums:
-    """Share of pairs whose chosen reward is larger (a tie is not a win)."""
+    """Fraction of pairs whose chosen reward is larger (ties do not count)."""
     return {"rewards/accuracies": total((output.chosen_rewards > output.rejected_rewards).float())}
 
 
 def side_sums(name: str, values_BT: torch.Tensor, mask_BT: torch.Tensor, desirable_B: torch.Tensor) -> Sums:
-    """Token means of `values_BT`, apart for desirable (`name/chosen`) and undesirable (`name/rejected`) rows."""
+    """Token means of `values_BT`, separately for desirable (`name/chosen`) and undesirable (`name/rejected`) rows."""
     return {
         f"{name}/chosen": total(values_BT, mask_BT & desirable_B[:, None]),
         f"{name}/rejected": total(values_BT, mask_BT & ~desirable_B[:, None]),
@@ -55,7 +55,7 @@ def logps_sums(logps_BT: torch.Tensor, desirable_B: torch.Tensor) -> Sums:
 
 
 def unclamped_sums(log_ratios_BT: torch.Tensor, is_chosen_B: torch.Tensor, humanline: Humanline) -> Sums:
-    """The unclamped fraction of all tokens, and of each side's. Log-ratios as before the clamp, 0 where masked."""
+    """The unclamped fraction of all tokens, and of each side. Log-ratios are unclamped, and 0 where masked."""
     sides = {"": log_ratios_BT, "/chosen": log_ratios_BT[is_chosen_B], "/rejected": log_ratios_BT[~is_chosen_B]}
     return {f"unclamped{side}": unclamped_counts(table_BT, humanline) for side, table_BT in sides.items()}
 
@@ -80,11 +80,11 @@ class RunningMeans:
             self._sums[name] = (value, count)
 
     def drain(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Means over everything since the last call and over all processes; then start again.
+        """Means over everything since the last call and over all processes; resets the sums.
 
-        `reduce_sum` adds a tensor over processes. Every process must have seen the same metric names, which holds when
-        names do not depend on the data (a side without rows has count 0). A metric nobody counted is left out.
-        `rewards/margins` is the difference of the two mean rewards, the way TRL defines it.
+        `reduce_sum` sums a tensor over processes. All processes must have the same metric names, which holds if names
+        do not depend on the data (a side without rows has count 0). A metric whose count is 0 is omitted.
+        `rewards/margins` is the difference of the two mean rewards, as in TRL.
         """
         if not self._sums:
             return {}

@@ -1,4 +1,4 @@
-"""The model card: what was trained, how, from what."""
+"""The model card."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def write(
 ) -> None:
     """Write the card of a trainer's model to `output_dir/README.md`.
 
-    With `merged_dir`, write there the card of the model with its adapter merged. Local paths appear by their last
-    part only, and are never linked.
+    With `merged_dir`, write the card of the merged model there. Of local paths, only the last part is shown, without a
+    link.
     """
     identity = card_identity(trainer)
     base_id, base_text = base_model(trainer.model)
@@ -92,7 +92,9 @@ def write(
 
 
 def hyperparameters(trainer: Any) -> dict[str, Any]:
-    """The method's own settings, then those of the run, by the name of their flag. Settings without effect are out."""
+    """The method's own settings, then those of the run, by the name of their flag, without settings that have no
+    effect.
+    """
     args = trainer.args
     names = list(trainer.card_fields) + (list(_HUMANLINE_FIELDS) if getattr(args, "humanline", False) else [])
     table = {name: getattr(args, name) for name in (*names, *_TRAINING_FIELDS) if hasattr(args, name)}
@@ -117,7 +119,7 @@ def adapter_settings(model: Any) -> dict[str, Any]:
 
 
 def base_model(model: Any) -> tuple[str | None, str]:
-    """(hub id or None, what the card says): a local path is named but not linked, a fresh model described."""
+    """(Hub id or None, text of the card): a local path is named but not linked, and a new model is described."""
     path = get_config_model_id(model.config)
     if not path:
         return None, f"a `{model.config.model_type}` model that was built in memory"
@@ -125,17 +127,17 @@ def base_model(model: Any) -> tuple[str | None, str]:
 
 
 def merged_name(name: str) -> str:
-    """What the model with its adapter merged is called: a folder or a repository beside that of the adapter."""
+    """Name of the merged model: a folder or a repository next to the adapter's."""
     return f"{name}-merged"
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name stands for a repository of the Hub, and not for something on this machine."""
+    """Whether a name is a Hub repository and not a local path."""
     return is_repo_id(name) and not os.path.exists(name)
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name has the form `name` or `user/name` of a repository."""
+    """Whether a name has the form of a repository id, `name` or `user/name`."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -150,7 +152,7 @@ def _link(name: str, kind: str = "") -> str:
 
 
 def _last_part(name: str) -> str:
-    """What a path or the URL of a file ends in. A URL may hold a password or, in its query, a signature."""
+    """The last part of a path or URL. A URL may contain a password or, in its query, a signature."""
     inner = name.split("::")[0]  # fsspec's "file::archive"
     if "://" not in inner:
         return os.path.basename(os.path.abspath(inner))

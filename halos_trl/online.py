@@ -1,16 +1,17 @@
-"""Humanline on TRL's online GRPO: completions are sampled while the policy trains.
+"""Humanline for TRL's online GRPO, which samples completions during training.
 
     from halos_trl.online import GRPOConfig, GRPOTrainer  # was: from trl import
 
-Sampling (transformers or vLLM), reward functions, tools and environments are TRL's. With `humanline=True` the ratios
-of the loss are those of policy and reference, where TRL's are those of the policy and the model that sampled, and
+Sampling (transformers or vLLM), reward functions, tools and environments are TRL's. With `humanline=True`, the ratios
+in the loss compare the policy with the reference, while TRL's compare it with the model that generated the samples. In
+addition,
 
 - each token's log-ratio is clamped to [`log_epsilon_p`, `log_epsilon_r`] before the ratio is formed;
-- the reference follows the policy: it becomes the policy as it is before every `humanline_sync_steps`-th optimizer
-  step. With LoRA it is a second, frozen adapter on the same base model. Checkpoints hold it.
+- the reference follows the policy: the policy is copied into it before every `humanline_sync_steps`-th optimizer step.
+  With LoRA, it is a second, frozen adapter on the same base model. Checkpoints include it.
 
-The KL penalty (`beta`) is one against the same reference, and not clamped, as in `halos_trl.losses.grpo`. Humanline is
-that of arXiv:2509.24207. Without it the trainer is TRL's, bit for bit.
+The KL penalty (`beta`) uses the same reference and is not clamped, as in `halos_trl.losses.grpo`. Humanline is
+described in arXiv:2509.24207. Without it, runs are bit-identical to TRL's.
 """
 
 from __future__ import annotations
@@ -47,18 +48,20 @@ class GRPOConfig(HumanlineConfig, trl.GRPOConfig):
 
     Parameters:
         use_bias_correction_kl (`bool`, *optional*):
-            TRL's: multiply the KL term by the ratio of the loss. `True` by default, as in TRL; under humanline, where
-            that ratio is not one of importance sampling, `False`, and `True` is refused.
+            TRL's option: multiply the KL term by the ratio of the loss. Defaults to `True`, as in TRL. Under
+            humanline, where the ratio is not an importance weight, it defaults to `False`, and `True` is refused.
 
-    Raises ValueError for bounds that are no interval around 0, for humanline's settings without `humanline`, for
-    `humanline` with `sync_ref_model`, and for `humanline` with a `loss_type` whose gradient no clamp reaches.
+    Raises ValueError for bounds that do not enclose 0, for humanline's settings without `humanline`, for `humanline`
+    with `sync_ref_model`, and for `humanline` with a `loss_type` whose gradient the clamp does not affect.
     """
 
     use_bias_correction_kl: bool | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Multiply the KL term by the ratio of the loss (TRL's option and default). Off under `humanline`, "
-            "whose ratio is that of policy and reference and corrects for no sampling."
+            "help": (
+                "Multiply the KL term by the ratio of the loss (TRL's option and default). Off under `humanline`, "
+                "whose ratio is not an importance weight."
+            )
         },
     )
 
@@ -68,23 +71,23 @@ class GRPOConfig(HumanlineConfig, trl.GRPOConfig):
         super().__post_init__()
         if self.humanline and self.use_bias_correction_kl:
             raise ValueError(
-                "`use_bias_correction_kl=True` weighs the KL term by the ratio of the policy and the model that "
-                "sampled. Under `humanline` the ratio of the loss is that of policy and reference. Leave it out."
+                "`use_bias_correction_kl=True` weights the KL term by the ratio of the policy and the model that "
+                "generated the samples, but under `humanline` the ratio compares policy and reference. Leave it out."
             )
         if self.humanline and self.loss_type in _UNCLAMPABLE:
             raise ValueError(
                 f"`loss_type={self.loss_type!r}` {_UNCLAMPABLE[self.loss_type]}, so tokens that `humanline` clamps "
-                "would be trained on all the same. Use 'dapo', 'grpo', 'bnpo' or 'dr_grpo', or leave `humanline` out."
+                "would still be trained on. Use 'dapo', 'grpo', 'bnpo' or 'dr_grpo', or leave `humanline` out."
             )
 
 
 class GRPOTrainer(OnlineHost):
-    """`trl.GRPOTrainer`, with humanline where `args.humanline` says so. Takes TRL's arguments.
+    """`trl.GRPOTrainer` with humanline if `args.humanline` is set. Takes TRL's arguments.
 
     Logs `unclamped` under humanline: the fraction of completion tokens whose log-ratio lies inside the bounds.
 
-    Raises ValueError for a `PeftModel` whose active adapter is not called `default`, for checkpoints of another
-    setting of humanline, and for humanline under DeepSpeed, whose engine makes the update inside `backward`.
+    Raises ValueError for a `PeftModel` whose active adapter is not called `default`, for checkpoints with other
+    humanline settings, and for humanline under DeepSpeed, whose engine updates the weights inside `backward`.
     """
 
     args: GRPOConfig
@@ -97,7 +100,7 @@ class GRPOTrainer(OnlineHost):
             return
         if args.deepspeed or args.distributed_state.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "`humanline=True` moves the reference before each update, and DeepSpeed makes the update inside "
+                "`humanline=True` moves the reference before each update, but DeepSpeed updates the weights inside "
                 "`backward`. Launch with DDP or FSDP2, or leave `humanline` out."
             )
         refuse_unfit_adapters(model)
@@ -132,19 +135,19 @@ class GRPOTrainer(OnlineHost):
     # -- loops --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`, from a whole checkpoint or from the start, with the output directory to itself."""
+        """`Trainer.train`, from a complete checkpoint or the start, with exclusive use of the output directory."""
         train = super().train
         return train_from(self, resume_from_checkpoint, lambda checkpoint: train(checkpoint, *args, **kwargs))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
-        """The host's; but a finished run, when it is resumed, gets no batch."""
+        """The host's batches, or none if a finished run is resumed."""
         return ([], None) if stops_finished_run(self) else super().get_batch_samples(*args, **kwargs)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     @property
     def lasting_settings(self) -> dict[str, Any]:
-        """The settings that a resumed run has to share with the one that wrote its checkpoint."""
+        """The settings that must be the same in a resumed run as in the run that wrote the checkpoint."""
         return lasting_settings(self.args)
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:

@@ -1,4 +1,4 @@
-"""This package's classes under TRL's names, for frameworks that take theirs from `trl`."""
+"""This package's classes under TRL's names, for frameworks that import their trainers from `trl`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ORIGINALS: dict[str, type] = {name: getattr(trl, name) for name in (*_TRAINERS,
 
 
 class TRLPatch:
-    """What `patch_trl` replaced, and the way back. Leaving it as a context manager undoes it too."""
+    """Handle that undoes `patch_trl`, also usable as a context manager."""
 
     def __init__(self) -> None:
         self._before: list[tuple[ModuleType, str, Any]] = []
@@ -38,15 +38,15 @@ class TRLPatch:
                     setattr(module, name, ours)
 
     def undo(self) -> None:
-        """Give TRL's modules back what they held. A name that somebody else has replaced since is left alone."""
+        """Restore TRL's classes. Names that were replaced by other code in the meantime are left unchanged."""
         while self._before:
             module, name, before = self._before.pop()
             if getattr(module, name) is (_TRAINERS | _CONFIGS)[name]:
                 setattr(module, name, before)
             else:
                 logger.warning(
-                    f"`{module.__name__}.{name}` is neither this package's nor TRL's class any more and was left as "
-                    "it is: somebody else has replaced it since `patch_trl`. Undo the two in reverse order."
+                    f"`{module.__name__}.{name}` is no longer this package's or TRL's class and was left unchanged: "
+                    "other code has replaced it since `patch_trl`. Undo the two in reverse order."
                 )
 
     def __enter__(self) -> TRLPatch:
@@ -61,24 +61,25 @@ class TRLPatch:
 def patch_trl() -> TRLPatch:
     """Put this package's DPO, KTO and reward-model classes under TRL's names.
 
-    For frameworks that take trainers and configs from `trl` themselves. Call it before the framework is imported, so
-    that what it derives from TRL's classes (its own config, its own trainer) derives from these:
+    For frameworks that import trainers and configs from `trl`. Call it before importing the framework, so that the
+    framework's subclasses of TRL's classes derive from these:
 
         halos_trl.patch_trl()
         import framework
 
     Replaces `DPOTrainer`, `KTOTrainer`, `RewardTrainer` and their configs in `trl` and `trl.trainer`, and the trainers
-    also in the modules that define them. Modules that hold TRL's classes already are not changed, and named in a
-    warning. `GRPOTrainer` and its config stay TRL's: the two packages mean different methods by the name.
+    also in the modules that define them. Modules that have already imported TRL's classes are not changed, and are
+    named in a warning. `GRPOTrainer` and its config are not replaced, because the two packages use this name for
+    different methods.
 
-    Returns a handle whose `undo()` takes everything back; `with patch_trl(): ...` does so at the end of the block.
-    Calling it twice changes nothing the second time.
+    Returns a handle whose `undo()` restores everything; `with patch_trl(): ...` does so at the end of the block. A
+    second call has no effect.
     """
     late = sorted(_holders_of_originals())
     if late:
         logger.warning(
             f"{', '.join(late)} imported TRL's classes before `patch_trl` was called and keeps them. Call "
-            "`halos_trl.patch_trl()` before importing what should use this package's."
+            "`halos_trl.patch_trl()` before importing the modules that should use this package's classes."
         )
     return TRLPatch()
 
@@ -90,7 +91,7 @@ def _homes(name: str) -> list[ModuleType]:
 
 
 def _holders_of_originals() -> set[str]:
-    """Names of the modules outside of TRL and this package in which a class of TRL's stands that is to be replaced."""
+    """Names of modules outside TRL and this package that contain one of TRL's classes to be replaced."""
     originals = {id(original) for original in _ORIGINALS.values()}
     return {
         name

@@ -1,4 +1,4 @@
-"""The records that travel between a forward pass and a loss, and the checks at a loss's door.
+"""The records passed from a forward pass to a loss, and their checks.
 
 Shape legend, used as name suffixes throughout the package:
 
@@ -7,7 +7,7 @@ Shape legend, used as name suffixes throughout the package:
     V   vocabulary
 
 Log-probabilities are natural logarithms (nats), one per token. A mask is nonzero on completion tokens and 0 on prompt
-and padding. Losses apply the mask themselves, so whatever stands at a masked position has no effect and no gradient.
+and padding. Losses apply the mask themselves, so values at masked positions have no effect and no gradient.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import Tensor
 
 
 class PairedLogps(NamedTuple):
-    """Per-token log-probs of pairs; row i of the chosen tables and row i of the rejected tables answer one prompt.
+    """Per-token log-probs of pairs; row i of the chosen tables and row i of the rejected tables belong to the same
+    prompt.
 
     The chosen tables are (B, T), the rejected tables (B, U), where U may differ from T. The two reference tables are
-    None for the methods that compare with no reference (SimPO, SLiC).
+    None for methods without a reference (SimPO, SLiC).
     """
 
     policy_chosen: Tensor
@@ -34,7 +35,7 @@ class PairedLogps(NamedTuple):
     rejected_mask: Tensor
 
     def swapped(self) -> PairedLogps:
-        """The same pairs with the preference turned around."""
+        """The same pairs with the preference reversed."""
         return PairedLogps(
             policy_chosen=self.policy_rejected,
             policy_rejected=self.policy_chosen,
@@ -46,7 +47,7 @@ class PairedLogps(NamedTuple):
 
 
 class UnpairedLogps(NamedTuple):
-    """Per-token log-probs (B, T) of completions that were each judged alone; `desirable` is a bool tensor (B,)."""
+    """Per-token log-probs (B, T) of individually judged completions; `desirable` is a bool tensor (B,)."""
 
     policy: Tensor
     reference: Tensor
@@ -57,7 +58,7 @@ class UnpairedLogps(NamedTuple):
 class GroupLogps(NamedTuple):
     """Per-token log-probs (B, T) of scored completions and one advantage (B,) for each of them.
 
-    `old_policy` holds the log-probs that the ratio is taken against; None where that is the reference.
+    `old_policy` has the log-probs in the denominator of the ratio; None if these are the reference's.
     """
 
     policy: Tensor
@@ -68,9 +69,9 @@ class GroupLogps(NamedTuple):
 
 
 class PolicyStep(NamedTuple):
-    """What one PPO update sees; every table is (B, T).
+    """The inputs of one PPO update; every table is (B, T).
 
-    `old_policy` holds the log-probs that the ratio is taken against, `values` the current output of the value head,
+    `old_policy` has the log-probs in the denominator of the ratio, `values` the current output of the value head,
     `advantages` and `discounted_future_rewards` the rollout statistics (`halos_trl.advantages.gae`), without gradient.
     """
 
@@ -83,11 +84,11 @@ class PolicyStep(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """What every loss returns.
+    """The result of a loss.
 
     `losses` is (B,), whose mean is the batch's loss, or (B, T) with exact zeros at masked positions, whose sum over
-    the number of completion tokens is the batch's loss. The rewards are detached, and empty where there is no chosen
-    or no rejected side. `metrics` maps names to detached 0-d tensors.
+    the number of completion tokens is the batch's loss. The rewards are detached, and empty if there is no chosen or
+    no rejected side. `metrics` maps names to detached 0-d tensors.
     """
 
     losses: Tensor
@@ -120,9 +121,9 @@ _AXES: dict[type, dict[str, str]] = {
 
 
 def check_record(record: NamedTuple, *, reference: bool = True) -> None:
-    """Refuse a record whose tensors would only fit together by broadcasting, or whose dtypes make no sense.
+    """Refuse a record whose tensors would need broadcasting, or whose dtypes are wrong.
 
-    `reference=False` leaves the reference fields out, for losses that do not read them. Raises ValueError.
+    `reference=False` skips the reference fields, for losses that do not read them. Raises ValueError.
     """
     axes = _AXES[type(record)]
     fields = {name: value for name, value in record._asdict().items() if reference or "reference" not in name}
@@ -134,8 +135,8 @@ def check_record(record: NamedTuple, *, reference: bool = True) -> None:
 def check_shapes(owner: str, tables: dict[str, tuple[object, str]]) -> None:
     """Refuse tensors whose shapes disagree with their axis letters, by name: {"mask": (mask_BT, "BT"), ...}.
 
-    The first tensor that has a letter fixes its size. Masks may have any real dtype, `desirable` must be bool and
-    everything else floating point. Raises ValueError that says what came, what was expected and what to do.
+    The first tensor with a letter determines its size. Masks may have any real dtype, `desirable` must be bool and
+    everything else floating point. Raises a ValueError that states what was passed, what was expected and what to do.
     """
     sizes: dict[str, tuple[int, str]] = {}
     for name, (value, axes) in tables.items():
@@ -165,8 +166,8 @@ def _check_tensor(where: str, value: object) -> Tensor:
     if where.endswith("desirable"):
         if value.dtype != torch.bool:
             raise ValueError(
-                f"{where} has dtype {value.dtype}; expected torch.bool. Compare the labels with what you mean, "
-                "e.g. `labels > 0`: labels of -1 and +1 would both count as true."
+                f"{where} has dtype {value.dtype}; expected torch.bool. Convert the labels by a comparison, e.g. "
+                "`labels > 0`: labels of -1 and +1 would both count as true."
             )
     elif value.is_complex() or not (value.is_floating_point() or where.endswith("mask")):
         raise ValueError(
@@ -176,10 +177,10 @@ def _check_tensor(where: str, value: object) -> Tensor:
 
 
 def check_output(output: object, shape: tuple[int, ...], advice: str) -> LossOutput:
-    """Refuse what a method's `loss` may get wrong: anything but a `LossOutput` with losses of this shape, rewards that
-    are tensors, and 0-d metrics.
+    """Check the result of a method's `loss`: a `LossOutput` with losses of this shape, rewards that are tensors, and
+    0-d metrics.
 
-    `advice` says what to do about losses of another shape. Raises ValueError.
+    `advice` says what to do about losses with a different shape. Raises ValueError.
     """
     if not isinstance(output, LossOutput):
         raise ValueError(f"`loss` returned {type(output).__name__}; expected a `halos_trl.records.LossOutput`.")
@@ -193,7 +194,7 @@ def check_output(output: object, shape: tuple[int, ...], advice: str) -> LossOut
         if not isinstance(getattr(output, side), Tensor):
             raise ValueError(
                 f"`loss` returned `{side}` as {type(getattr(output, side)).__name__}; expected a detached tensor, an "
-                "empty one (`losses.detach().new_empty(0)`) where the method has no rewards."
+                "empty one (`losses.detach().new_empty(0)`) if the method has no rewards."
             )
     for name, value in output.metrics.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -205,7 +206,7 @@ def check_output(output: object, shape: tuple[int, ...], advice: str) -> LossOut
 
 
 def check_number(name: str, value: float, interval: str, advice: str) -> None:
-    """Refuse a coefficient outside `interval`, which is written as in mathematics: "(0, inf)", "[0, 0.5)".
+    """Refuse a coefficient outside `interval`, written in mathematical notation: "(0, inf)", "[0, 0.5)".
 
     Raises ValueError.
     """

@@ -5,8 +5,8 @@
     for prompt, completions in zip(prompts, samples(generate, prompts), strict=True):
         print([completion.text for completion in completions])
 
-What is sampled for a prompt depends on the settings and on the prompts of its window, never on where a run was cut:
-`samples` goes through the prompts in windows, and each batch of a window has a seed of its own.
+The samples of a prompt depend on the settings and on the prompts of its window, never on where a run was interrupted:
+`samples` processes the prompts in windows, and each batch of a window has its own seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from .data.tokens import prompt_tokens
 
 BATCHES_PER_WINDOW = 8
-"""Prompts are sorted by length within so many batches: more saves padding, and loses more when a run is killed."""
+"""Number of batches within which prompts are sorted by length. More batches save padding, but more work is lost when a
+run is killed.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,16 @@ class SamplingSettings:
 
     Parameters:
         n: Completions per prompt.
-        temperature: Divides the logits; 0 takes the most likely token at each step.
-        top_p: Draws from the most likely tokens that together have this probability; 1 draws from all.
-        max_tokens: Tokens per completion, the end token included.
-        max_prompt_length: Tokens of a prompt; a longer one is refused by `prompt_tokens`. None: no limit.
-        stop: Texts that end a completion, which then does not hold them. A text that is one token of the vocabulary
-            ends it as the end token does.
-        seed: Decides the draws.
+        temperature: Sampling temperature; 0 selects the most likely token at each step.
+        top_p: Sample from the smallest set of tokens with this total probability; 1 samples from all.
+        max_tokens: Maximum number of tokens per completion, including the end token.
+        max_prompt_length: Maximum number of tokens per prompt; a longer one is refused by `prompt_tokens`. None: no
+        limit.
+        stop: Texts that end a completion and are not part of it. A text that is a single token of the vocabulary ends
+            it like the end token.
+        seed: Random seed.
         logprobs: Keep the log-probs of the tokens, in nats, under the model itself (temperature 1, all tokens).
-        batch_size: Completions that are generated together.
+        batch_size: Number of completions generated in one batch.
 
     Raises ValueError for values out of range.
     """
@@ -59,7 +62,7 @@ class SamplingSettings:
         for name in ("n", "max_tokens", "batch_size", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` is {value}; it counts and has to be at least 1.")
+                raise ValueError(f"`{name}` is {value}; it must be at least 1.")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"`temperature` is {self.temperature}; expected a finite number of at least 0.")
         if self.temperature == 0 and self.n > 1:
@@ -70,7 +73,9 @@ class SamplingSettings:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}; expected a probability, above 0 and at most 1.")
         if not all(self.stop):
-            raise ValueError("`stop` holds an empty text, which would end every completion at once. Leave it out.")
+            raise ValueError(
+                "`stop` contains an empty text, which would end every completion immediately. Leave it out."
+            )
 
 
 class Completion(NamedTuple):
@@ -79,20 +84,20 @@ class Completion(NamedTuple):
     text: str
     """Without special tokens, and without the stop text that ended it."""
     token_ids: list[int]
-    """As generated: with the end token, or the tokens of the stop text."""
+    """As generated, including the end token or the tokens of the stop text."""
     logprobs: list[float] | None
-    """Nats, one for each token."""
+    """In nats, one per token."""
     finish_reason: str
-    """`stop`, or `length` where `max_tokens` cut it."""
+    """`stop`, or `length` if it was cut off at `max_tokens`."""
 
 
 class Sampler(Protocol):
-    """Draws completions for a window of prompts."""
+    """Generates completions for a window of prompts."""
 
     settings: SamplingSettings
 
     def tokens(self, row: dict[str, Any], where: str) -> list[int]:
-        """The token ids of a row's prompt, with what makes the model answer."""
+        """The token ids of a row's prompt, including the generation prompt."""
 
     def window(self, prompts: list[list[int]], number: int) -> list[list[Completion]]:
         """`settings.n` completions for each prompt of window `number`, in order."""
@@ -101,11 +106,11 @@ class Sampler(Protocol):
 def samples(sampler: Sampler, rows: Sequence[dict[str, Any]], skip: int = 0) -> Iterator[list[Completion]]:
     """The completions of each row's `prompt`, in the order of the rows, without the first `skip` rows.
 
-    A prompt is a text, or a list of turns that is rendered with the chat template; the last turn is continued where it
-    is the assistant's. What comes after `skip` rows is what would have come without it.
+    A prompt is a text, or a list of messages that is rendered with the chat template; if the last turn is the
+    assistant's, it is continued. The samples after `skip` rows are the same as without `skip`.
 
-    Raises ValueError for a prompt that cannot be rendered or is too long, naming the row, before anything is generated
-    for its window.
+    Raises a ValueError that names the row for a prompt that cannot be rendered or is too long, before anything is
+    generated for its window.
     """
     size = window_size(sampler.settings)
     for first in range(skip // size * size, len(rows), size):
@@ -124,7 +129,7 @@ def _checked(sampler: Sampler, row: dict[str, Any], where: str) -> list[int]:
     ids = sampler.tokens(row, where)
     limit = sampler.settings.max_prompt_length
     if not ids:
-        raise ValueError(f"{where} is empty: no token to answer to. Drop it.")
+        raise ValueError(f"{where} is empty: it has no tokens. Drop it.")
     if limit is not None and len(ids) > limit:
         raise ValueError(
             f"{where} has {len(ids)} tokens, more than `max_prompt_length` {limit}. Drop it, or raise the limit."
@@ -136,7 +141,9 @@ def _checked(sampler: Sampler, row: dict[str, Any], where: str) -> list[int]:
 
 
 def load_sampler(name: str, **model_settings: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of a hub id or folder; an adapter on top of its base. On a GPU where there is one."""
+    """Load model and tokenizer from a Hub id or folder, including an adapter with its base model, onto a GPU if there
+    is one.
+    """
     settings = {"dtype": "auto", **model_settings}
     if os.path.isfile(os.path.join(name, "adapter_config.json")):
         from peft import AutoPeftModelForCausalLM
@@ -238,7 +245,7 @@ class TransformersSampler:
         )
 
     def _tokens_up_to_stop(self, ids: list[int]) -> int:
-        """How many tokens it took to write a stop text; what follows in the batch is padding."""
+        """Number of tokens up to and including a stop text; the rest is padding of the batch."""
         ends = range(1, len(ids) + 1)
         texts = (self.tokenizer.decode(ids[:end], skip_special_tokens=True) for end in ends)
         return next(
@@ -247,7 +254,9 @@ class TransformersSampler:
 
 
 class _LogProbs(LogitsProcessor):
-    """Keeps the log-probs of the drawn tokens; comes before temperature and top-p. One step of logits in memory."""
+    """Records the log-probs of the sampled tokens, before temperature and top-p. Keeps the logits of one step in
+    memory.
+    """
 
     def __init__(self) -> None:
         self.drawn: list[torch.Tensor] = []
@@ -269,7 +278,7 @@ class _LogProbs(LogitsProcessor):
 
 
 def _end_ids(model: Any, tokenizer: Any, stop: Iterable[str]) -> list[int]:
-    """The tokens that end a completion: the model's, the tokenizer's, and stop texts that are a token."""
+    """The tokens that end a completion: the model's, the tokenizer's, and stop texts that are a single token."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     found = [*own, tokenizer.eos_token_id, *(_single_token(tokenizer, text) for text in stop)]
@@ -277,12 +286,12 @@ def _end_ids(model: Any, tokenizer: Any, stop: Iterable[str]) -> list[int]:
 
 
 def _single_token(tokenizer: Any, text: str) -> int | None:
-    """The token whose only meaning is this text: an added one such as `<|im_end|>`. Others also occur inside words."""
+    """The added token with exactly this text, such as `<|im_end|>`. Other tokens also occur inside words."""
     return tokenizer.get_added_vocab().get(text)
 
 
 def _seed(*numbers: int) -> int:
-    """A seed that belongs to these numbers, and to no others in practice."""
+    """A seed that is, in practice, unique to these numbers."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
@@ -292,7 +301,7 @@ def _seed(*numbers: int) -> int:
 class VLLMSampler:
     """Generation with vLLM. A `Sampler`.
 
-    Completions are reproducible as far as vLLM's are: its kernels may add up in another order in another batch.
+    Completions are as reproducible as vLLM's, whose kernels may sum in a different order in a different batch.
     """
 
     def __init__(self, name: str, settings: SamplingSettings, **engine: Any):
@@ -302,7 +311,7 @@ class VLLMSampler:
         adapter = os.path.isfile(os.path.join(name, "adapter_config.json"))
         if adapter:
             raise ValueError(
-                f"`{name}` holds an adapter. Merge it first (`halos-trl merge`), or sample with transformers "
+                f"`{name}` contains an adapter. Merge it first (`halos-trl merge`), or sample with transformers "
                 "(`--engine transformers`)."
             )
         self.model = LLM(model=name, seed=settings.seed, **engine)

@@ -1,7 +1,7 @@
-"""Parameters that an engine has renamed, or split over the processes: FSDP2, DeepSpeed ZeRO-3, `torch.compile`.
+"""Parameters that an engine has renamed or split over the processes: FSDP2, DeepSpeed ZeRO-3, `torch.compile`.
 
-A tensor that is not split passes through unchanged. Where one is split, `whole` and `assign_whole` are collective:
-every process of the run has to call them for the same tensors in the same order.
+Tensors that are not split are returned unchanged. For split tensors, `whole` and `assign_whole` are collective: all
+processes must call them for the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def parameters_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters under the names that the bare model gives them, whatever was wrapped around its layers."""
+    """The parameters by their names in the bare model, regardless of wrappers around its layers."""
     named = {}
     for name, parameter in model.named_parameters():
         for wrapper in _WRAPPERS:
@@ -28,7 +28,7 @@ def parameters_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor put together from its shards, without gradient."""
+    """The tensor assembled from its shards, without gradient."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor().detach()
     with collected(read=[tensor]):
@@ -46,17 +46,17 @@ def assign_whole(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def shape_of(tensor: torch.Tensor) -> torch.Size:
-    """Of the whole tensor."""
+    """The shape of the whole tensor."""
     return getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 leaves nothing of the tensor itself
 
 
 def own_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What FSDP2 left of the tensor on this process, sharing its memory."""
+    """This process's FSDP2 shard of the tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Undo what a forward pass of FSDP2 may leave: whole parameters, which do not fit another model's shards."""
+    """Reshard parameters that a forward pass of FSDP2 may leave unsharded, which do not match other shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -64,9 +64,9 @@ def reshard(model: torch.nn.Module) -> None:
 
 @contextlib.contextmanager
 def collected(read: Sequence[torch.Tensor] = (), written: Sequence[torch.Tensor] = ()) -> Iterator[None]:
-    """Inside, the parameters of ZeRO-3 among the tensors are whole on every process.
+    """Context in which the ZeRO-3 parameters among the tensors are whole on every process.
 
-    What is put into those that are `written` stays; every process has to write the same.
+    Changes to those in `written` persist; all processes must make the same changes.
     """
     split = [[tensor for tensor in tensors if _in_zero3(tensor)] for tensors in (read, written)]
     if not any(split):

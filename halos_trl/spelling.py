@@ -1,4 +1,4 @@
-"""Which setting may have been meant by a name that is none: HALOs' spelling of it, or one written almost the same."""
+"""Suggestions for unknown setting names: HALOs' names and similar spellings."""
 
 import difflib
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ _HALOS_NAMES = {
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error message about an unknown `name`: the one of `known` that may have been meant, if any."""
+    """The end of an error message about an unknown `name`: a suggestion from `known`, if there is one."""
     bare = name.lstrip("-+").split("=")[0].replace("-", "_").split(".")[-1]
     meant = _HALOS_NAMES.get(bare, bare)
     close = [other for other in known if other.lower() == meant.lower()]

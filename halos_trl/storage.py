@@ -1,4 +1,4 @@
-"""How the weights of a reference are stored: rounded to fewer bits, or in CPU memory and streamed to the device."""
+"""Storage of a reference's weights: rounded to fewer bits, or in CPU memory and streamed to the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTLIERS = 6.0
 
 
 def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:
-    """Change how a frozen model that will run on `device` holds its weights, in place.
+    """Change the storage of the weights of a frozen model that will run on `device`, in place.
 
     Args:
         model: a causal LM of transformers.
@@ -29,7 +29,7 @@ def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:
             what remains to bfloat16. `"cpu"` keeps the parameters in CPU memory, and each module's on `device` only
             while it runs.
 
-    Raises ValueError where bitsandbytes is missing.
+    Raises ValueError if bitsandbytes is missing.
     """
     if storage == "cpu":
         return _stream(model, device)
@@ -44,10 +44,10 @@ def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint has to hold of a stored model, by name, as tensors that can be written in place.
+    """The tensors of a stored model that a checkpoint must contain, by name; they can be written in place.
 
-    Its parameters, wherever they lie; of a quantized one the packed values and, under `<name>.<statistic>`, what it
-    takes to unpack them.
+    These are its parameters, wherever they are; for a quantized parameter, the packed values and, under
+    `<name>.<statistic>`, the statistics needed to unpack them.
     """
     found = parameters_of(model)
     for name, layer in quantized_layers(model).items():
@@ -73,7 +73,7 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def write_quantized(layer: nn.Linear, weight: Tensor) -> None:
-    """layer := the whole tensor `weight`, quantized anew, in place."""
+    """layer := the whole tensor `weight`, quantized again, in place."""
     packed = _packed(layer, weight.to(_parts(layer)[""].device))
     for part, tensor in _parts(layer).items():
         tensor.copy_(packed[part])

@@ -1,4 +1,6 @@
-"""The value head: a small network on the policy's last hidden states, and the file it lies in beside the policy."""
+"""The value head: a small network on the policy's last hidden states, and the file that it is saved in next to the
+policy.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,18 @@ from torch import Tensor, nn
 from .sharded import assign_whole, shape_of
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-"""The value head lies under this name beside a saved policy and in every checkpoint."""
+"""File name of the value head, next to a saved policy and in every checkpoint."""
 
 NAME = "v_head"
 """Its name as a submodule of the policy while training."""
 
 
 class ValueHead(nn.Module):
-    """Value of every position, from the hidden state there: two hidden layers of the policy's width, in float32.
+    """Value of every position, computed from its hidden state: two hidden layers of the policy's width, in float32.
 
-    As in HALOs: the hidden states are detached, so the critic's loss trains the head alone, and the layers have HALOs'
-    names (`summary.0`, `summary.3`, `summary.6`). Between them HALOs has a dropout that never acts, since its PPO runs
-    in evaluation mode; here nothing stands in its place.
+    As in HALOs: the hidden states are detached, so the critic's loss trains only the head, and the layers have HALOs'
+    names (`summary.0`, `summary.3`, `summary.6`). HALOs' dropout between them never takes effect, since its PPO runs
+    in evaluation mode, and is omitted here.
     """
 
     def __init__(self, hidden_size: int, seed: int = 0):
@@ -64,7 +66,7 @@ def taken_off(causal_lm: Any) -> Iterator[None]:
 
 
 def save_value_head(tensors: dict[str, Tensor], folder: str) -> None:
-    """Write a head's state into a folder, whole or not at all."""
+    """Write a head's state to a folder, atomically."""
     path = Path(folder) / VALUE_HEAD_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -73,12 +75,13 @@ def save_value_head(tensors: dict[str, Tensor], folder: str) -> None:
 
 
 def load_value_head(head: nn.Module, folder: str) -> None:
-    """Restore a head in place. Raises ValueError when the file is missing, damaged or of another shape."""
+    """Restore a head in place. Raises ValueError if the file is missing, damaged, or has another shape."""
     path = Path(folder) / VALUE_HEAD_FILE
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing, so this checkpoint was not written by PPO. Training cannot resume exactly from it: "
-            "the critic would start anew. Resume from a checkpoint of PPOTrainer, or pass the folder as `model`."
+            f"{path} is missing, so this checkpoint was not written by PPO. Training cannot resume exactly from it, "
+            "because the critic would be reset. Resume from a checkpoint of PPOTrainer, or pass the folder as "
+            "`model`."
         )
     try:
         stored = load_file(path)
@@ -91,8 +94,8 @@ def load_value_head(head: nn.Module, folder: str) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     if expected != found:
         raise ValueError(
-            f"{path} holds the value head of another model: shapes {found}, expected {expected}. Use the model that "
-            "it was trained with."
+            f"{path} contains the value head of a different model: shapes {found}, expected {expected}. Use the "
+            "model that it was trained with."
         )
     for name, tensor in own.items():
         assign_whole(tensor, stored[name])

@@ -70,7 +70,7 @@ def test_what_lay_in_the_folder_is_moved_away(trained, said):
         merge_adapter(trained, [])
         loaded = AutoModelForCausalLM.from_pretrained(target)
         torch.testing.assert_close(outputs_of(loaded, IDS), outputs_of(trained.model, IDS), rtol=0, atol=1e-5)
-        assert f"{target} existed already. It was moved to {target}.previous-{number}" in said()
+        assert f"{target} already existed. It was renamed to {target}.previous-{number}" in said()
     assert json.loads((target.with_name(f"{target.name}.previous-1") / "adapter_config.json").read_text()) == {}
     assert sorted(p.name for p in target.parent.glob("*-merged*")) == [
         "out-merged", "out-merged.previous-1", "out-merged.previous-2",

@@ -208,7 +208,7 @@ def test_the_references_adapter_is_not_part_of_the_saved_model(model, tokenizer,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"humanline": True, "use_bias_correction_kl": True}, "`use_bias_correction_kl=True` weighs"),
+        ({"humanline": True, "use_bias_correction_kl": True}, "`use_bias_correction_kl=True` weights"),
         ({"humanline": True, "loss_type": "cispo"}, "`loss_type='cispo'` detaches the ratio"),
         ({"humanline": True, "sync_ref_model": True, "beta": 0.1}, "`humanline=True` and `sync_ref_model=True`"),
         ({"humanline": True, "log_epsilon_p": 0.5}, "log_epsilon_p=0.5"),

@@ -346,7 +346,7 @@ def test_damaged_head_is_refused(tmp_path, damage):
         from halos_trl.value_head import save_value_head
 
         save_value_head(ValueHead(9).state_dict(), str(tmp_path))
-    with pytest.raises(ValueError, match=f"{VALUE_HEAD_FILE} (is missing|cannot be read|holds the value head of)"):
+    with pytest.raises(ValueError, match=f"{VALUE_HEAD_FILE} (is missing|cannot be read|contains the value head of)"):
         load_value_head(head, str(tmp_path))
 
 

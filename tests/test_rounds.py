@@ -281,9 +281,9 @@ def test_merge(files, tmp_path, method, data, capsys):
         else:
             assert merged(ids, attention_mask=torch.ones_like(ids)).logits.shape == (2, 1)
     assert command.main(["merge", "--adapter", str(tmp_path / "out")]) == 2
-    assert "exists. Name another folder" in capsys.readouterr().err
+    assert "exists. Choose another folder" in capsys.readouterr().err
     assert command.main(["merge", "--adapter", str(files / "tiny")]) == 2
-    assert "no folder with an adapter" in capsys.readouterr().err
+    assert "not a folder with an adapter" in capsys.readouterr().err
 
 
 # -- the pages -----------------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def _not_kept(inputs: list[Path], arguments: ConvertArguments) -> str:
     keeps_sampler = arguments.format == "halos" or _purpose(inputs, arguments) == "group"
     if not (keeps_sampler and "logprobs" in firsts):
         others += sorted(firsts & set(SAMPLER_COLUMNS))
-    return f" Dropped keys: {', '.join((f'`{key}`' for key in others))}." if others else ""
+    return f" Dropped keys: {', '.join(f'`{key}`' for key in others)}." if others else ""
 
 
 __all__ = ["ConvertArguments", "convert", "main"]

@@ -25,15 +25,15 @@ class OutputFile:
     """A JSON Lines file that is written once, by one process at a time, in one or more runs with the same settings.
 
     Parameters:
-        path: The file. Its folder is created if necessary. settings: Everything that the content depends on: JSON
-        values by name. Keep out what does not change the
-            content (a batch size of no influence, a URL's key), and add a `fingerprint` of the inputs.
-        overwrite: Start over, replacing an existing file. reopen: Also continue a finished file with the same
-        settings.
+        path: The file. Its folder is created if necessary.
+        settings: Everything that the content depends on: JSON values by name. Omit what does not affect the content
+            (such as a batch size, or a key in a URL), and add a `fingerprint` of the inputs.
+        overwrite: Start over, replacing an existing file.
+        reopen: Also continue a finished file with the same settings.
 
     Attributes:
-        count: Number of items in the file, including those of earlier runs. resumed: Whether an earlier run started
-        the file.
+        count: Number of items in the file, including those of earlier runs.
+        resumed: Whether an earlier run started the file.
 
     Raises ValueError if the path is a folder, or if the file exists and is finished (without `reopen`), was not
     written by this class, was started with other settings (each is named), or is being written by another process.
