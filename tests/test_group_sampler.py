@@ -242,7 +242,7 @@ BAD_ROWS = {
     ),
     "single score beside a list": (
         [{"prompt": "a", "completions": ["x", "y"], "score": 1.0}],
-        r"columns \['completions', 'prompt', 'score'\].*With `completions` goes a list of `scores`",
+        r"columns \['completions', 'prompt', 'score'\].*`completions` requires a list of `scores`",
     ),
     "missing prompt_id": ([GOOD | {"prompt_id": 1}, GOOD | {"prompt_id": None}], r"Row 1 .*no `prompt_id`"),
     "misnamed": ([{"prompt": "a", "completon": "x", "score": 1.0}], r"rename_column\('completon', 'completion'\)"),

@@ -333,7 +333,7 @@ def test_pairs_with_a_label_of_their_own_keep_the_labels_of_their_sides(fit, sai
     trainer = fit(data, max_steps=1)
     assert sorted(trainer.train_dataset["label"]) == [False] * 4 + [True] * 4
     assert trainer.train_dataset["completion_ids"] == fit(paired_rows(4), train=False).train_dataset["completion_ids"]
-    assert "bring columns ['completion', 'label'], which are not read" in said()
+    assert "have the columns ['completion', 'label'], which are ignored" in said()
 
 
 def test_reasoning_counts_as_a_completion(fit):

@@ -586,7 +586,7 @@ def test_optimizer_that_cannot_know_the_head_is_refused(fit, model, tokenizer, m
 
 def test_column_advantage_of_raw_rows_is_not_read(fit, said):
     trainer = fit(scored(2).add_column("advantage", ["ab"] * 8), train=False)
-    assert "columns ['advantage'], which are not read" in said()
+    assert "columns ['advantage'], which are ignored" in said()
     assert "advantage" not in trainer.train_dataset.column_names
 
 

@@ -339,7 +339,7 @@ def test_what_is_no_dataset_is_refused_with_the_call_that_makes_one(build, metho
             build(method, value)
     with pytest.raises(ValueError, match=r"The eval dataset is of type .*from_list"):
         build(method, rows, eval_dataset=rows.to_list())
-    with pytest.raises(ValueError, match="makes its rows by a transform"):
+    with pytest.raises(ValueError, match="has a transform"):
         build(method, rows.with_transform(lambda batch: batch))
     with pytest.raises(ValueError, match="Row 2 of the train dataset has prompt None"):
         build(method, Dataset.from_list([row | ({"prompt": None} if i == 2 else {}) for i, row in enumerate(rows)]))
@@ -480,7 +480,7 @@ def test_ids_split_groups_and_never_join_prompts():
 
 def test_scored_rows_with_images_are_refused():
     rows = [SCORED_CHAT | {"image": Image.new("RGB", (4, 4), "red")}] * 2
-    with pytest.raises(ValueError, match="has images, which `GRPOTrainer` and `PPOTrainer` do not take"):
+    with pytest.raises(ValueError, match="has images, which `GRPOTrainer` and `PPOTrainer` do not support"):
         scored_rows(Dataset.from_list(rows), "train")
 
 
@@ -501,8 +501,8 @@ def test_common_start_is_found_where_a_field_of_one_side_is_filled_up():
 def test_columns_that_are_made_are_said_to_replace_the_users(said):
     made = scored_rows(Dataset.from_list([SCORED | {"label": False, "prompt_group": 9}]), "train")
     assert made.to_list() == [SCORED | {"label": True, "prompt_group": 0}]
-    assert "columns ['prompt_group'], which are not read" in said()
-    assert "has a column `label` beside the scores, which is not read" in said()
+    assert "columns ['prompt_group'], which are ignored" in said()
+    assert "has a column `label` in addition to the scores, which is ignored" in said()
 
 
 # -- speed ---------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Rows in, batches out: checks of raw rows and the KL partners of an optimizer step."""
+"""From rows to batches: checks of raw rows, tokenization, groups and KL partners."""

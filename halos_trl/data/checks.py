@@ -1,6 +1,6 @@
-"""Checks of raw datasets, before tokenization: their type, columns and rows, whichever method they are for.
+"""Checks of raw datasets before tokenization: their type, columns and rows, for all methods.
 
-Every error names the dataset, the row and the remedy. What is wrong with a single row stands in `row_checks`.
+Every error names the dataset, the row and the remedy. The checks of a single row are in `row_checks`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ logger = get_logger(__name__)
 Rows: TypeAlias = Dataset | IterableDataset
 
 SOURCES = "sources"
-"""The column in which `load_feedback` says from which file and item each completion of a row comes."""
+"""The column in which `load_feedback` records the file and item that each completion of a row comes from."""
 
-_DROP = "Or let `drop_invalid_rows=True` drop such rows and count them."
+_DROP = "Or set `drop_invalid_rows=True` to drop and count such rows."
 
 
 def check_unpaired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False) -> Rows:
-    """Refuse rows that KTO-like methods cannot learn from, and return the dataset to use.
+    """Check the rows of a dataset for KTO-like methods, and return the dataset to use.
 
-    Either `prompt`, `completion`, `label` (booleans, or the whole numbers 0 and 1, which become booleans), or paired
-    rows (`chosen`, `rejected`, maybe `prompt`), which TRL unpairs. Raises ValueError for what is no dataset, for
-    missing columns, and for the first row that `row_checks` has something against; with `drop_invalid` such rows are
+    Rows have either `prompt`, `completion` and `label` (booleans, or the integers 0 and 1, which are converted), or
+    they are pairs (`chosen`, `rejected`, optionally `prompt`), which TRL unpairs. Raises ValueError for anything but a
+    dataset, for missing columns, and for the first row that fails `row_checks`; with `drop_invalid`, such rows are
     dropped and counted in a warning. Streamed rows are checked as they are read.
     """
     dataset = plain_rows(dataset, name)
@@ -45,14 +45,16 @@ def check_unpaired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False)
 
 
 def check_paired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False, splits_implicit: bool = True) -> Rows:
-    """Refuse rows of `chosen` and `rejected` that DPO-like methods cannot learn from, and return the dataset to use.
+    """Check rows of `chosen` and `rejected` for DPO-like methods, and return the dataset to use.
 
-    As `check_unpaired_rows`. `splits_implicit`: without a column `prompt`, the method needs a common start of both
-    sides to stand for it.
+    As `check_unpaired_rows`. `splits_implicit`: without a column `prompt`, the method uses the common beginning of
+    both sides as the prompt.
     """
     dataset = plain_rows(dataset, name)
     columns = columns_of(dataset, name)
-    require_columns(columns, name, ("chosen", "rejected"), "with `prompt`, or with the prompt as their common start")
+    require_columns(
+        columns, name, ("chosen", "rejected"), "with `prompt`, or with the prompt as their common beginning"
+    )
     wanted = tuple(column for column in ("prompt", "chosen", "rejected") if column in columns)
     equal = _EqualPairs(dataset, name)
     check = OneForm(paired_check(columns, splits_implicit=splits_implicit))
@@ -62,9 +64,9 @@ def check_paired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False, s
 
 
 class _EqualPairs:
-    """Counts pairs whose sides are equal, and warns."""
+    """Counts pairs with equal sides, and warns about them."""
 
-    text = "equal `chosen` and `rejected`. They are kept, but say nothing about a preference."
+    text = "equal `chosen` and `rejected`. They are kept, but express no preference."
 
     def __init__(self, dataset: Rows, name: str):
         self.rows = len(dataset) if isinstance(dataset, Dataset) else None
@@ -87,7 +89,7 @@ class _EqualPairs:
 
 
 def _is_power_of_two(count: int) -> bool:
-    """When to warn about a stream, which has no end at which to report the total: 1, 2, 4, 8, ..."""
+    """Whether to warn at this count of a stream, which has no end at which to report the total: 1, 2, 4, 8, ..."""
     return count & (count - 1) == 0
 
 
@@ -95,10 +97,10 @@ def _is_power_of_two(count: int) -> bool:
 
 
 def plain_rows(dataset: Any, name: str) -> Rows:
-    """The dataset with rows of plain Python values, whatever format it has.
+    """The dataset with rows of plain Python values, regardless of its format.
 
-    Raises ValueError for what is no `datasets.Dataset` or `IterableDataset`, with the call that makes one of it, and
-    for a dataset whose rows are made by a transform.
+    Raises ValueError for anything but a `datasets.Dataset` or `IterableDataset`, with the call that converts it, and
+    for a dataset with a transform.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise ValueError(
@@ -109,14 +111,14 @@ def plain_rows(dataset: Any, name: str) -> Rows:
         if {"image", "images"} & set(dataset.column_names):
             return dataset  # images are often loaded by one
         raise ValueError(
-            f"The {name} dataset makes its rows by a transform (`set_transform` or `with_transform`), which would be "
-            "lost when they are tokenized. Apply it before, with `dataset.map(function)`."
+            f"The {name} dataset has a transform (`set_transform` or `with_transform`), which would be lost in "
+            "tokenization. Apply it beforehand with `dataset.map(function)`."
         )
     return dataset.with_format(None)
 
 
 def plain_splits(dataset: Any, name: str) -> Any:
-    """`plain_rows` of what a trainer takes as a dataset: also None, and for evaluation a dict of datasets."""
+    """`plain_rows` of what a trainer accepts as a dataset, including None, and a dict of datasets for evaluation."""
     if dataset is None:
         return None
     if isinstance(dataset, dict) and name != "train":
@@ -127,7 +129,7 @@ def plain_splits(dataset: Any, name: str) -> Any:
 def _conversion(dataset: Any, name: str) -> str:
     if isinstance(dataset, Mapping):
         key = next(iter(dataset), "train")
-        return f"This one holds {sorted(map(str, dataset))}: pass one of them, e.g. `data[{key!r}]`."
+        return f"It contains {sorted(map(str, dataset))}: pass one of them, e.g. `data[{key!r}]`."
     if isinstance(dataset, str):
         return f"Load it: `datasets.load_dataset({dataset!r}, split={name!r})`."
     makers = {"DataFrame": "from_pandas", "Table": "from_list", "list": "from_list", "tuple": "from_list"}
@@ -135,12 +137,12 @@ def _conversion(dataset: Any, name: str) -> str:
     if type(dataset).__module__.startswith("polars"):
         maker = "from_polars"
     if maker:
-        return f"Make one of it: `datasets.Dataset.{maker}(rows)`."
-    return "Make one of it, e.g. with `datasets.Dataset.from_list` or `datasets.IterableDataset.from_generator`."
+        return f"Convert it: `datasets.Dataset.{maker}(rows)`."
+    return "Convert it, e.g. with `datasets.Dataset.from_list` or `datasets.IterableDataset.from_generator`."
 
 
 def columns_of(dataset: Rows, name: str) -> set[str]:
-    """The columns of a dataset; of a stream, those of its first row. Raises ValueError for one without rows."""
+    """The columns of a dataset, or of the first row of a stream. Raises ValueError for an empty dataset."""
     if isinstance(dataset, Dataset):
         columns = set(dataset.column_names) if len(dataset) else set()
     else:
@@ -151,15 +153,15 @@ def columns_of(dataset: Rows, name: str) -> set[str]:
 
 
 def drop_columns(dataset: Rows, columns: set[str], name: str, whose: str) -> Rows:
-    """The dataset without columns that would be mistaken for others, with a warning that names them."""
+    """The dataset without columns whose names have another meaning, with a warning that names them."""
     if not columns:
         return dataset
-    logger.warning(f"{whose} of the {name} dataset bring columns {sorted(columns)}, which are not read.")
+    logger.warning(f"{whose} of the {name} dataset have the columns {sorted(columns)}, which are ignored.")
     return dataset.remove_columns(sorted(columns))
 
 
 def require_columns(columns: set[str], name: str, wanted: tuple[str, ...], alternative: str) -> None:
-    """Raise ValueError for missing columns: with the trainer that fits the rows, or the column that may be meant."""
+    """Raise ValueError for missing columns, suggesting a trainer that fits the rows, or a column that may be meant."""
     missing = [column for column in wanted if column not in columns]
     if not missing:
         return
@@ -183,7 +185,7 @@ _FITTING = (
     ({"prompt", "completions", "scores"}, "Lists of `completions` and `scores` fit `GRPOTrainer` and `PPOTrainer`."),
     (
         {"prompt", "completion", "score"},
-        "Scored rows fit `GRPOTrainer` and `PPOTrainer`; for `KTOTrainer`, make labels of the scores, e.g. "
+        "Scored rows fit `GRPOTrainer` and `PPOTrainer`; for `KTOTrainer`, convert the scores to labels, e.g. "
         "`dataset.map(lambda row: {'label': row['score'] > 0})`.",
     ),
     ({"prompt", "completion", "label"}, "Labelled rows fit `KTOTrainer` (and `GRPOTrainer` and `PPOTrainer`)."),
@@ -193,7 +195,7 @@ _FITTING = (
         "methods, add a `label` or a `score`.",
     ),
     ({"messages"}, "Rows of `messages` without a judgement fit `trl.SFTTrainer`."),
-    ({"conversations"}, "`dataset.map(trl.maybe_convert_to_chatml)` makes messages of `from` and `value`."),
+    ({"conversations"}, "`dataset.map(trl.maybe_convert_to_chatml)` converts `from` and `value` to messages."),
     ({"text"}, "Rows of `text` without a judgement fit `trl.SFTTrainer`."),
 )
 
@@ -213,9 +215,9 @@ def check_each(
     drop_invalid: bool,
     look_at: Callable[[Row, int], None] = lambda row, i: None,
 ) -> Rows:
-    """The dataset without the rows that `check` has something against, or a ValueError that names the first of them.
+    """The dataset without the rows that fail `check`, or a ValueError that names the first of them.
 
-    Reads `columns` and what reaches the chat template. `look_at` is shown every good row once, with its index.
+    Reads `columns` and what reaches the chat template. `look_at` is called once for every valid row, with its index.
     """
     if not isinstance(dataset, Dataset):
         return _check_stream(dataset, name, check, drop_invalid, look_at)
@@ -277,9 +279,7 @@ def _check_stream(
 
     checked = dataset.filter(is_good, with_indices=True)
     if drop_invalid and next(iter(checked), None) is None:
-        raise ValueError(
-            f"Each row of the streamed {name} dataset would be dropped. The warnings say what is wrong with them."
-        )
+        raise ValueError(f"Each row of the streamed {name} dataset would be dropped. The warnings say why.")
     return checked
 
 
@@ -288,7 +288,7 @@ def _of_row(i: int, name: str, row: Row, problem: str) -> str:
 
 
 def source_of(row: Row) -> str:
-    """Where a row of `load_feedback` comes from, in brackets; nothing for other rows."""
+    """The origin of a row of `load_feedback`, in brackets; empty for other rows."""
     sources = row.get(SOURCES)
     if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
         return ""
@@ -299,16 +299,16 @@ def source_of(row: Row) -> str:
 
 
 def with_boolean_labels(dataset: Rows) -> Rows:
-    """Labels 0 and 1 as booleans; others as they are."""
+    """Convert labels 0 and 1 to booleans; others are unchanged."""
     if dataset.features is not None and dataset.features.get("label") == Value("bool"):
         return dataset
     return _with_column(dataset, "label", Value("bool"), bool)
 
 
 def without_missing_kwargs(dataset: Rows, columns: set[str]) -> Rows:
-    """Rows whose `chat_template_kwargs` hold what the row sets: columns of dicts are filled up with None.
+    """Remove from `chat_template_kwargs` the None values with which `datasets` fills columns of dicts.
 
-    A template can tell a variable that is None from one that is not defined.
+    A template can distinguish a variable that is None from one that is undefined.
     """
     if "chat_template_kwargs" not in columns:
         return dataset

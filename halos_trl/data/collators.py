@@ -1,4 +1,4 @@
-"""What is added to batches of token ids."""
+"""Collators that add to batches of token ids."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ Rows = list[dict[str, Any]]
 
 
 class TurnMaskCollator:
-    """Takes the tokens that the assistant did not write out of the `completion_mask` that another collator makes.
+    """Removes the tokens that the assistant did not write from the `completion_mask` of another collator.
 
-    The rows say in `<side>_mask` which tokens of a completion are the assistant's. However a batch was cut and padded,
-    the ones of a row in `completion_mask` are its completion's first tokens, or with `keep_end` its last.
+    `<side>_mask` of the rows marks which tokens of a completion are the assistant's. Regardless of how a batch was
+    truncated and padded, the ones of a row in `completion_mask` are the first tokens of its completion, or the last
+    with `keep_end`.
     """
 
     def __init__(self, collate: Callable[[Rows], dict[str, Any]], sides: tuple[str, ...], *, keep_end: bool = False):

@@ -12,13 +12,13 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 FILLER = -1
-"""Index of the row that stands in a micro-batch without examples."""
+"""Index of the filler row in a micro-batch without examples."""
 
 
 def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     """Steps of at most `capacity` examples, each a list of indices into `sizes`; no size may exceed the capacity.
 
-    Best fit, largest first: a step is closed only when nothing that is left fits into it. Deterministic.
+    Best fit, largest first: a step is closed only if none of the remaining groups fits. Deterministic.
     """
     steps: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -35,25 +35,26 @@ def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class GroupBatchSampler(Sampler[list[int]]):
-    """Micro-batches of one process, so that the examples of a group meet in one optimizer step.
+    """Micro-batches of one process, such that the examples of a group are in the same optimizer step.
 
-    A step holds at most `micro_batch_size * micro_batches * num_processes` examples, fewer where no further group
-    fits. Its examples are dealt one by one over the processes, as in HALOs, and a process spreads its own evenly over
-    exactly `micro_batches` micro-batches; so every process runs the same number of them, and a micro-batch that gets
-    no example holds `FILLER`.
+    A step holds at most `micro_batch_size * micro_batches * num_processes` examples, fewer if no further group fits.
+    Its examples are distributed one by one over the processes, as in HALOs, and each process spreads its own evenly
+    over exactly `micro_batches` micro-batches. So all processes run the same number of micro-batches, and one without
+    examples contains `FILLER`.
 
     Group sizes are packed once, so every epoch has the same number of steps, which the learning-rate schedule and an
-    exact resume need. An epoch shuffles which group takes which place of its size, and the order of the steps, from
-    `seed` and the epoch alone. A group larger than a step is split (`oversized` counts them).
+    exact resume need. Each epoch shuffles the groups of equal size and the order of the steps, depending only on
+    `seed` and the epoch. A group larger than a step is split (`oversized` counts them).
 
     Args:
         group_ids: the group of each example.
-        micro_batch_size: most examples of a micro-batch.
+        micro_batch_size: maximum number of examples of a micro-batch.
         micro_batches: micro-batches of a step on one process (gradient accumulation).
         num_processes, process_index: of the run.
-        shuffle: a new order in each epoch; otherwise groups stay in the order of the data as far as sizes allow.
+        shuffle: whether to use a new order in each epoch; otherwise, groups keep the order of the data as far as sizes
+        allow.
         seed: of the shuffle.
-        repeats: how often each step comes in a row (epochs of PPO over one batch).
+        repeats: how often each step is repeated consecutively (PPO epochs over one batch).
     """
 
     def __init__(
@@ -87,11 +88,11 @@ class GroupBatchSampler(Sampler[list[int]]):
 
     @property
     def steps(self) -> int:
-        """Different optimizer steps of an epoch."""
+        """Number of different optimizer steps of an epoch."""
         return len(self._steps)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Set the epoch, which determines the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -122,7 +123,7 @@ class GroupBatchSampler(Sampler[list[int]]):
 
 
 class StepRows(torch.utils.data.Dataset):
-    """Rows of a prepared dataset by index, and under `FILLER` a row without a completion, which adds nothing."""
+    """Rows of a prepared dataset by index; `FILLER` gives a row without a completion, which contributes nothing."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset

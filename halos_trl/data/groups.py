@@ -1,4 +1,4 @@
-"""Scored completions: every accepted form of rows becomes one row per completion, and the rows of a prompt a group."""
+"""Scored completions: all accepted forms of rows are converted to one row per completion, grouped by prompt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .row_values import SAMPLER_COLUMNS
 logger = get_logger(__name__)
 
 ScoreRows = Callable[[Dataset], Sequence[float]]
-"""Gives one score for each row of `prompt` and `completion`, in order."""
+"""Returns one score for each row of `prompt` and `completion`, in order."""
 
 GROUP = "prompt_group"
 """The column that numbers the prompts."""
@@ -59,28 +59,28 @@ def scored_rows(
     """One row per completion with `prompt`, `completion`, `score`, `prompt_group` and `label`.
 
     `dataset` holds `prompt`, `completion` and `score`; or `prompt` with the lists `completions` and `scores`; or a
-    `label` (a boolean, 0 or 1), or `chosen` and `rejected`, which count as scores of +1 and -1. A score column is used
-    where there is one, then `score_rows`, then the label. `prompt_group` numbers the prompts as `group_numbers` finds
-    them. `label` is whether the score is positive. `sampled` asks for each completion's `token_ids` and `logprobs`,
-    beside lists of completions as lists of those; otherwise these columns are left out.
+    `label` (a boolean, 0 or 1), or `chosen` and `rejected`, which count as scores of +1 and -1. A score column takes
+    precedence, then `score_rows`, then the label. `prompt_group` is the number of the prompt from `group_numbers`.
+    `label` is whether the score is positive. `sampled` asks for each completion's `token_ids` and `logprobs`, beside
+    lists of completions as lists of those; otherwise these columns are left out.
 
-    Raises ValueError for streamed data, missing columns, ids that join different prompts, and the first row that
-    `row_checks` has something against; with `drop_invalid` such rows are dropped and counted in a warning, rows of
-    several completions as a whole.
+    Raises ValueError for streamed data, missing columns, ids shared by different prompts, and the first row that fails
+    `row_checks`; with `drop_invalid`, such rows are dropped and counted in a warning, rows of several completions as a
+    whole.
     """
     dataset = plain_rows(dataset, name)
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"The {name} dataset is a {type(dataset).__name__}. Advantages and batches need whole groups, so all rows "
-            "have to be there before training: pass a map-style `datasets.Dataset` (do not stream)."
+            f"The {name} dataset is a {type(dataset).__name__}. Advantages and batches need whole groups, so all "
+            "rows must be available before training: pass a map-style `datasets.Dataset` (do not stream)."
         )
     columns = columns_of(dataset, name)
     if {"score", GROUP, "completion_ids"} <= columns:
         return dataset  # prepared before, and passed to `evaluate`
     if {"image", "images"} & columns:
         raise ValueError(
-            f"The {name} dataset has images, which `GRPOTrainer` and `PPOTrainer` do not take. `DPOTrainer` and "
-            "`KTOTrainer` do, on pairs or labelled rows; or remove the column."
+            f"The {name} dataset has images, which `GRPOTrainer` and `PPOTrainer` do not support. Use `DPOTrainer` "
+            "or `KTOTrainer` on pairs or labelled rows, or remove the column."
         )
     dataset = drop_columns(dataset, columns & {GROUP}, name, "Rows")
     if sampled:
@@ -96,7 +96,7 @@ def scored_rows(
     if "score" not in dataset.column_names:
         dataset = dataset.add_column("score", _scores_of(dataset, score_rows))
     elif "label" in dataset.column_names:
-        logger.warning(f"The {name} dataset has a column `label` beside the scores, which is not read.")
+        logger.warning(f"The {name} dataset has a column `label` in addition to the scores, which is ignored.")
     scores = [float(score) for score in dataset["score"]]
     made = {"score": scores, "label": [score > 0 for score in scores]}
     dataset = dataset.remove_columns([column for column in made if column in dataset.column_names])
@@ -125,12 +125,12 @@ def prompt_key(row: Row) -> str:
 
 
 def _set_fields(fields: Row) -> list[tuple[str, Any]]:
-    """By name; where one of several rows has a field, the others are filled up with None."""
+    """The fields by name. If one of several rows has a field, it is filled in with None for the others."""
     return sorted((key, value) for key, value in fields.items() if value is not None)
 
 
 def _digest(value: Any) -> str:
-    """Stands for what JSON does not know: an image, bytes, a date."""
+    """A digest of values that JSON cannot represent: an image, bytes, a date."""
     data = (
         value if isinstance(value, bytes) else value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
     )
@@ -138,10 +138,10 @@ def _digest(value: Any) -> str:
 
 
 def group_numbers(dataset: Dataset, name: str) -> list[int]:
-    """Which rows share a prompt, by `prompt_key`: a number per row, counting prompts as they first appear.
+    """A number per row that identifies its prompt by `prompt_key`, counted in order of first appearance.
 
-    A column `prompt_id` splits the rows of equal prompts into several groups. Raises ValueError for an id of different
-    prompts.
+    A column `prompt_id` splits the rows of equal prompts into several groups. Raises ValueError for an id shared by
+    different prompts.
     """
     keys = _prompt_keys(dataset)
     ids = list(dataset["prompt_id"]) if "prompt_id" in dataset.column_names else [None] * len(keys)
@@ -153,9 +153,9 @@ def group_numbers(dataset: Dataset, name: str) -> list[int]:
             raise ValueError(
                 f"Rows {first} and {i} of the {name} dataset have the same `prompt_id`, {prompt_id!r}, but different "
                 f"prompts, so their scores cannot be compared: {shown(dataset[first]['prompt'])} and "
-                f"{shown(dataset[i]['prompt'])} (`tools` and `chat_template_kwargs` are part of a "
-                "prompt). Two data sets whose ids both count from 0 may have been joined. Make the ids unique, or "
-                "remove the column: then rows with equal prompts form a group."
+                f"{shown(dataset[i]['prompt'])} (`tools` and `chat_template_kwargs` are part of a prompt). Perhaps "
+                "two datasets whose ids both start at 0 were concatenated. Make the ids unique, or remove the "
+                "column; rows with equal prompts then form a group."
             )
         numbers.setdefault((prompt_id, key), len(numbers))
     return [numbers[prompt_id, key] for prompt_id, key in zip(ids, keys, strict=True)]
@@ -173,12 +173,12 @@ def _prompt_keys(dataset: Dataset) -> list[str]:
 
 
 def _form_of(columns: set[str], name: str, needs_score: bool) -> tuple[tuple[str, ...], RowCheck]:
-    """The columns that are read of rows with these columns, and the check of such a row."""
+    """The columns that are read, given the columns of the rows, and the check of such a row."""
     if {"completions", "prompt"} <= columns:
         if {"score", "completion"} & columns:
             raise ValueError(
-                f"The {name} dataset has columns {sorted(columns)}: lists of `completions` beside single values. "
-                "With `completions` goes a list of `scores`, one for each. Rename or remove the other columns."
+                f"The {name} dataset has columns {sorted(columns)}: lists of `completions` next to single values. "
+                "`completions` requires a list of `scores`, one for each. Rename or remove the other columns."
             )
         _require_judgement(columns, name, needs_score, {"scores"})
         return ("prompt", "completions", "scores"), scored_lists_check(columns)
@@ -247,11 +247,14 @@ def _scores_of(dataset: Dataset, score_rows: ScoreRows | None) -> Sequence[float
 
 
 def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Dataset:
-    """Add `advantage`, each score relative to its whole group, in whatever batches the group will be trained."""
+    """Add `advantage`, each score relative to its whole group, regardless of the batches in which it is trained."""
     if {"advantage", "completion_ids"} <= set(dataset.column_names):
         return dataset  # prepared before, and passed to `evaluate`
     if "advantage" in dataset.column_names:
-        logger.warning(f"The {name} dataset has a column `advantage`. It is replaced: advantages come from scores.")
+        logger.warning(
+            f"The {name} dataset has a column `advantage`. It is replaced, because advantages are computed from "
+            "scores."
+        )
         dataset = dataset.remove_columns("advantage")
     groups = list(dataset[GROUP])
     sizes = Counter(groups)
@@ -259,7 +262,7 @@ def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Datas
     if alone:
         logger.warning(
             f"{alone} of {len(sizes)} prompts of the {name} dataset have a single completion. Its advantage is 0, so "
-            "it only takes part in the KL penalty. Score more completions of these prompts, or drop them."
+            "it only contributes to the KL penalty. Score more completions of these prompts, or drop them."
         )
     scores_B = torch.tensor(dataset["score"], dtype=torch.float64)
     advantages_B = group_advantages(scores_B, groups, scale_by_std=scale_by_std)

@@ -1,8 +1,9 @@
 """The KL partners of an optimizer step.
 
 KTO's KL term compares policy and reference on prompts with completions that belong to other prompts (KTO, section 4.1
-of arXiv:2402.01306). All examples of a step are put in the order of the whole batch. Where all prompts differ, prompt
-i is paired with completion i+1, the last with the first; else each with a completion of another prompt.
+of arXiv:2402.01306). All examples of a step are arranged in the order of the whole batch. If all prompts differ,
+prompt i is paired with completion i+1, and the last with the first; otherwise, each is paired with a completion of
+another prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Sequence(NamedTuple):
     prompt_ids: list[int]
     completion_ids: list[int]
     scored: list[int]
-    """1 for each completion token that counts; a turn in between that the model did not write does not."""
+    """1 for each completion token that counts; tokens of turns that the model did not write do not count."""
 
 
 def split_sequences(batch: dict[str, torch.Tensor]) -> list[Sequence]:
@@ -40,7 +41,7 @@ def split_sequences(batch: dict[str, torch.Tensor]) -> list[Sequence]:
 def in_batch_order(per_process: list[list[list[Sequence]]]) -> list[Sequence]:
     """Flatten `[process][micro-batch][row]` into the order of the whole batch.
 
-    Micro-batches are dealt round-robin: the first ones of all processes, then the second ones, and so on.
+    Micro-batches are ordered round-robin: the first ones of all processes, then the second ones, and so on.
     """
     longest = max(len(microbatches) for microbatches in per_process)
     return [
@@ -51,8 +52,8 @@ def in_batch_order(per_process: list[list[list[Sequence]]]) -> list[Sequence]:
 def partners(prompts: Rows[Hashable]) -> list[int] | None:
     """For each row, the row whose completion its prompt is paired with: never one of an equal prompt.
 
-    Every completion is used once, except where more than half of the rows share a prompt. `i + 1`, and 0 for the last,
-    where all prompts differ. None where all are equal.
+    Every completion is used once, unless more than half of the rows share a prompt. If all prompts differ, the
+    partners are `i + 1`, and 0 for the last. None if all prompts are equal.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -70,7 +71,7 @@ def partners(prompts: Rows[Hashable]) -> list[int] | None:
 
 
 def mismatch(sequences: list[Sequence]) -> list[Sequence]:
-    """Each prompt with a completion of another prompt; nothing where there is only one prompt."""
+    """Pair each prompt with a completion of another prompt; empty if there is only one prompt."""
     of_row = partners([tuple(sequence.prompt_ids) for sequence in sequences])
     if of_row is None:
         return []
@@ -78,9 +79,10 @@ def mismatch(sequences: list[Sequence]) -> list[Sequence]:
 
 
 def share_of(sequences: list[Sequence], process: int, num_processes: int) -> list[Sequence]:
-    """What one process scores. Every process gets the same number of rows, since sharded models forward together.
+    """The rows that one process evaluates. All processes get the same number, since sharded models run forward passes
+    together.
 
-    Missing rows are filled with copies without a completion, which add nothing to the estimate.
+    Missing rows are filled with copies without a completion, which do not contribute to the estimate.
     """
     size = -(-len(sequences) // num_processes)
     share = sequences[process * size : (process + 1) * size]

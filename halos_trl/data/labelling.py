@@ -1,7 +1,7 @@
 """From scores to feedback: labels, preferences and groups, as positions in the list of scored samples.
 
 Pure functions. The samples of a prompt share an entry of `groups` (any hashable id) and need not be adjacent. With the
-same seed, the preferences and their order are those of HALOs' `train.label`.
+same seed, the preferences and their order match HALOs' `train.label`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-12  # HALOs' allowance for differences of scores that should equ
 
 
 class Preference(NamedTuple):
-    """Two samples of a prompt, by their positions, of which the higher scored one is preferred."""
+    """Two samples of a prompt, by their positions; the one with the higher score is preferred."""
 
     a: int
     b: int
@@ -41,7 +41,7 @@ class Preference(NamedTuple):
 
 
 def score_problem(score: Any) -> str | None:
-    """What is wrong with a value as a score, in words; None for a finite number that the trainers take."""
+    """The problem of a value as a score; None for a finite number that the trainers accept."""
     if score is None:
         return "it is missing"
     if isinstance(score, bool) or not isinstance(score, numbers.Real):
@@ -88,12 +88,12 @@ def preferences(
 ) -> list[Preference]:
     """Pairs of samples of the same group, the higher scored one preferred.
 
-    `mode` says which: `random` shuffles the samples of a group and pairs neighbours, so that each is in at most one
-    pair; `max` takes the best and the worst; `min` takes the closest scores at least `threshold` apart: the pair with
-    the smallest such difference, or all that share it, each sample at most once as the better one. In a pair of
-    `random` or `max`, and between the best and the worst of a group in `min`, the scores differ by more than
-    `threshold`. Equal scores are no preference and never paired. `seed` decides the shuffles and, with probability
-    1/2 each, which of a pair is `a`.
+    `mode` selects the pairs. `random` shuffles the samples of a group and pairs neighbours, so that each is in at most
+    one pair. `max` pairs the best and the worst. `min` pairs the closest scores that are at least `threshold` apart:
+    the pair with the smallest such difference, or all pairs that share it, with each sample at most once as the better
+    one. In a pair of `random` or `max`, and between the best and the worst of a group in `min`, the scores differ by
+    more than `threshold`. Equal scores are never paired. `seed` determines the shuffles and, with probability 1/2
+    each, which of a pair is `a`.
 
     Raises ValueError for a score that is not a finite number (by its position), an unknown mode, and a negative or
     non-finite threshold.
@@ -105,8 +105,8 @@ def preferences(
     bound = _number(threshold, "a number")
     if bound < 0:
         raise ValueError(
-            f"The threshold of pairs is {threshold!r}. It is the difference of scores that a pair has to exceed, so "
-            "it cannot be negative."
+            f"The threshold for pairs is {threshold!r}. The difference of the scores of a pair must exceed it, so it "
+            "cannot be negative."
         )
     _check_scores(scores)
     draws = random.Random(seed)
@@ -127,7 +127,7 @@ def preferences(
 
 
 def _closest(members: list[int], scores: Sequence[float], bound: float) -> list[tuple[int, int]]:
-    """`members` come from best to worst; each is compared with the first that is far enough below it."""
+    """`members` are sorted from best to worst; each is compared with the first one that is far enough below it."""
     if scores[members[0]] - scores[members[-1]] <= bound:
         return []
     candidates, below = [], 0
@@ -166,7 +166,7 @@ def _number(threshold: float | str, expected: str) -> float:
 
 def _check_scores(scores: Sequence[float]) -> None:
     if not scores:
-        raise ValueError("There are no scores to make feedback from.")
+        raise ValueError("There are no scores to derive feedback from.")
     for position, score in enumerate(scores):
         if problem := score_problem(score):
             raise ValueError(f"Score {position} of {len(scores)}: {problem}.")

@@ -1,7 +1,7 @@
-"""Datasets of the Hub by a short name: HALOs' own, and five that users of TRL load often.
+"""Datasets of the Hub by a short name: HALOs' datasets, and others that TRL users often load.
 
-For each one: where it is, and a pure function from its raw rows to the items that `load_feedback` reads. Texts stay as
-they are (HALOs squeezes runs of blanks, which spoils code).
+Each has its location and a pure function from its raw rows to the items that `load_feedback` reads. Texts are not
+modified (HALOs collapses repeated spaces, which breaks code).
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 Turns = list[dict[str, str]]
 ItemsOf = Callable[[Iterable[Row], str], Iterator[Row]]
-"""Makes the items of raw rows, given the split."""
+"""Converts raw rows to items, given the split."""
 
 
 class Named(NamedTuple):
-    """A dataset: its hub id, our splits and theirs, its items, and what else `load_dataset` needs."""
+    """A dataset: its Hub id, the names of its splits, its items, and further arguments for `load_dataset`."""
 
     hub_id: str
     splits: Mapping[str, str]
@@ -47,10 +47,10 @@ def load_named(
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> datasets.Dataset:
-    """Rows for a trainer from a dataset of `NAMED`, as `load_feedback` makes them of files.
+    """Rows for a trainer from a dataset in `NAMED`, as `load_feedback` reads them from files.
 
-    `path`: a local copy of the dataset to read in place of the Hub. `options`: those of `load_feedback`; rows that the
-    source repeats are kept. The `sources` of a row name an item of `<name>-<split>.jsonl`, which is written to the
+    `path` is a local copy of the dataset to read instead of the Hub; `options` are those of `load_feedback`. Duplicate
+    rows of the source are kept. The `sources` of a row name an item of `<name>-<split>.jsonl`, which is written to the
     cache.
 
     Raises ValueError for an unknown name or split, and what `load_feedback` raises.
@@ -64,7 +64,7 @@ def load_named(
 def named_items(
     name: str, split: str, *, path: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> Iterator[Row]:
-    """The items of a dataset of `NAMED`: a `prompt` each, with completions and what is said about them.
+    """The items of a dataset in `NAMED`: a `prompt` each, with completions and their feedback.
 
     Arguments and errors as of `load_named`.
     """
@@ -84,14 +84,14 @@ def named_items(
 
 
 def named(name: str) -> Named:
-    """The dataset of a name. Raises ValueError, with the names there are, for another one."""
+    """The dataset with this name. Raises a ValueError that lists the known names for an unknown one."""
     if name not in NAMED:
         raise ValueError(f"There is no dataset {name!r}; the names are {', '.join(NAMED)}.")
     return NAMED[name]
 
 
 def _write(items: Iterable[Row], folder: Path, name: str) -> Path:
-    """Write items as JSON Lines, to a file that is there as a whole or not at all."""
+    """Write items as JSON Lines, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         written = Path(part) / name
@@ -104,7 +104,9 @@ def _write(items: Iterable[Row], folder: Path, name: str) -> Path:
 
 
 def _each(convert: Callable[[Row], Row]) -> ItemsOf:
-    """Of a dataset each of whose rows is an item. Rows without a prompt are left out and counted in a warning."""
+    """The items of a dataset in which each row is one item. Rows without a prompt are left out and counted in a
+    warning.
+    """
 
     def items(rows: Iterable[Row], split: str) -> Iterator[Row]:
         left_out = 0
@@ -114,7 +116,7 @@ def _each(convert: Callable[[Row], Row]) -> ItemsOf:
             else:
                 left_out += 1
         if left_out:
-            logger.warning(f"Left out {left_out} rows of the {split} split: their sides have no common start.")
+            logger.warning(f"Left out {left_out} rows of the {split} split: their sides have no common beginning.")
 
     return items
 
@@ -143,8 +145,8 @@ _SHP_PAIRS = 5  # of a training prompt, at most
 
 
 def shp(rows: Iterable[Row], split: str) -> Iterator[Row]:
-    """Reddit posts with two answers and their votes. In training, as in HALOs: pairs whose votes differ by a factor of
-    2, and at most 5 pairs of a post, drawn with seed 0.
+    """Reddit posts with two answers and their votes. In training, as in HALOs: pairs whose votes differ by at least a
+    factor of 2, and at most 5 pairs per post, drawn with seed 0.
     """
     rows = list(rows) if split != "train" else _some_of_each_post([row for row in rows if _votes_differ(row)])
     for row in rows:
@@ -179,14 +181,14 @@ def dialogue(text: str) -> Turns:
 
 
 def hh(row: Row) -> Row:
-    """Two dialogues that begin alike. The prompt is their common start up to a turn of the human."""
+    """Two dialogues with a common beginning. The prompt is the common part up to a turn of the human."""
     chosen, rejected = dialogue(row["chosen"]), dialogue(row["rejected"])
     prompt = _common_prompt(chosen, rejected)
     return _pair(chosen[:prompt], chosen[prompt:], rejected[prompt:])
 
 
 def _common_prompt(chosen: Turns, rejected: Turns) -> int:
-    """How many turns both sides begin with, up to a turn of the user that both answer."""
+    """Number of common initial turns of both sides, up to a user turn that both answer."""
     alike = 0
     while alike < min(len(chosen), len(rejected)) - 1 and chosen[alike] == rejected[alike]:
         alike += 1
@@ -196,7 +198,7 @@ def _common_prompt(chosen: Turns, rejected: Turns) -> int:
 
 
 def oasst(rows: Iterable[Row], split: str) -> Iterator[Row]:
-    """Trees of messages with ranked answers, English ones only. Answers of neighbouring ranks are a pair."""
+    """Trees of messages with ranked answers, English ones only. Answers with neighbouring ranks form a pair."""
     messages = {row["message_id"]: row for row in rows if row["lang"] == "en"}
     ranked = {(row["parent_id"], row["rank"]): row for row in messages.values() if row["rank"] is not None}
     for (parent, rank), row in ranked.items():
@@ -265,12 +267,12 @@ def alpaca_eval(row: Row) -> Row:
 
 
 def wildbench(row: Row) -> Row:
-    """Conversations that end with the user, and GPT-4's answer. HALOs reads the first turn only."""
+    """Conversations that end with a user turn, and GPT-4's answer. HALOs reads only the first turn."""
     return {"prompt": _plain(row["conversation_input"]), "completion": _assistant(row["references"]["gpt-4"])}
 
 
 def conversations(row: Row) -> Row:
-    """Two conversations that hold the prompt too, with scores or ratings where there are any."""
+    """Two conversations that include the prompt, with scores or ratings if there are any."""
     chosen, rejected = _plain(row["chosen"]), _plain(row["rejected"])
     prompt = _common_prompt(chosen, rejected)
     scores = [row.get(f"score_{side}", row.get(f"rating_{side}")) for side in ("chosen", "rejected")]
@@ -278,7 +280,7 @@ def conversations(row: Row) -> Row:
 
 
 def with_text_prompt(row: Row) -> Row:
-    """As `conversations`; where those hold answers only, the prompt is the text of the column `prompt`."""
+    """As `conversations`; if those contain only answers, the prompt is the text of the column `prompt`."""
     if row["chosen"][0]["role"] == "assistant":
         row = {**row, **{side: [*_user(row["prompt"]), *row[side]] for side in ("chosen", "rejected")}}
     return conversations(row)
@@ -290,7 +292,7 @@ def labelled(row: Row) -> Row:
 
 
 def nectar(row: Row) -> Row:
-    """A dialogue and seven answers with ranks: the first of them against each other one."""
+    """A dialogue and seven ranked answers; the first one is paired with each of the others."""
     prompt = [turn for turn in dialogue(row["prompt"]) if turn["content"]]  # ends with an empty turn of the assistant
     best, *others = sorted(row["answers"], key=lambda answer: answer["rank"])
     return {
@@ -304,7 +306,7 @@ _TURN_OF = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 
 
 def helpsteer(row: Row) -> Row:
-    """A response with the score `helpfulness` (0 to 4). Earlier turns stand in the prompt behind `<extra_id_1>`."""
+    """A response with the score `helpfulness` (0 to 4). The prompt separates earlier turns by `<extra_id_1>`."""
     first, *parts = _TURN_OF.split(row["prompt"])
     later = zip(parts[::2], parts[1::2], strict=True)
     prompt = _user(first) + [{"role": speaker.lower(), "content": text} for speaker, text in later]

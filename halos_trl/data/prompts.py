@@ -1,4 +1,4 @@
-"""The different prompts of a dataset, to sample completions for."""
+"""The distinct prompts of a dataset, for sampling completions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _ANSWERS = {
     *("prompt_id", "sample_id", "generator", "dataset", "split", "token_ids", "logprobs", "finish_reason"),
     *("row_number", "instruction", "reward"),
 }
-"""Columns about completions that exist already, or whose names the samples use."""
+"""Columns about existing completions, or whose names are used in samples."""
 
 
 def unique_prompts(rows: Iterable[Row], name: str = "data") -> list[Row]:
-    """A row for each different prompt, in the order of first appearance: `prompt`, and what else the row says.
+    """One row for each distinct prompt, in order of first appearance: `prompt` and the other columns.
 
     The prompt is the column `prompt`; or `instruction`, as AlpacaEval's data have it; or `messages` up to the
-    assistant's last turn; or what `chosen` and `rejected` have in common. Columns about completions (`chosen`,
+    assistant's last turn; or the common beginning of `chosen` and `rejected`. Columns about completions (`chosen`,
     `label`, `score`, ...) are left out; the others are kept, for functions that judge the samples.
 
-    Raises ValueError, naming the row, where there is none of these columns, and where a prompt is empty.
+    Raises a ValueError that names the row if none of these columns exists or a prompt is empty.
     """
     found: dict[str, Row] = {}
     for index, row in enumerate(rows):
@@ -55,7 +55,7 @@ def _prompt_of(row: Row) -> Any:
 
 
 def _turns(prompt: Any) -> Any:
-    """Turns without the keys that `datasets` fills with None where other rows have them."""
+    """Turns without the keys that `datasets` fills in with None because other rows have them."""
     if isinstance(prompt, str):
         return prompt
     return [{key: value for key, value in turn.items() if value is not None} for turn in prompt]

@@ -1,7 +1,7 @@
-"""What is wrong with one raw row of each form, in words: pure functions of the row, without its dataset.
+"""Checks of one raw row of each form: pure functions of the row that describe its problem.
 
 Each check returns the end of a sentence that begins with "Row 3 of the train dataset", and what to do; or None for a
-row that can be trained on.
+valid row.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ RowCheck: TypeAlias = Callable[[Row], Problem]
 
 
 def paired_check(columns: Iterable[str], *, splits_implicit: bool = True) -> RowCheck:
-    """The check of rows of `chosen` and `rejected`, with a `prompt` where `columns` has one.
+    """The check for rows of `chosen` and `rejected`, with a `prompt` if `columns` has one.
 
-    Without one the prompt is the common start of both sides; `splits_implicit` says that the method has to find it.
+    Without one, the prompt is the common beginning of both sides; `splits_implicit` tells whether the method needs it.
     """
     if "prompt" not in columns:
         return lambda row: implicit_pair_problem(row, splits_implicit) or template_problem(row)
@@ -49,7 +49,7 @@ def paired_check(columns: Iterable[str], *, splits_implicit: bool = True) -> Row
 
 
 def unpaired_check(row: Row) -> Problem:
-    """Of a row of `prompt`, `completion` and `label`."""
+    """The check for rows of `prompt`, `completion` and `label`."""
     return (
         prompt_problem(row.get("prompt"))
         or completion_problem(row, "completion")
@@ -59,7 +59,7 @@ def unpaired_check(row: Row) -> Problem:
 
 
 def scored_check(columns: Iterable[str], needs_score: bool) -> RowCheck:
-    """The check of rows of one `completion`, with a `score` or a `label` where `columns` has one and it is read."""
+    """The check for rows of one `completion`, with a `score` or a `label` if `columns` has one and it is used."""
     reads_score = "score" in columns
     reads_label = needs_score and not reads_score and "label" in columns
 
@@ -77,13 +77,13 @@ def scored_check(columns: Iterable[str], needs_score: bool) -> RowCheck:
 
 
 def scored_pairs_check(columns: Iterable[str]) -> RowCheck:
-    """The check of pairs whose sides count as scored completions."""
+    """The check for pairs whose sides count as scored completions."""
     pairs = paired_check(columns)
     return lambda row: pairs(row) or prompt_id_problem(row)
 
 
 def scored_lists_check(columns: Iterable[str]) -> RowCheck:
-    """The check of rows of `completions`, with `scores` where `columns` has them."""
+    """The check for rows of `completions`, with `scores` if `columns` has them."""
     has_scores = "scores" in columns
 
     def check(row: Row) -> Problem:
@@ -104,9 +104,9 @@ def sampled_check(check: RowCheck) -> RowCheck:
 
 
 class OneForm:
-    """A check that also refuses rows of another form than the first good one.
+    """A check that also refuses rows whose form differs from that of the first valid row.
 
-    The form of the first row, text or conversation, decides how all of them are prepared.
+    The form of the first row, text or conversation, determines how all of them are prepared.
     """
 
     def __init__(self, check: RowCheck):
@@ -122,13 +122,13 @@ class OneForm:
         if form == self.first:
             return None
         return (
-            f"is {form}, but the first row is {self.first}. All rows of a dataset need one form: make all prompts and "
-            "completions text, or all of them lists of messages."
+            f"is {form}, but the first row is {self.first}. All rows of a dataset must have the same form: convert "
+            "all prompts and completions to text, or all of them to lists of messages."
         )
 
 
 def form_of(row: Row) -> str:
-    """Whether a row whose columns agree is text or a conversation, as an error names it."""
+    """The form of a row, text or conversation, as it is called in errors."""
     value = next(row[column] for column in ("prompt", "chosen", "completion") if column in row)
     return "text" if isinstance(value, str) else "conversational"
 
@@ -137,7 +137,7 @@ def _completions_problem(row: Row) -> Problem:
     completions = row.get("completions")
     if not isinstance(completions, list):
         return (
-            f"has `completions` {shown(completions)} of type {type(completions).__name__}; it is a list of "
+            f"has `completions` {shown(completions)} of type {type(completions).__name__}; expected a list of "
             "completions. Put a single one into a list, or rename the column to `completion`."
         )
     if not completions:
@@ -174,13 +174,11 @@ def _scores_problem(row: Row) -> Problem:
     completions, scores = row["completions"], row.get("scores")
     if scores is not None and not isinstance(scores, list):
         return (
-            f"has `scores` {shown(scores)} of type {type(scores).__name__}; it is a list with one score for each "
+            f"has `scores` {shown(scores)} of type {type(scores).__name__}; expected a list with one score per "
             "completion."
         )
     if len(scores or []) != len(completions):
-        return (
-            f"has {len(completions)} completions but {len(scores or [])} scores. Give one score for each completion."
-        )
+        return f"has {len(completions)} completions but {len(scores or [])} scores. Provide one score per completion."
     return next(filter(None, map(score_problem, scores or [])), None)
 
 
