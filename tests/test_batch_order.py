@@ -447,10 +447,10 @@ def test_what_was_cut_is_counted(halos_tokenizer, make_config, said):
 @pytest.mark.parametrize(
     ("config_class", "settings", "message"),
     [
-        (KTOConfig, {"batch_order": "HALOs"}, "`batch_order='HALOs'` cannot work: there is no such choice"),
+        (KTOConfig, {"batch_order": "HALOs"}, "`batch_order='HALOs'` cannot work: it is not one of the choices"),
         (DPOConfig, {"batch_order": "trl", "max_prompt_length": 64}, "`max_prompt_length=64` cannot work: rows keep"),
         (KTOConfig, {"max_prompt_length": 0}, "`max_prompt_length=0` cannot work: it counts tokens"),
-        (KTOConfig, {"max_prompt_length": 64, "max_length": 64}, "`max_length=64` counts the completion too"),
+        (KTOConfig, {"max_prompt_length": 64, "max_length": 64}, "`max_length=64` includes the completion"),
         (KTOConfig, {"train_sampling_strategy": "sequential"}, "`train_sampling_strategy='sequential'` cannot work"),
         (GRPOConfig, {"train_sampling_strategy": "sequential"}, "`train_sampling_strategy='sequential'` cannot work"),
         (DPOConfig, {"dataloader_drop_last": True}, "`dataloader_drop_last=True` cannot work"),

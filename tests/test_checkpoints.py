@@ -111,15 +111,15 @@ DAMAGES = [
     ("optimizer.pt", halve, "optimizer.pt is truncated"),
     ("optimizer.pt", other_content, "optimizer.pt holds a `list`"),
     ("scheduler.pt", remove, "scheduler.pt is missing"),
-    ("scheduler.pt", write("no archive"), "scheduler.pt is truncated or no file of `torch.save`"),
+    ("scheduler.pt", write("no archive"), "scheduler.pt is truncated, or was not written by `torch.save`"),
     ("rng_state.pth", empty, "rng_state.pth is empty"),
     ("rng_state.pth", other_content, "rng_state.pth holds a `list`"),
     ("model.safetensors", empty, "model.safetensors cannot be read"),
     ("model.safetensors", halve, "model.safetensors cannot be read"),
     ("trainer_state.json", remove, "trainer_state.json is missing"),
     ("trainer_state.json", empty, "trainer_state.json cannot be read"),
-    ("trainer_state.json", write("null"), "trainer_state.json holds no trainer's state but None"),
-    ("trainer_state.json", write("[]"), r"trainer_state.json holds no trainer's state but \[\]"),
+    ("trainer_state.json", write("null"), "trainer_state.json does not contain a trainer state but None"),
+    ("trainer_state.json", write("[]"), r"trainer_state.json does not contain a trainer state but \[\]"),
     ("trainer_state.json", write('{"global_step": 4, "nonsense": 1}'), "trainer_state.json cannot be read.*nonsense"),
 ]
 

@@ -294,7 +294,7 @@ def test_help_lists_every_flag_of_trl_and_ours(capsys):
         (["--streaming"], r"use `--dataset_streaming`"),
         (["--test_split_size", "0.5"], r"apply to a `datasets` mixture"),
         (["--resume_from_checkpoint", "true", "--output_dir", "nowhere"], r"`nowhere` has no complete checkpoint"),
-        (["--resume_from_checkpoint", "folder"], "no checkpoint to go on from: trainer_state.json is missing"),
+        (["--resume_from_checkpoint", "folder"], "cannot be resumed from: trainer_state.json is missing"),
         (["--config", "nowhere.yaml"], r"`--config nowhere.yaml` cannot be opened"),
         (["--config", "rows.parquet"], r"`--config rows.parquet` cannot be read"),
         (["--config", "notes.txt"], r"holds str, not settings by name"),
@@ -312,7 +312,7 @@ def test_refused_flags(here, flags, message):
         ("./nowhere", r"./nowhere` is a local path, but there is no such folder"),
         ("/nowhere/model", r"local path, but there is no such folder"),
         ("rows.jsonl", r"local path, but there is no such folder"),
-        ("folder", r"without `config.json`. Name the folder that `save_pretrained` wrote"),
+        ("folder", r"without `config.json`. Pass the folder that `save_pretrained` wrote"),
         (None, r"name a dataset but not `--model_name_or_path`"),
     ],
 )
@@ -326,7 +326,7 @@ def test_refused_models(here, model, message):
     [
         ("nowhere.jsonl", r"local path, but there is no such file"),
         ("./nowhere", r"local path, but there is no such file"),
-        ("notes.txt", r"suffix '.txt'; readable are \['.arrow', '.csv'"),
+        ("notes.txt", r"suffix '.txt'; supported are \['.arrow', '.csv'"),
         ("empty.jsonl", r"empty file"),
         ("broken.jsonl", r"`--dataset_name broken.jsonl` cannot be loaded: "),
         ("empty-folder", r"`--dataset_name empty-folder` cannot be loaded: .*any data files"),
@@ -358,7 +358,7 @@ def test_lost_connection_is_not_blamed_on_the_flags(here, monkeypatch):
 
 def test_refused_config_files(here, tmp_path):
     with pytest.raises(
-        ValueError, match=r"sets `leraning_rate`, unknown to this script. Did you mean `learning_rate`"
+        ValueError, match=r"sets `leraning_rate`, which this script does not have. Did you mean `learning_rate`"
     ):
         parse("--config", config_file(tmp_path, leraning_rate=1))
     with pytest.raises(ValueError, match=r"sets `log_epsilon_P`, .* Did you mean `log_epsilon_p`\?"):
@@ -430,7 +430,7 @@ def test_wrong_type_ends_with_a_short_usage(here, capsys):
 
 def test_adapter_folder_is_no_model(here, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an adapter: merge it into its base model first"):
+    with pytest.raises(ValueError, match="contains an adapter: merge it into its base model first"):
         parse(model=str(tmp_path))
 
 

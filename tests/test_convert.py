@@ -120,7 +120,7 @@ def test_a_single_input_of_a_config_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("rows.csv", "out.json"), "ends in '.csv'; files end in .json, .jsonl, .parquet"),
+        (("rows.csv", "out.json"), "has the suffix '.csv'; supported are .json, .jsonl, .parquet"),
         (("feedback.json", "out.parquet", "--format", "halos"), "HALOs reads JSON, not Parquet"),
         (("feedback.json", "out.json", "--format", "halos", "--for_", "sft"), "`--for_` applies to"),
         (("feedback.json", "out.json", "--format", "halos", "--pair_mode", "min"), "`--pair_mode min` has no effect"),

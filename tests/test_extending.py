@@ -138,7 +138,7 @@ def test_flags_that_a_method_does_not_read_are_refused(fit, dummy_kto, margin, w
     for name in ("sync_ref_model", "precompute_ref_log_probs"):
         with pytest.raises(ValueError, match=f"`{name}=True` has no effect: MarginTrainer uses no reference"):
             fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), **{name: True})
-    with pytest.raises(ValueError, match="nothing says that the loss of MarginTrainer clamps"):
+    with pytest.raises(ValueError, match="the class does not declare that the loss of MarginTrainer clamps"):
         fit(margin.MarginTrainer, margin.MarginConfig, paired_rows(8), humanline=True)
     for name, value in {"epsilon": 0.2, "epsilon_high": 0.3, "sequence_level": True}.items():
         with pytest.raises(ValueError, match=f"`{name}=.*has no effect: the loss of WeightedTrainer does not read"):
@@ -312,5 +312,5 @@ def test_a_method_without_a_loss_says_what_to_write(fit):
     class Empty(UnpairedPreferenceTrainer):
         pass
 
-    with pytest.raises(NotImplementedError, match="Empty has to write"):
+    with pytest.raises(NotImplementedError, match="Empty must define"):
         fit(Empty, KTOConfig, unpaired_rows(8))

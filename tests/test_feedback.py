@@ -563,7 +563,7 @@ def test_splits_of_a_file(load_data, tmp_path):
 
 def test_a_folder_of_files_of_halos(load_data, tmp_path):
     write(tmp_path, [binary("p", "a", 1)], "train.json")
-    with pytest.raises(ValueError, match=r"is a folder, and train.json in it is in a format of HALOs"):
+    with pytest.raises(ValueError, match=r"is a folder, and train.json in it is in one of HALOs' formats"):
         load_data(tmp_path, "unpaired")
 
 

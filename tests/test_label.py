@@ -295,6 +295,6 @@ def test_scores_without_any_pair_are_an_error(folder):
         folder / "samples.jsonl",
         [sample(0, 0, "a", reward=1), sample(0, 1, "b", reward=1), sample(1, 0, "c", reward=2)],
     )
-    with pytest.raises(ValueError, match="The 3 scores give no pair"):
+    with pytest.raises(ValueError, match="The 3 scores yield no pair"):
         run(feedback="pairwise")
     assert not (folder / "out.jsonl").exists()

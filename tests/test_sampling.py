@@ -288,7 +288,7 @@ def test_alpaca_eval_file_of_a_run_that_was_killed_before_it(files, tmp_path):
 @pytest.mark.parametrize(
     ("turns", "more", "message"),
     [
-        (user("a"), [], "takes one output per prompt, not 3"),
+        (user("a"), [], "needs one output per prompt, not 3"),
         (user("a"), ["--alpaca_eval", "outputs.jsonl"], "AlpacaEval reads files that end in `.json`"),
         (
             [{"role": "system", "content": "s"}, *user("a")],

@@ -250,7 +250,7 @@ def refuse_other_settings(settings: dict[str, Any], folder: str) -> None:
     changed = [name for name in before | settings if before.get(name) != settings.get(name)]
     if before and changed:
         old, new = ({"batch_order": "trl"} | noted for noted in (before, settings))
-        said = ", ".join(f"`{n}={old.get(n)!r}` is now {new.get(n)!r}" for n in changed)
+        said = ", ".join(f"`{n}={old.get(n)!r}` has become {new.get(n)!r}" for n in changed)
         raise ValueError(
             f"{folder} was written with different settings: {said}. Resume with the settings of the checkpoint, or "
             "pass the folder as `model` to start a new run from its weights."
