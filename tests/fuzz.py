@@ -50,7 +50,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 
 REMEDY = re.compile(
     r"\b(Add|Apply|Ask|Build|Call|Choose|Convert|Create|Cut|Drop|Expected|Fill|Give|Install|Keep|Leave|Let|"
-    r"Load|Look|Lower|Make|Mend|Disable|Provide|Move|Name|Needs|Pass|Point|Put|Raise|Read|Remove|Rename|Replace|Resize|"
+    r"Load|Look|Lower|Make|Mend|Disable|Provide|Fix|Check|Move|Name|Needs|Pass|Point|Put|Raise|Read|Remove|Rename|Replace|Resize|"
     r"Return|Save|Score|Set|Shorten|Split|Start|Switch|Take|Train|Turn|Unexpected keyword argument|"
     r"Unfreeze|Use|Write)\b",
     re.IGNORECASE,
