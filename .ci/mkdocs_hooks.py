@@ -75,7 +75,8 @@ def _outside(page: str, text: str) -> set[str]:
     """The files that a page links to and that are no pages by themselves."""
     links = [m[2] for part in CODE.split(text)[::2] for m in LINK.finditer(part)]
     targets = {_target(page, link) for link in links}
-    return {name for name in targets if name and not name.startswith("docs/") and name not in PAGES}
+    outside = {name for name in targets if name and not name.startswith("docs/") and name not in PAGES}
+    return {name for name in outside if (ROOT / name).exists()}
 
 
 def _link(page: str, match: re.Match[str]) -> str:
@@ -88,6 +89,8 @@ def _link(page: str, match: re.Match[str]) -> str:
         target = target.removeprefix("docs/")
     elif (ROOT / target).exists():
         target = _shown(target)
+    else:  # a picture of the notebook, or a broken link, which MkDocs reports
+        return match[0]
     path = os.path.relpath(target, os.path.dirname(page) or ".")
     return f"{match[1]}{path}{'#' + anchor if anchor else ''}{match[3]}"
 
