@@ -38,7 +38,7 @@ class SamplingSettings:
         top_p: Sample from the smallest set of tokens with this total probability; 1 samples from all.
         max_tokens: Maximum number of tokens per completion, including the end token.
         max_prompt_length: Maximum number of tokens per prompt; a longer one is refused by `prompt_tokens`. None: no
-        limit.
+            limit.
         stop: Texts that end a completion and are not part of it. A text that is a single token of the vocabulary ends
             it like the end token.
         seed: Random seed.

@@ -297,7 +297,7 @@ def test_help_lists_every_flag_of_trl_and_ours(capsys):
         (["--resume_from_checkpoint", "folder"], "cannot be resumed from: trainer_state.json is missing"),
         (["--config", "nowhere.yaml"], r"`--config nowhere.yaml` cannot be opened"),
         (["--config", "rows.parquet"], r"`--config rows.parquet` cannot be read"),
-        (["--config", "notes.txt"], r"holds str, not settings by name"),
+        (["--config", "notes.txt"], r"contains a str, not settings by name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -378,10 +378,10 @@ def test_refused_config_files(here, tmp_path):
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        (b"hf_secret", "holds str, not settings by name"),
+        (b"hf_secret", "contains a str, not settings by name"),
         (b"user: hf_secret\npassword: hf_secret: 5\n", "line 2, column 20"),
         (b"a: *hf_secret", "line 1, column 4"),
-        (b"- hf_secret", "holds list"),
+        (b"- hf_secret", "contains a list"),
         (b"\xffhf_secret", "not UTF-8 text"),
     ],
 )

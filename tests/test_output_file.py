@@ -106,7 +106,7 @@ def test_settings_file_is_no_data_to_datasets(tmp_path):
     assert list(rows) == ["train"] and list(rows["train"]) == ITEMS
 
 
-@pytest.mark.parametrize(("line", "reason"), [("{", "line 2: not JSON"), ("[1]", "line 2: holds list")])
+@pytest.mark.parametrize(("line", "reason"), [("{", "line 2: not JSON"), ("[1]", "line 2: contains a list")])
 def test_damaged_line_is_named(tmp_path, line, reason):
     (tmp_path / "out.jsonl").write_text(f'{{"a": 1}}\n{line}\n')
     with pytest.raises(ValueError, match=reason):

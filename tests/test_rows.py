@@ -321,9 +321,9 @@ def not_datasets(rows):
     return {
         "DatasetDict": (
             datasets.DatasetDict(train=rows),
-            r"holds \['train'\]: pass one of them, e.g. `data\['train'\]",
+            r"contains \['train'\]: pass one of them, e.g. `data\['train'\]",
         ),
-        "dict": ({"a": rows}, "holds .'a'."),
+        "dict": ({"a": rows}, "contains .'a'."),
         "list": (rows.to_list(), "datasets.Dataset.from_list"),
         "DataFrame": (pandas.DataFrame(rows.to_list()), "datasets.Dataset.from_pandas"),
         "name": ("owner/name", r"load_dataset\('owner/name', split='train'\)"),
