@@ -52,8 +52,10 @@ MAY_IMPORT = MATHEMATICS | {
     "memory": set(),
     "sampling": {"data"},
     "report": set(),
+    "pictures_callback": {"report"},
     "generation": {"sampling", "scoring", "data", "_trl", "trainers"},
     "cli": {
+        "pictures_callback",
         "generation",
         "report",
         "scoring",

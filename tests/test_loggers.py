@@ -29,6 +29,7 @@ METRICS = {
     "rewards/margins",
 }
 TRAIN_METRICS = {f"train/{name}" for name in METRICS | {"grad_norm", "learning_rate", "epoch"}}
+PICTURES = {f"report/{name}" for name in ("loss", "rewards", "logps", "kl", "grad_norm", "learning_rate")}
 EVAL_METRICS = {f"eval/{name}" for name in METRICS}
 
 
@@ -93,6 +94,7 @@ def test_wandb(logged: Logged) -> None:
     config = read_config(logged.folder / "wandb")
     assert {name: config[name] for name in SETTINGS} == SETTINGS
     assert config["model_type"] == "llama"
+    assert PICTURES <= {name.split(".")[0] for row in history for name in row}
 
 
 @pytest.mark.skipif("tensorboard" not in LOGGERS, reason="tensorboard is not installed")
@@ -111,6 +113,7 @@ def test_tensorboard(logged: Logged) -> None:
     (arguments,) = (event.tensor_proto.string_val[0] for event in events.Tensors("args/text_summary"))
     arguments = json.loads(arguments)
     assert {name: arguments[name] for name in SETTINGS} == SETTINGS
+    assert set(events.Tags()["images"]) >= PICTURES
 
 
 @pytest.mark.skipif("trackio" not in LOGGERS, reason="trackio is not installed")
@@ -121,6 +124,7 @@ def test_trackio(logged: Logged) -> None:
     assert_same(rows, logged)
     config = json.loads(config)
     assert {name: config[name] for name in SETTINGS} == SETTINGS
+    assert {name for row in rows for name in row} >= PICTURES
 
 
 # The process that trains
@@ -130,6 +134,7 @@ def _train() -> None:
     from conftest import perturbed, unpaired_rows
 
     from halos_trl import KTOConfig, KTOTrainer, toy
+    from halos_trl.pictures_callback import PicturesCallback
 
     tokenizer = toy.build_tokenizer()
     model = toy.tiny_model(tokenizer)
@@ -155,6 +160,7 @@ def _train() -> None:
         eval_dataset=unpaired_rows(8, seed=1),
         processing_class=tokenizer,
     )
+    trainer.add_callback(PicturesCallback(trainer))
     trainer.train()
     Path("history.json").write_text(json.dumps(trainer.state.log_history))
 

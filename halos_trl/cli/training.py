@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import toy
 from ..merge import merge_adapter
+from ..pictures_callback import PicturesCallback
 from .flags import HalosScriptArguments
 from .generation import add_generation
 
@@ -14,6 +15,7 @@ def run(trainer: Any, script_args: HalosScriptArguments) -> None:
     """Train, save and push. On the embedded default, print the held-out accuracy before and after."""
     before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
     add_generation(trainer, script_args)
+    trainer.add_callback(PicturesCallback(trainer))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     save_and_push(trainer, script_args)
     if before is not None:

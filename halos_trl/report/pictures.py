@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
+
 from .panels import Panel, series, thinned
 from .runs import Run, Series
 
@@ -129,4 +131,11 @@ def as_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-__all__ = ["as_png", "as_svg", "check_matplotlib", "draw"]
+def as_array(figure: Any) -> np.ndarray:
+    """The figure as pixels: (height, width, 3), bytes."""
+    figure.set_dpi(130)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+__all__ = ["as_array", "as_png", "as_svg", "check_matplotlib", "draw"]
