@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,14 +101,17 @@ class ValueHost(ScoredHost):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with taken_off(self._causal_lm()):
+        with self._as_in_checkpoints():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _as_in_checkpoints(self) -> AbstractContextManager[None]:
+        """The policy with its head if the files of an engine hold it too, and without it otherwise."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return contextlib.nullcontext()
+        return taken_off(self._causal_lm())
+
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled:  # whose own checkpoints hold the head
-            super()._load_best_model()
-            return
-        with taken_off(self._causal_lm()):
+        with self._as_in_checkpoints():
             super()._load_best_model()
         load_value_head(self.value_head, self.state.best_model_checkpoint)
 
