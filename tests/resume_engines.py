@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from conftest import cpu_config, paired_rows, weights
+from policy_runs import scored
 from two_processes import assert_engine, settings_of_engine
 
-from halos_trl import DPOConfig, DPOTrainer, toy
+from halos_trl import DPOConfig, DPOTrainer, PPOConfig, PPOTrainer, toy
 from halos_trl.trainers.checkpoints import last_complete_checkpoint, problem_of
 
 
-def make(out, engine, **settings):
+def make(out, engine, ppo=False, **settings):
     tokenizer = toy.build_tokenizer()
     defaults = {
         "max_steps": 4,
@@ -21,9 +22,14 @@ def make(out, engine, **settings):
         "per_device_train_batch_size": 4,
         "humanline": True,
     }
-    args = cpu_config(DPOConfig, out / "run", **(defaults | settings_of_engine(engine) | settings))
-    model = toy.tiny_model(tokenizer)
-    return DPOTrainer(model=model, args=args, train_dataset=paired_rows(24), processing_class=tokenizer)
+    trainer_class, config_class = (PPOTrainer, PPOConfig) if ppo else (DPOTrainer, DPOConfig)
+    args = cpu_config(config_class, out / "run", **(defaults | settings_of_engine(engine) | settings))
+    return trainer_class(
+        model=toy.tiny_model(tokenizer),
+        args=args,
+        train_dataset=scored(8) if ppo else paired_rows(24),
+        processing_class=tokenizer,
+    )
 
 
 def resumed(out, engine):
@@ -50,4 +56,9 @@ def resumed(out, engine):
         with pytest.raises(ValueError, match="cannot be restored under FSDP") as refused:
             make(out / "stateless", engine, **(stateless | {"max_steps": 4})).train(resume_from_checkpoint=True)
         results["refused"] = str(refused.value)
+        # Only here does an engine restore a policy with its value head into parameters that it has split already.
+        ppo = [make(out / "ppo", engine, ppo=True, max_steps=2, save_steps=1) for _ in range(2)]
+        ppo[0].train()
+        ppo[1].train(resume_from_checkpoint=str(out / "ppo" / "run" / "checkpoint-1"))
+        results["ppo"] = [weights(trainer.model) for trainer in ppo]
     return results

@@ -62,6 +62,12 @@ def test_fsdp2_cannot_restore_an_optimizer_without_state(results):
     assert "Pass the folder as `model`" in results("fsdp2")["resumed"]["refused"]
 
 
+@pytest.mark.slow
+def test_ppo_under_fsdp2_resumes_with_its_value_head(results):
+    whole, resumed = results("fsdp2")["resumed"]["ppo"]
+    assert torch.equal(resumed, whole)
+
+
 def test_table_names_every_run_of_the_scripts():
     source = "".join(SCRIPT.with_name(name).read_text() for name in ("two_processes.py", "two_processes_policy.py"))
     assert all(f'"{name}": run(' in source for name in RUNS)

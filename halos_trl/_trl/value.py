@@ -96,7 +96,8 @@ class ValueHost(ScoredHost):
             marker = f"{VALUE_HEAD}."
             head = {name.split(marker, 1)[1]: t for name, t in state_dict.items() if marker in name}
             state_dict = {name: t for name, t in state_dict.items() if marker not in name}
-        save_value_head(head, folder)
+        if head and self.args.should_save:  # FSDP calls this on every process, and gathers on one
+            save_value_head(head, folder)
         with taken_off(self._causal_lm()):
             super()._save(output_dir, state_dict)
 
