@@ -95,7 +95,7 @@ class CleanLoops(Mixin):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches and self.state.global_step == 0:
             raise ValueError(
-                "The train dataset gives no batch, so nothing would be trained. " + self.why_no_batch("train")
+                "The train dataset yields no batch, so nothing would be trained. " + self.why_no_batch("train")
             )
         return batches, num_items
 
