@@ -32,7 +32,7 @@ def test_tutorial_runs(tmp_path, monkeypatch, tokenizer, model):
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") for output in outputs).splitlines()
+    printed = "".join(output["text"] for output in outputs if output.get("name") == "stdout").splitlines()
     assert len([line for line in printed if line.startswith("accuracy")]) == 3
     assert len([output for output in outputs if "image/png" in output.get("data", {})]) == 2
     assert (tmp_path / "tutorial-humanline" / "model.safetensors").is_file()
