@@ -1,35 +1,35 @@
-"""The one door to private names of TRL and transformers.
+"""The only package that uses private names of TRL and transformers.
 
-TRL is the host: it loads models, tokenizes, prepares adapters, evaluates and saves. What it bakes in and this
-package does not want is undone here and nowhere else; every other module uses public names only.
+TRL loads models, tokenizes, prepares adapters, evaluates and saves. Where its built-in behavior does not suit this
+package, it is changed here and nowhere else; every other module uses public names only.
 
 =============================  =========================================================================
-what TRL does                  what happens here
+TRL's behavior                 behavior here
 =============================  =========================================================================
 KTO pairs each prompt with a   TRL is told that there is no KL term, so it neither stores partners nor
-neighbour's completion once    refuses shuffling and batch size 1; `UnpairedPreferenceTrainer` pairs inside
+neighbour's completion once    refuses shuffling and batch size 1; `UnpairedPreferenceTrainer` pairs within
 and forbids shuffling          the optimizer step
-re-loads the reference from    an *instance* is copied, so that policy and reference start out equal
+reloads the reference from     the model instance is copied, so that policy and reference start out equal
 the hub id of the policy
-loads a reference for every    none is loaded where `needs_reference` is false
+loads a reference for every    no reference is loaded if `needs_reference` is false
 DPO-like method
 averages micro-batch means     sums and counts are kept on the device and divided once per log line
-drops rows without room for    the same rows are dropped, but counted in a warning
-a completion, silently
-writes the reference adapter   the other adapters are saved
+silently drops rows without    the same rows are dropped, but counted in a warning
+room for a completion
+writes the reference adapter   only the other adapters are saved
 into the saved model
-gives a PeftModel a reference  it is added without editing the base weights a second time (PiSSA and its
-adapter, needed or not         kin), and not at all where `needs_reference` is false
-precomputes reference sums in  the live reference computes them; what was stored is found by all that decides
-a forward pass of its own, and the numbers
-finds them by dataset and
+adds a reference adapter to    it is added without modifying the base weights a second time (PiSSA and similar
+every PeftModel                methods), and not at all if `needs_reference` is false
+precomputes reference sums in  the same code computes live and stored log-probs; the cache key contains every
+a separate forward pass, with  setting that affects the numbers
+a cache key of dataset and
 weights alone
-prepares the policy for an     also where a reference was prepared before it
+prepares the policy for an     the policy is prepared even if a reference was prepared before it
 evaluation before training
 only if nothing else is
-lets NaN losses, gradients     an error before the update, and before the weights are saved
-and learning rates through
-loads the adapter of a         its dtype stays
+does not check losses,         NaN and infinity raise an error before the update, and before the weights are
+gradients and learning rates   saved
+loads the adapter of a         the adapter keeps its dtype
 quantized model as float32
 =============================  =========================================================================
 """

@@ -1,4 +1,4 @@
-"""Two adapters on one base model: adding the reference's, reading through one or none, and what trains beside them."""
+"""Policy and reference adapters on one base model: adding, selecting and disabling them, and what each contains."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLICY_ADAPTER = "default"
 
 
 def refuse_unfit_adapters(model: Any) -> None:
-    """Raises ValueError for a `PeftModel` in which the policy's adapter is not where it is looked for."""
+    """Raise ValueError for a `PeftModel` whose policy adapter cannot be identified."""
     adapters = [] if isinstance(model, str) or not is_peft_model(model) else list(model.peft_config)
     active = list(model.active_adapters) if adapters else []
     if adapters and (active != [POLICY_ADAPTER] or REFERENCE_ADAPTER in adapters):
@@ -38,34 +38,34 @@ def refuse_unfit_adapters(model: Any) -> None:
 
 
 def add_reference_adapter(peft_model: PeftModel) -> None:
-    """A second adapter of the policy's configuration. Raises ValueError where PEFT can have only one."""
+    """Add a second adapter with the policy adapter's configuration. Raises ValueError if PEFT supports only one."""
     config = copy.deepcopy(peft_model.peft_config[POLICY_ADAPTER])
     if edits_base_weights(config):
-        config.init_lora_weights = True  # what it starts from is overwritten; the base must not be edited twice
+        config.init_lora_weights = True  # overwritten later; other inits would modify the base again
     if getattr(config, "bias", "none") != "none":
-        config.bias = "none"  # those are the base model's, of which there is one; `AdapterOff` keeps their values
+        config.bias = "none"  # biases belong to the shared base model; `AdapterOff` stores them
     with _flags_kept(peft_model):
         type(peft_model).add_adapter(peft_model, REFERENCE_ADAPTER, config)
 
 
 def edits_base_weights(config: PeftConfig) -> bool:
-    """Whether adding this adapter moves a part of the base weights into it (PiSSA and its kin)."""
+    """Whether adding this adapter moves part of the base weights into it (PiSSA and similar methods)."""
     kind = getattr(config, "init_lora_weights", True)
     return isinstance(kind, str) and kind.startswith(("pissa", "corda", "olora", "loftq", "lora_ga"))
 
 
 @contextlib.contextmanager
 def reading_adapter(peft_model: PeftModel, name: str | None) -> Iterator[None]:
-    """Forward passes without gradient through another adapter, or through none.
+    """Run forward passes without gradient through the named adapter, or without adapter if `name` is None.
 
-    PEFT's own switch also turns every parameter's `requires_grad` over, twice; where nothing is trained inside the
-    block, telling the layers which adapter to read is enough.
+    PEFT's own switch also changes `requires_grad` of every parameter, and changes it back afterwards. No gradient is
+    computed inside the block, so it is enough to tell the layers which adapter to use.
     """
     layers: list[Any] = [
         m for m in peft_model.modules() if isinstance(m, BaseTunerLayer) or "_active_adapter" in vars(m)
     ]
-    if name is None or not layers:  # prompt learning keeps its adapter elsewhere
-        # Switching on again would make the whole adapter trainable, also the part of it that somebody froze.
+    if name is None or not layers:  # prompt learning has no adapter layers
+        # Re-enabling would make the whole adapter trainable, including parameters that the user froze.
         with _flags_kept(peft_model), use_adapter(peft_model, name):
             yield
         return
@@ -81,7 +81,7 @@ def reading_adapter(peft_model: PeftModel, name: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _flags_kept(model: torch.nn.Module) -> Iterator[None]:
-    """What is trainable before the block is trainable after it, and nothing else that was there before."""
+    """Restore `requires_grad` of all parameters that exist before the block."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -91,7 +91,7 @@ def _flags_kept(model: torch.nn.Module) -> Iterator[None]:
 
 
 def restored_by_switch(peft_model: PeftModel) -> set[int]:
-    """`id` of every parameter that has no effect while the adapter is switched off."""
+    """`id` of every parameter that has no effect while the adapter is disabled."""
     owned: set[int] = set()
     for module in peft_model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -110,6 +110,6 @@ def _parameters_in(holder: Any) -> Iterator[torch.nn.Parameter]:
 
 
 def saved_with_adapter(peft_model: PeftModel) -> set[int]:
-    """Memory addresses of the tensors that `save_pretrained` writes for the policy's adapter."""
+    """Memory addresses of the tensors that `save_pretrained` writes for the policy adapter."""
     state = get_peft_model_state_dict(peft_model, adapter_name=POLICY_ADAPTER)
     return {tensor.data_ptr() for tensor in state.values()}

@@ -1,4 +1,4 @@
-"""Types of a trainer's arguments, checked before anything is loaded: each error names the argument."""
+"""Type checks of a trainer's arguments, made before anything is loaded. Each error names the argument."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
 def check_types(given: Mapping[str, Any], needs_language_head: bool) -> None:
-    """Raise TypeError or ValueError for the first argument of `given` (name -> value) that no trainer can work with.
+    """Raise TypeError or ValueError for the first invalid argument in `given` (name -> value).
 
-    An argument that is absent or None was not passed.
+    An argument that is absent or None counts as not passed.
     """
     check_model(given.get("model"), needs_language_head)
     if given.get("ref_model") is not None:
@@ -37,7 +37,7 @@ def check_types(given: Mapping[str, Any], needs_language_head: bool) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value and its type in one phrase, however long the value."""
+    """A value, shortened if it is long, and its type."""
     if isinstance(value, type):
         return f"the class {value.__name__} itself"
     if value is None:
@@ -57,7 +57,7 @@ _MODEL = "the model id, a folder, or a model made with `from_pretrained`"
 
 
 def check_model(model: Any, needs_language_head: bool) -> None:
-    """Refuse what is no model and no name of one."""
+    """Raise an error for anything other than a model or a model name."""
     if not isinstance(model, str):
         return check_loaded_model("model", model, needs_language_head)
     looks_like_folder = model.startswith((".", "~", os.sep)) or os.sep * 2 in model
@@ -67,7 +67,7 @@ def check_model(model: Any, needs_language_head: bool) -> None:
 
 
 def check_loaded_model(name: str, model: Any, needs_language_head: bool) -> None:
-    """Refuse a loaded model that cannot be trained, or compared with."""
+    """Raise an error for a loaded model that cannot be trained or used as a reference."""
     is_model = isinstance(model, torch.nn.Module) and hasattr(model, "config")
     _require(
         is_model, name, model, _MODEL if name == "model" else "a model made with `from_pretrained`, or leave it out"
@@ -134,7 +134,7 @@ def _check_optimizers(optimizers: Any) -> None:
 
 
 def check_optimizer_parameters(optimizer: Any, model: torch.nn.Module) -> None:
-    """Refuse an optimizer made for other parameters: it would train none of the model's."""
+    """Raise an error for an optimizer that holds none of the model's parameters."""
     if optimizer is None:
         return
     own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

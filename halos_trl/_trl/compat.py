@@ -1,4 +1,4 @@
-"""What older releases of TRL lack."""
+"""Replacements for features that older releases of TRL lack."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .fused_head import tokens_per_tile
 
 
 class _PlainLogProbs:
-    """TRL's fused LM head in plain torch, for TRL 1.15, whose only version of it needs Triton and a GPU.
+    """TRL's fused LM head in plain torch, for TRL 1.15, whose only implementation needs Triton and a GPU.
 
-    Newer TRL has a CPU version of its own and never gets here. The logits exist a tile at a time; the backward
-    pass computes them again.
+    Not used with newer TRL, which has its own CPU implementation. Logits are computed one tile at a time and
+    recomputed in the backward pass.
     """
 
     def __init__(self, fused: Any) -> None:
@@ -32,7 +32,7 @@ class _PlainLogProbs:
             return self.fused.apply(hidden, weight, bias, labels, temperature, chunk_size, softcap, scale, outputs)
 
         def block(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            # The backward pass, too, has to have the whole weight where DeepSpeed splits it.
+            # Under ZeRO-3 the backward pass needs the full weight, too.
             with maybe_gather_lm_head_ctx(weight, bias):
                 return _log_probs(hidden, weight, bias, labels, temperature, softcap, scale, outputs)
 

@@ -1,4 +1,4 @@
-"""What TRL must not do, or must get in another form, while it builds a trainer."""
+"""Changes to TRL's constructor: how it loads models, adds the fused head and creates the reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = get_logger(__name__)
 
 @contextlib.contextmanager
 def own_reference_adapter(model: Any, wanted: bool) -> Iterator[None]:
-    """Decide what TRL gets when it adds a reference adapter to a `PeftModel` and fills it."""
+    """Replace the step of TRL's constructor that adds a reference adapter to a `PeftModel` and fills it."""
     if isinstance(model, str) or not is_peft_model(model):
         yield
         return
@@ -41,7 +41,7 @@ def own_reference_adapter(model: Any, wanted: bool) -> Iterator[None]:
     def policys_parameter(name: str) -> torch.nn.Parameter:
         return type(model).get_parameter(model, name.replace(f".{REFERENCE_ADAPTER}.", f".{POLICY_ADAPTER}."))
 
-    # It copies the policy's parameters onto themselves.
+    # TRL's copy then copies the policy's parameters onto themselves, which changes nothing.
     with overridden(model, add_adapter=lambda name, config: None, get_parameter=policys_parameter):
         yield
 
@@ -53,14 +53,14 @@ def _copy_of(policy: PreTrainedModel) -> PreTrainedModel:
 
 
 def _is_partitioned(model: torch.nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 holds only shards of the parameters."""
+    """Whether the parameters are sharded by DeepSpeed ZeRO-3."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextlib.contextmanager
 def built_our_way(trainer: TrainerHost, model: Any) -> Iterator[None]:
-    """What TRL's constructor finds under the names of its helpers: how it gets a second model, puts the fused head on
-    models, and switches dropout off.
+    """Replace helpers that TRL's constructor calls: loading a second model, adding the fused head to models, and
+    disabling dropout.
     """
     host = sys.modules[trainer.trl_class.__module__]
     load = host.create_model_from_path  # type: ignore[attr-defined]
@@ -79,7 +79,7 @@ def _storage(trainer: TrainerHost) -> str:
 
 
 def _no_engine_for_stored(trainer: TrainerHost) -> dict[str, Any]:
-    """DeepSpeed's engine would give a reference the engine's own dtype, and move it to the device."""
+    """Keep a stored reference out of DeepSpeed's engine, which would cast it and move it to the device."""
 
     def as_it_is(model: PreTrainedModel, accelerator: Any) -> PreTrainedModel:
         return model.to(accelerator.device)
@@ -90,7 +90,7 @@ def _no_engine_for_stored(trainer: TrainerHost) -> dict[str, Any]:
 def _reference_like_policy(
     trainer: TrainerHost, model: Any, load: Callable[..., Any], path: str, *args: Any, **kwargs: Any
 ) -> PreTrainedModel | None:
-    """What TRL gets when it asks for a model by the policy's hub id."""
+    """Load the policy; when TRL loads a second model, return the reference, copied if the policy was an instance."""
     policy = getattr(trainer, "model", None)
     if policy is None:  # TRL is loading the policy itself
         return load(path, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Switching off dropout in every form in which a model may hold it."""
+"""Disable dropout in all forms in which models implement it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _RATES_OF_DROPOUT_MODULES = ("p", "prob", "rate")
 def switch_off_dropout(model: torch.nn.Module) -> None:
     """Set every dropout rate in the model's modules to 0.
 
-    `trl.trainer.utils.disable_dropout_in_model` reaches `torch.nn.Dropout` alone. Many models call dropout as a
-    function with a rate that a module holds (`attention_dropout` of most, all of OPT's), skip whole layers
-    (`layerdrop`), or shake their router (`router_jitter_noise`); PEFT keeps some rates in a dictionary by adapter.
-    The config stays as it is, since it is saved with the model.
+    `trl.trainer.utils.disable_dropout_in_model` changes only `torch.nn.Dropout`. Many models call functional dropout
+    with a rate stored on a module (`attention_dropout` in most models, all dropout in OPT), skip whole layers
+    (`layerdrop`), or add noise to the router (`router_jitter_noise`); PEFT stores some rates in a dictionary by
+    adapter. The config is left unchanged, because it is saved with the model.
     """
     for module in model.modules():
         is_dropout = "drop" in type(module).__name__.lower()
@@ -31,7 +31,7 @@ def switch_off_dropout(model: torch.nn.Module) -> None:
 
 
 def rates_in_config(model: Any) -> dict[str, float]:
-    """The dropout rates above 0 in the model's config."""
+    """Dropout rates above 0 in the model's config, by name."""
     found = model.config.get_text_config().to_dict()
     return {name: value for name, value in found.items() if _NOISE.search(name) and _is_rate(value)}
 

@@ -1,4 +1,4 @@
-"""What stands between a NaN and the weights: checks of the loss, of the gradient, and of what is saved."""
+"""Checks for NaN and infinity in losses, gradients, optimizer settings and saved weights."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ else:
 
 
 class FiniteUpdates(_Mixin):
-    """A trainer that stops with an error where a NaN or an infinity would reach its weights or its logs."""
+    """A trainer that raises an error before a NaN or an infinity can reach its weights or its logs."""
 
     @property
     def moment(self) -> str:
-        """Where an error appeared, for its message."""
+        """The current step or "evaluation", for error messages."""
         return f"step {self.state.global_step + 1}" if self.model.training else "evaluation"
 
     def refuse_non_finite_loss(self, loss: torch.Tensor) -> None:
-        """Raise before a loss that is no number can be logged or have a gradient."""
+        """Raise before a NaN or infinite loss is logged or differentiated."""
         if not torch.isfinite(loss).all():
             raise ValueError(
                 f"The loss is {loss.item()} at {self.moment}. The weights were not updated with it. Look for NaN in "
@@ -34,14 +34,14 @@ class FiniteUpdates(_Mixin):
             )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        # Between the last gradient of a step and its update.
+        # Called after the last backward pass of a step and before the update.
         self._refuse_non_finite_optimizer()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         value = float(whole(norm)) if isinstance(norm, torch.Tensor) else norm
         if value is None or math.isfinite(value):
             return norm
         if self.skips_overflow:
-            return None  # which keeps it out of the log
+            return None  # not logged
         raise ValueError(
             f"The gradient's norm is {value} at step {self.state.global_step + 1}. The weights were not updated "
             "with it (DeepSpeed, which updates earlier, may have done so). Lower `learning_rate`, or look for "
@@ -50,14 +50,14 @@ class FiniteUpdates(_Mixin):
 
     @property
     def skips_overflow(self) -> bool:
-        """Whether infinite gradients come from the loss scale of fp16: the scaler skips the step and lowers it."""
+        """Whether infinite gradients may be due to fp16's loss scale; the scaler then skips the step and lowers it."""
         if self.accelerator.mixed_precision != "fp16":
             return False
-        scaler = self.accelerator.scaler  # an engine has its own
+        scaler = self.accelerator.scaler  # None under an engine with its own scaler
         return scaler is None or scaler.get_scale() > 1
 
     def _refuse_non_finite_optimizer(self) -> None:
-        # Not the configuration's values, but what schedules, callbacks and the caller's optimizer made of them.
+        # The current values, which schedules, callbacks and the caller's optimizer may have changed from the config.
         for group in self.optimizer.param_groups:
             for name, value in _numbers(group):
                 if math.isnan(value) or (name == "lr" and math.isinf(value)):
@@ -68,8 +68,8 @@ class FiniteUpdates(_Mixin):
                     )
 
     def refuse_non_finite_weights(self, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Raise before trained weights that are no numbers are written to a file."""
-        # The last update of a run is followed by no loss that would show what it did.
+        """Raise before trained weights with NaN or infinity are written to a file."""
+        # No loss is computed after the last update of a run, so only this check can detect a bad one.
         trained = {name: p for name, p in parameters_by_name(self.model).items() if p.requires_grad}
         for name, parameter in trained.items():
             tensor = own_shard(parameter) if state_dict is None else state_dict.get(name, parameter.new_empty(0))
@@ -85,7 +85,7 @@ class FiniteUpdates(_Mixin):
 
 
 def _numbers(group: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The settings of a parameter group that are numbers, or tuples of them, by name."""
+    """The numeric settings of a parameter group, by name; tuples yield one number each."""
     for name, setting in group.items():
         if name == "params":
             continue

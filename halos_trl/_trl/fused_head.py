@@ -1,4 +1,4 @@
-"""TRL's fused LM head, put on a model so that a copy of the model runs its own weights."""
+"""TRL's fused LM head, added such that a deep copy of the model uses the copy's weights."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _heads = itertools.count()
 
 
 def add_copyable_head(model: Any, *args: Any, **kwargs: Any) -> None:
-    """`trl.trainer.utils.add_fused_lm_head`, with what it lacks.
+    """Add TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`) to a model, with several corrections.
 
-    Its forward calls the model's former one through a closure, so a deep copy would run the original's weights; here
-    the former one is found through the model itself. A `PeftModel` gets the head on its base model. Numbers of experts
-    are read from the model where the config has them under another name, a head under `trainable_token_indices` has a
-    bias, and on a CPU the logits are computed in tiles that its caches hold.
+    TRL's forward calls the model's original forward through a closure, so a deep copy would use the weights of the
+    original model; here the original forward is looked up on the model itself. For a `PeftModel` the head is added to
+    the base model. Expert counts are read from the model if its config uses other names, the bias of a head under
+    `trainable_token_indices` is used, and on a CPU the logits are computed in tiles that fit its caches.
     """
     model = _causal_lm(model)
-    # Under a name of its own, since a model may get a head from each of several trainers.
+    # Stored under a separate name, because several trainers may each add a head to the same model.
     unfused = f"_forward_without_fused_head_{next(_heads)}"
-    if "forward" in vars(model):  # somebody's own; bound methods are copied along with their object
+    if "forward" in vars(model):  # set by the user; deep copies rebind bound methods
         vars(model)[unfused] = model.forward
     add_fused_lm_head(model, *args, **kwargs)
     fused = model.forward.__func__
@@ -55,14 +55,14 @@ TILE = 4 * 2**20
 
 
 def tokens_per_tile(width: int) -> int:
-    """Rows of a tile of `width` logits each."""
+    """Number of tokens per tile, for `width` logits per token."""
     return max(64, TILE // width)
 
 
 @contextlib.contextmanager
 def _small_tiles() -> Iterator[None]:
     function = utils._ChunkedLogProbFunction
-    # TRL before 1.16 has no tiles on a CPU; see `compat`.
+    # TRL before 1.16 has no tiled CPU implementation; see `compat`.
     tiled = _in_small_tiles(function) if isinstance(function, type) else function
     with overridden(utils, _ChunkedLogProbFunction=tiled):
         yield
@@ -89,19 +89,19 @@ def _in_small_tiles(function: Any) -> Any:
 
 
 def has_router_logits(model: Any) -> bool:
-    """Whether the model has experts to balance. Its config may have the option although this model has none."""
+    """Whether the model is a mixture of experts; the config may have the option for a model without experts."""
     config = model.config.get_text_config()
     return bool(getattr(config, "num_experts", None) or getattr(_causal_lm(model), "num_experts", None))
 
 
 def _causal_lm(model: Any) -> Any:
-    # Asked in every forward pass; accelerate's `is_peft_model` takes milliseconds.
+    # Called in every forward pass, and accelerate's `is_peft_model` takes milliseconds.
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @contextlib.contextmanager
 def _expert_counts(causal_lm: Any) -> Iterator[None]:
-    """TRL reads both numbers from the config, under the names that Mixtral's has."""
+    """Set expert counts in the config under Mixtral's names, which are the ones that TRL reads."""
     config = causal_lm.config.get_text_config()
     names = ("num_experts", "num_experts_per_tok")
     missing = {n: getattr(causal_lm, n) for n in names if not hasattr(config, n) and hasattr(causal_lm, n)}
@@ -111,7 +111,7 @@ def _expert_counts(causal_lm: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _head_with_bias(head: Any) -> Iterator[None]:
-    # PEFT's wrapper answers for the weight of the module that it wraps, and for nothing else.
+    # PEFT's wrapper exposes the weight of the wrapped module, but not its other attributes.
     if isinstance(head, TrainableTokensWrapper) and not hasattr(head, "bias"):
         vars(head)["bias"] = getattr(head.original_module, "bias", None)
         try:

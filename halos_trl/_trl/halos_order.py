@@ -1,4 +1,4 @@
-"""`batch_order="halos"`: a trainer's rows as HALOs loads them, in the batches that HALOs makes of them."""
+"""`batch_order="halos"`: rows and batches in the same order as in HALOs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOADER_SETTINGS = (
 
 
 def loader_of_batches(trainer: Any, rows: Any, sampler: Any) -> torch.utils.data.DataLoader:
-    """A loader of batches that already are this process's: accelerate must not deal them once more."""
+    """A data loader of batches for this process, which accelerate must not distribute over processes again."""
     args = trainer.args
     names = {name: f"dataloader_{name}" for name in _LOADER_SETTINGS if hasattr(args, f"dataloader_{name}")}
     loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
@@ -56,7 +56,7 @@ def loader_of_batches(trainer: Any, rows: Any, sampler: Any) -> torch.utils.data
 
 
 class HalosOrder(_Mixin):
-    """HALOs' batches for a trainer, where its config asks for them."""
+    """Adds HALOs' batches to a trainer, used with `batch_order="halos"`."""
 
     _in_halos_order: bool = False
     """Whether the config asks for HALOs' batches; set before TRL's constructor prepares data."""
@@ -65,17 +65,17 @@ class HalosOrder(_Mixin):
 
     @property
     def halos_batches(self) -> type[HalosBatches]:
-        """HALOs' loader of the method."""
+        """The sampler class that corresponds to HALOs' data loader for this method."""
         return HalosPairedBatches
 
     @property
     def fewest_examples(self) -> int:
-        """Examples that a micro-batch of all processes needs."""
+        """Minimum number of examples in a micro-batch, over all processes."""
         return 1
 
     @property
     def passes_per_batch(self) -> int:
-        """How many optimizer steps in a row use one batch."""
+        """Number of consecutive optimizer steps that use the same batch."""
         return 1
 
     def _halos_tokenizer(
@@ -93,7 +93,7 @@ class HalosOrder(_Mixin):
         )
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Micro-batches of this process, in the order that the config asks for."""
+        """Data loader of this process's micro-batches, in the order given by `batch_order`."""
         if not self._in_halos_order:
             return super().get_train_dataloader()
         args, processes, data = self.args, self.accelerator.num_processes, self.train_dataset
@@ -133,7 +133,7 @@ class HalosOrder(_Mixin):
 
 
 def halos_rows(dataset: Any, name: str, prepare: Callable[[Dataset], Any]) -> Dataset:
-    """The rows of a dataset, prepared one by one, as HALOs' flat list. Raises ValueError for streams."""
+    """Prepare the rows of a dataset and sort them into HALOs' flat list. Raises ValueError for streams."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
             f"The {name} dataset is a {type(dataset).__name__}, and `batch_order='halos'` orders all rows before the "
@@ -143,7 +143,7 @@ def halos_rows(dataset: Any, name: str, prepare: Callable[[Dataset], Any]) -> Da
 
 
 class PreparesHalosRows(HalosOrder, PreparesRows):
-    """The data part of a trainer's host, with HALOs' rows and batches where the config asks for them."""
+    """Data preparation of a trainer, with HALOs' rows and batches if `batch_order="halos"`."""
 
     def _checked_before_trl(self, dataset: Any, name: str) -> Any:
         dataset = super()._checked_before_trl(dataset, name)

@@ -1,6 +1,7 @@
-"""The helpers that TRL's scripts import beside trainer and config.
+"""The helpers that TRL's scripts import in addition to trainer and config.
 
-`trl` does not mark what it exports, so a type checker takes them for private unless they come from their own modules.
+`trl` does not declare its exports, so type checkers treat these names as private unless they are imported from the
+modules that define them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,10 @@ __all__ = [
     "unpair_preference_dataset",
 ]
 
-if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees one
+if not TYPE_CHECKING:  # hidden from type checkers, so that they report unknown names
 
     def __getattr__(name: str) -> Any:
-        """TRL's own, fetched when first asked for: newer releases may lack one that nobody uses."""
+        """Import a TRL helper on first access, since newer TRL releases may have removed unused ones."""
         if name in __all__:
             return getattr(trl, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What the package's trainers need from their TRL parent, whichever it is."""
+"""Mixins between this package's trainers and the TRL trainer that each of them extends."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ logger = get_logger(__name__)
 
 
 class Method(NamedTuple):
-    """How a method is named in logs, tags, the model card and its citation."""
+    """Name of a method in logs, tags and the model card, and its citation."""
 
     name: str
     title: str
@@ -59,7 +59,7 @@ def _is_ours(config_class: type) -> bool:
 
 
 def _advice_on_config(given: type, wanted: type, name: str) -> str:
-    """What to pass in place of a config of another class."""
+    """Advice for an error message: what to pass instead of a config of another class."""
     hosts = [c for c in wanted.__mro__ if c.__module__.split(".")[0] == "trl" and not c.__name__.startswith("_")]
     if given in hosts:
         return f"It lacks the settings of this package. Use `{name}`, which extends it."
@@ -74,7 +74,7 @@ def _advice_on_config(given: type, wanted: type, name: str) -> str:
 
 
 class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
-    """A trainer that is known by its `method` in tags, the model card and its citation."""
+    """A trainer whose `method` determines its tags, model card and citation."""
 
     trl_class: ClassVar[type]
     config_class: ClassVar[type]
@@ -87,7 +87,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         super().__init_subclass__(**kwargs)
         method = cls.__dict__.get("method")
         if method is None and "_name" not in cls.__dict__:
-            # A user's own method must not be published under the name and paper of the class it extends.
+            # A user's subclass must not be published under the name and paper of the class it extends.
             cls._name = cls.__name__.removesuffix("Trainer")
             cls._paper = {}
         if method is not None:
@@ -96,7 +96,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         cls._tag_names = ["trl", "halos-trl", cls._name.lower()]
 
     def _refuse_foreign_config(self, args: Any) -> None:
-        # A sibling's config is no better: `IPOConfig` extends `DPOConfig`, but DPO would not read its `tau`.
+        # Subclasses are refused too: `IPOConfig` extends `DPOConfig`, but DPO would ignore its `tau`.
         own = next((c for c in type(args).__mro__ if _is_ours(c)), object)
         if isinstance(args, self.config_class) and issubclass(self.config_class, own):
             return
@@ -109,7 +109,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
 
     @property
     def mode(self) -> str:
-        """`"train"` or `"eval"`: which log the metrics of a batch belong to."""
+        """`"train"` or `"eval"`: the log that receives the metrics of the current batch."""
         return "train" if self.model.training else "eval"
 
     def check_rows(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -117,8 +117,8 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return dataset
 
     def real_rows(self, rows: int) -> int:
-        """How many of a batch's `rows` are its own: behind them accelerate repeats rows to fill the last evaluation
-        batch of every process.
+        """Number of a batch's `rows` that are not repeats, which accelerate appends to fill the last evaluation batch
+        of every process.
         """
         state = self.accelerator.gradient_state
         if self.mode == "train" or not state.end_of_dataloader or state.remainder <= 0:
@@ -126,7 +126,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return min(max(state.remainder - rows * self.accelerator.process_index, 0), rows)
 
     def without_repeats(self, batch: dict[str, Any], mask: str = "completion_mask") -> dict[str, Any]:
-        """The batch without a completion in its repeated rows, so that they add nothing to sums over tokens."""
+        """The batch with its mask cleared in repeated rows, so that they add nothing to sums over tokens."""
         rows = len(batch[mask])
         own = self.real_rows(rows)
         if own == rows:
@@ -134,7 +134,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return batch | {mask: torch.cat([batch[mask][:own], torch.zeros_like(batch[mask][own:])])}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The host's, with a warning where the run would end before its learning rate has come to its peak."""
+        """As `Trainer.create_scheduler`; warns if the run would end before the learning rate reaches its peak."""
         warmup = self.args.get_warmup_steps(num_training_steps)
         if warmup >= num_training_steps and self.args.lr_scheduler_type != "constant":
             logger.warning(
@@ -145,14 +145,14 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def on_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A collated batch, where the model is."""
+        """A collated batch, moved to the model's device."""
         return self._prepare_inputs(batch)
 
 
 class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer):
-    """What the package's trainers need from their TRL parent, under public names.
+    """Public methods that this package's trainers need from the TRL trainer that they extend.
 
-    Mixed in front of a TRL trainer class, which is named by `trl_class`.
+    Use it in front of a TRL trainer class in the list of bases; `trl_class` is that class.
     """
 
     needs_reference: ClassVar[bool] = True
@@ -222,7 +222,7 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         give_packing([self.model, self.ref_model], args.packed, compiled_rows(args))
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
-        """Hook: refuse combinations that cannot work, before anything is loaded."""
+        """Hook: raise an error for unsupported combinations of arguments, before anything is loaded."""
         refuse_unfit_adapters(model)
         own = {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
         if ref_model is not None and any(id(parameter) in own for parameter in ref_model.parameters()):
@@ -232,40 +232,40 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
             )
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
-        """Config values that TRL must not see while it builds the trainer."""
-        # Its callback refuses adapters and is lost on resume; `ReferenceSync` does the same work without either.
+        """Config values to override while TRL's constructor runs."""
+        # TRL's sync callback does not support adapters or resuming; `ReferenceSync` replaces it.
         return {"sync_ref_model": False}
 
-    # -- one forward -------------------------------------------------------------------------------------------
+    # -- forward pass ------------------------------------------------------------------------------------------
 
     def batch_loss(self, model: Any, batch: dict[str, Any], return_outputs: bool = False) -> Any:
         """Hook: the loss of a collated batch, as `compute_loss` returns it."""
         raise NotImplementedError
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        # Called by TRL's `compute_loss`, so a subclass may override either.
+        # TRL's `compute_loss` calls this method, so subclasses may override either one.
         result = self.batch_loss(model, inputs, return_outputs)
         self.refuse_non_finite_loss(result[0] if return_outputs else result)
         return result
 
     def policy_tokens(self, model: torch.nn.Module, batch: dict[str, Any]) -> TokenTable:
-        """The policy's token table, with the MoE auxiliary loss where the model has one."""
+        """The policy's token table, with the auxiliary loss of a mixture of experts if it is enabled."""
         return score_tokens(model, batch, output_router_logits=self.aux_loss_enabled)
 
     @contextlib.contextmanager
     def no_grad_forward(self) -> Iterator[None]:
-        """The context in which a forward pass without gradient runs."""
+        """Context for a forward pass without gradient."""
         with (
             torch.no_grad(),
             disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.compute_loss_context_manager(),
-            # A model that nobody has prepared for training yet has no mixed precision of its own.
+            # A model that has not been prepared for training yet does not use mixed precision by itself.
             self.accelerator.autocast(),
         ):
             yield
 
     def logits_for_metrics(self, model: torch.nn.Module, batch: dict[str, Any]) -> Any:
-        """Plain model outputs with logits, as `compute_metrics` expects them (one more forward, like TRL's)."""
+        """Model outputs with logits, as `compute_metrics` expects them (costs one more forward pass, as in TRL)."""
         with torch.no_grad():
             return model(**model_inputs(batch), use_cache=False)
 
@@ -276,7 +276,7 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         self._means[mode] = RunningMeans()
 
     def record_metrics(self, sums: Sums) -> None:
-        """Add named (sum, count) pairs to what the next log line averages. No communication, no device sync."""
+        """Add named (sum, count) pairs to the averages of the next log line. No communication, no device sync."""
         self._means[self.mode].add(sums)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -296,26 +296,26 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
 
 @contextlib.contextmanager
 def unwrapped_for_generation(trainer: Any) -> Iterator[Any]:
-    """The policy as a model that generates: without the wrapper of DDP, and whole where ZeRO-3 split it.
+    """Yield the policy for generation: without DDP's wrapper, and with its parameters gathered under ZeRO-3.
 
-    Gradient checkpointing stays as it is: a model in eval mode does none.
+    Gradient checkpointing is not changed, because it has no effect in eval mode.
     """
     if not is_deepspeed_zero3_enabled():
         yield trainer.accelerator.unwrap_model(trainer.model_wrapped)
         return
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         yield model
-    if trainer.args.gradient_checkpointing:  # switched on again without its settings
+    if trainer.args.gradient_checkpointing:  # TRL has re-enabled it without its settings
         model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
 
 
 def card_identity(trainer: NamedTrainer) -> dict[str, Any]:
-    """Name, paper and tags of a trainer's method, as the model card shows them."""
+    """Name, paper and tags of a trainer's method for the model card."""
     return {"name": trainer._name, "paper": trainer._paper, "tags": trainer._tag_names}
 
 
 def run_urls() -> dict[str, str]:
-    """Where the trackers in use show the run, by tracker name."""
+    """URLs of the run in active trackers, by tracker name."""
     urls = {"trackio": get_trackio_space_url(), "comet": get_comet_experiment_url()}
     if is_wandb_available():
         import wandb

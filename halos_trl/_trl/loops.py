@@ -1,4 +1,4 @@
-"""Around transformers' loops: nothing left over from the run before, no run of zero steps, streams by process."""
+"""Additions to transformers' loops: metrics are reset, runs without a step are refused, streams are split."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from datasets import IterableDataset
 from .overridden import overridden
 
 if TYPE_CHECKING:
-    # The mixins stand in front of a trainer whose attributes they use; the checker takes any for it.
+    # The mixins use attributes of the trainer that they are combined with, which mypy does not know.
     from trl import DPOTrainer as Mixin
 else:
     Mixin = object
 
 
 class CleanLoops(Mixin):
-    """A trainer whose training and evaluation loops begin with empty sums, and never end without a step."""
+    """A trainer whose training and evaluation loops start with empty sums and raise an error if there is no step."""
 
     _trained_tokens: int = 0
     """In batches of training, over all processes. TRL's own count goes on with each call of its loss, and begins at 0
@@ -27,19 +27,19 @@ class CleanLoops(Mixin):
     """What this process has to add to it."""
 
     def forget_metrics(self, mode: str) -> None:
-        """Drop what was recorded for the next log line of a mode."""
+        """Drop the metrics recorded for the next log line of a mode."""
         self._metrics[mode].clear()
         if mode == "train":
             self._new_tokens = None
 
     def count_tokens(self, batch: dict[str, Any]) -> None:
-        """Add a micro-batch of training to `num_tokens`. No communication, no device sync."""
+        """Add the tokens of a training micro-batch to `num_tokens`. No communication, no device sync."""
         if "attention_mask" in batch:
             tokens = batch["attention_mask"].sum()
             self._new_tokens = tokens if self._new_tokens is None else self._new_tokens + tokens
 
     def trained_tokens(self) -> int:
-        """Tokens in batches of training, over all processes; every process has to call this."""
+        """Number of tokens in training batches so far, over all processes. Every process must call this."""
         if self._new_tokens is not None:
             new = self._new_tokens.to(self.accelerator.device, torch.int64)
             self._trained_tokens += int(self.accelerator.reduce(new, reduction="sum").item()) // self._tp_size
@@ -47,11 +47,11 @@ class CleanLoops(Mixin):
         return self._trained_tokens
 
     def go_on_counting(self, tokens: int) -> None:
-        """The tokens of a run that is resumed, up to its checkpoint."""
+        """Set the token count of a resumed run to the one in its checkpoint."""
         self._trained_tokens = tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The host's, with the package's count of tokens."""
+        """As `Trainer.log`, with this package's `num_tokens`."""
         tokens = self.trained_tokens()
         metrics = self._metrics["train" if self.model.training else "eval"]
         if metrics:
@@ -59,13 +59,13 @@ class CleanLoops(Mixin):
         super().log(logs, start_time)
 
     def check_loops(self, args: Any) -> None:
-        """Refuse settings with which no optimizer step can be made."""
+        """Raise ValueError for settings that allow no optimizer step."""
         if args.max_steps == 0 or args.max_steps < -1:
             raise ValueError(
                 f"`max_steps={args.max_steps}`: there is nothing to train, and transformers would train for "
                 "`num_train_epochs` instead. Pass a positive number, or leave it at -1 to count epochs."
             )
-        # After pairs are collated, accelerate would cut a batch between its chosen and its rejected half.
+        # accelerate would split a collated batch of pairs between its chosen and its rejected half.
         dispatch = getattr(args.accelerator_config, "dispatch_batches", None)
         if dispatch and args.world_size > 1:
             raise ValueError(
@@ -75,7 +75,7 @@ class CleanLoops(Mixin):
             )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`. Raises ValueError where there would be no optimizer step."""
+        """As `Trainer.train`. Raises ValueError if there would be no optimizer step."""
         if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
             raise ValueError(
                 f"`num_train_epochs={self.args.num_train_epochs}` without `max_steps`: there is nothing to train. "
@@ -85,13 +85,13 @@ class CleanLoops(Mixin):
         return super().train(*args, **kwargs)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Also called again with a smaller batch, after the run before it has gone out of memory.
+        # `auto_find_batch_size` calls this again with a smaller batch after running out of memory.
         self.forget_metrics("train")
         self._trained_tokens = self._tokens_before
         return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """All micro-batches of the next optimizer step. Raises ValueError where the first step has none."""
+        """All micro-batches of the next optimizer step. Raises ValueError if the first step has none."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches and self.state.global_step == 0:
             raise ValueError(
@@ -100,7 +100,7 @@ class CleanLoops(Mixin):
         return batches, num_items
 
     def why_no_batch(self, mode: str) -> str:
-        """The rest of an error message: why a loop has no batch, and what to do about it."""
+        """The end of an error message: why a loop has no batch, and what to do about it."""
         size = self._train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         if self.args.dataloader_drop_last:
             return (
@@ -111,13 +111,13 @@ class CleanLoops(Mixin):
         return "Look at what is left of its rows: a streamed set may have been filtered to nothing."
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's loop, without what `predict` or an interrupted evaluation left behind."""
+        """As `Trainer.evaluation_loop`, with metrics of `predict` or an interrupted evaluation dropped first."""
         self.forget_metrics("eval")
         return super().evaluation_loop(*args, **kwargs)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(dataset, IterableDataset):
             return super()._get_dataloader(dataset, *args, **kwargs)
-        # Else one process reads the stream and hands out parts of its collated batches.
+        # Otherwise one process would read the stream and distribute slices of its collated batches.
         with overridden(self.accelerator.dataloader_config, dispatch_batches=False):
             return super()._get_dataloader(dataset, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""`trl.GRPOTrainer`, which samples while it trains, behind the door."""
+"""Access to private parts of `trl.GRPOTrainer`, which samples during training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LogRatios = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class OnlineHost(SavesPolicy, trl.GRPOTrainer):
-    """TRL's trainer with a hook for the log-ratios of policy and reference, and one for its checkpoints."""
+    """`trl.GRPOTrainer` with a hook for the loss of a micro-batch and one for checkpoints."""
 
     trl_class: ClassVar[type] = trl.GRPOTrainer
     needs_reference: ClassVar[bool] = True
@@ -25,9 +25,9 @@ class OnlineHost(SavesPolicy, trl.GRPOTrainer):
     _tag_names = [*trl.GRPOTrainer._tag_names, "halos-trl"]
 
     def build(self, model: Any, args: Any, **trl_arguments: Any) -> None:
-        """TRL's constructor, which makes a reference (a copy, or an adapter's base) whatever `beta` is.
+        """Run TRL's constructor such that it creates a reference (a copy, or an adapter's base) for any `beta`.
 
-        It is then read in `loss_against_reference` alone: while TRL samples, `beta` is 0.
+        Only `loss_against_reference` reads that reference: `beta` is 0 while TRL samples.
         """
         beta = args.beta
         with (
@@ -43,14 +43,14 @@ class OnlineHost(SavesPolicy, trl.GRPOTrainer):
     def loss_against_reference(
         self, model: Any, inputs: dict[str, Any], reference: Callable[[], Any], log_ratios: LogRatios
     ) -> torch.Tensor:
-        """TRL's loss of a micro-batch, with the reference in place of the model that sampled it.
+        """TRL's loss of a micro-batch, with the reference in place of the sampling policy.
 
         Args:
             model: the policy.
             inputs: TRL's micro-batch; completions `(B, T)`.
-            reference: gives a context in which the reference runs, and which yields its model.
-            log_ratios: from policy and reference log-probs and mask, each `(B, T)`, to the log-ratios that TRL's loss
-                reads, `(B, T)` in nats.
+            reference: returns a context manager that yields the reference model for a forward pass.
+            log_ratios: maps policy log-probs, reference log-probs and mask, each `(B, T)`, to the log-ratios that
+                TRL's loss uses, `(B, T)` in nats.
         """
         completion_mask = inputs["completion_mask"]
         mask_BT = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
@@ -63,7 +63,7 @@ class OnlineHost(SavesPolicy, trl.GRPOTrainer):
                     reference_model, *args, **kwargs | {"compute_entropy": False, "compute_aux_loss": False}
                 )
             policy_BT, entropies_BT, aux_loss = score(model, *args, **kwargs)
-            # TRL subtracts this from the policy's log-probs, gradient and all, and so gets the ratios of `log_ratios`.
+            # TRL subtracts this from the policy's log-probs, which gives `log_ratios`, gradient included.
             own["old_per_token_logps"] = policy_BT - log_ratios(policy_BT, reference_BT, mask_BT)
             own["ref_per_token_logps"] = reference_BT
             return policy_BT, entropies_BT, aux_loss
@@ -79,7 +79,7 @@ class OnlineHost(SavesPolicy, trl.GRPOTrainer):
         return self.online_loss(model, inputs)
 
     def log_share(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
-        """Add part / whole, each summed over the processes, to the next log line; that shows the mean over calls."""
+        """Add part / whole, each summed over processes, to the next log line, which shows the mean over calls."""
         mode = "train" if self.model.training else "eval"
         part, whole = self.accelerator.reduce(torch.stack([part, whole]).double(), reduction="sum")
         self._metrics[mode][name].append((part / whole.clamp(min=1)).item())

@@ -1,4 +1,4 @@
-"""Attributes that are set for a while."""
+"""A context manager that sets attributes temporarily."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trl.DPOTrainer` behind the door, and TRL's own DPO losses under the humanline clamp."""
+"""Access to private parts of `trl.DPOTrainer`, and TRL's DPO losses with the humanline clamp."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .overridden import overridden
 
 
 class PairedHost(TrainerHost, HostTrainer):
-    """`trl.DPOTrainer` behind the door."""
+    """Host of the paired methods, based on `trl.DPOTrainer`."""
 
     trl_class = HostTrainer
     sides = ("chosen", "rejected")
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference log-probs of the chosen and of the rejected completions, summed as TRL's losses want them."""
+        """Summed reference log-probs of the chosen and of the rejected completions, for TRL's losses."""
         return self._sums_of_sides(self.reference_table(model, inputs), inputs)
 
     def _sums_of_sides(self, logps_BT: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         known = _Answer(TokenTable(logps_BT, inputs["completion_mask"][:, 1:]))
-        with overridden(self, ref_model=known):  # so that no adapter is switched for it
+        with overridden(self, ref_model=known):  # so that TRL does not switch adapters
             return HostTrainer.compute_ref_log_probs(self, known, inputs)
 
     def trl_loss(self, inputs: dict[str, Any], tokens: TokenTable, reference_BT: torch.Tensor) -> torch.Tensor:
-        """TRL's own DPO loss of a micro-batch (it logs by itself), under the humanline clamp where that is on.
+        """TRL's own DPO loss of a micro-batch, which also logs its metrics, with the humanline clamp if it is on.
 
-        TRL gets answers instead of a model: the policy's token table, and the sums of the reference. The clamp is a
-        statement about log-probs: the policy's becomes reference + clamped log-ratio; whatever TRL's loss types do
-        with the two stays TRL's.
+        TRL receives precomputed values instead of a model: the policy's token table and the reference's sums. The
+        clamp replaces the policy's log-probs by reference + clamped log-ratio, so it works with any of TRL's loss
+        types.
         """
         humanline = self.args.humanline_clamp
         ratios_BT, _ = log_ratios(tokens.logps_BT, reference_BT, tokens.mask_BT)
@@ -48,14 +48,14 @@ class PairedHost(TrainerHost, HostTrainer):
             loss = HostTrainer._compute_loss(self, answer, inputs, False)
         if humanline is not None:
             is_chosen_B = torch.arange(len(reference_BT), device=reference_BT.device) < len(reference_BT) // 2
-            # TRL would log the log-probs that it was given; those of the policy stand in for them.
+            # TRL would log the clamped log-probs; log the policy's own instead.
             self.record_metrics(logps_sums(tokens.logps_BT.detach(), is_chosen_B))
             self.record_metrics(unclamped_sums(ratios_BT.detach(), is_chosen_B, humanline))
         return loss
 
 
 class _Answer:
-    """Stands in for a model whose token table is already there."""
+    """Replaces a model in TRL's loss and returns an existing token table."""
 
     def __init__(self, tokens: TokenTable):
         self.log_probs = tokens.logps_BT

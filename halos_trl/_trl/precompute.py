@@ -1,4 +1,4 @@
-"""Reference log-probs that are computed once and stored with the dataset, by the code that computes them live."""
+"""Reference log-probs computed once and stored with the dataset, by the same code that computes them live."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 class StoresReference(_Mixin):
-    """`precompute_ref_log_probs` and what reads its columns."""
+    """Implements `precompute_ref_log_probs`, and evaluation with the stored columns."""
 
     trl_class: ClassVar[Any]
     live_reference: Callable[[Any], Any]
@@ -45,7 +45,7 @@ class StoresReference(_Mixin):
     """Fingerprints of the datasets that hold log-probs of this trainer's reference."""
 
     def reference_table(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        """Reference log-probs `(B, T)` of a collated batch, in at least float32; `model` is what TRL would read."""
+        """Reference log-probs `(B, T)` of a collated batch, in at least float32; `model` is the one TRL passes."""
         table_BT = self.live_reference(model).log_probs(batch)
         return table_BT.to(torch.promote_types(table_BT.dtype, torch.float32))
 
@@ -71,7 +71,7 @@ class StoresReference(_Mixin):
         return dataset
 
     def _key(self) -> str:
-        """Everything besides the dataset that decides the stored numbers, since TRL's key holds the weights alone."""
+        """Cache key of all settings that affect the stored numbers; TRL's own key covers dataset and weights only."""
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
         config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
@@ -98,8 +98,8 @@ class StoresReference(_Mixin):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """`Trainer.evaluate`; what was prepared by this trainer, e.g. its own `train_dataset`, is taken as it is."""
-        # TRL would prepare it once more; or refuse to, after training, since it would need the reference again.
+        """As `Trainer.evaluate`; datasets that this trainer has prepared, e.g. `train_dataset`, are used as is."""
+        # TRL would prepare it again, or raise an error after training, because it would need the reference.
         evaluate = super(self.trl_class, self).evaluate if self._has_stored(eval_dataset) else super().evaluate
         return evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -109,8 +109,8 @@ class StoresReference(_Mixin):
 
     @contextlib.contextmanager
     def _policy_prepared(self) -> Iterator[None]:
-        """Before training, the host prepares the policy for mixed precision only if nothing was prepared yet. The
-        reference was.
+        """Prepare the policy for an evaluation before training. Transformers does so only if no model was prepared
+        before, and the reference was.
         """
         prepared = self.accelerator._models
         own = [self.accelerator.unwrap_model(model) for model in prepared]
@@ -127,5 +127,5 @@ class StoresReference(_Mixin):
 def _hash_of(collator: Any) -> str:
     try:
         return str(Hasher.hash(collator))
-    except Exception:  # whatever a user's own collator raises: no other run finds these numbers
+    except Exception:  # a user's collator may raise anything; the key is then unique to this run
         return uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""A trainer's datasets: checked, tokenized, and read in batches in which only wanted tokens count."""
+"""Preparation of a trainer's datasets: checks, tokenization, collation with only selected tokens in the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ else:
 
 
 class NotesRows(_Mixin):
-    """Keeps what was done to the rows of a trainer's datasets."""
+    """Records how many rows of each dataset were dropped or changed, and why."""
 
     row_notes: dict[str, dict[str, int]]
     """By dataset: how many rows were dropped or changed, by the reason."""
@@ -31,7 +31,7 @@ class NotesRows(_Mixin):
 
 
 class SamplesByLength(NotesRows):
-    """Takes lengths from the columns of token ids: the host looks for `input_ids`, which only a collated batch has."""
+    """Computes row lengths from the token id columns; transformers needs `input_ids`, which rows do not have."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = self._by_length(self.train_dataset if train_dataset is None else train_dataset, "train")
@@ -52,7 +52,7 @@ class SamplesByLength(NotesRows):
 
 
 class PreparesRows(SamplesByLength):
-    """The data part of a trainer's host."""
+    """Data preparation of a trainer."""
 
     _assistant_only: bool
     _is_sampled: bool = False
@@ -64,7 +64,7 @@ class PreparesRows(SamplesByLength):
     """The columns that hold completions, once the rows have the form that they are tokenized in."""
 
     def _checked_before_trl(self, dataset: Any, name: str) -> Any:
-        """What TRL's constructor would trip over, or never hands to `_prepare_dataset`."""
+        """Check datasets that TRL's constructor would fail on or would not pass to `_prepare_dataset`."""
         dataset = plain_splits(dataset, name)
         if isinstance(dataset, dict):
             return type(dataset)({key: self._checked_before_trl(part, key) for key, part in dataset.items()})
@@ -77,7 +77,7 @@ class PreparesRows(SamplesByLength):
                 f"The {name} dataset has images, whose rows are tokenized only when a batch is made, so "
                 "`assistant_only_loss=True` cannot tell turns apart there. Set `assistant_only_loss=False`."
             )
-        # TRL leaves the preparation of images to its collator.
+        # TRL prepares images in its collator.
         return self.check_rows(dataset, name)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
@@ -107,7 +107,7 @@ class PreparesRows(SamplesByLength):
         return getattr(args, "truncation_mode", "keep_start") == "keep_end"
 
     def _leave_out_other_turns(self) -> None:
-        """From now on, batches count only tokens that the assistant wrote, where that is asked for."""
+        """With `assistant_only_loss`, wrap the collator so that only the assistant's tokens count."""
         collate: Any = self.data_collator
         if self._assistant_only and not isinstance(collate, TurnMaskCollator):
             self.data_collator: Any = TurnMaskCollator(

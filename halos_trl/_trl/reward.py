@@ -1,4 +1,4 @@
-"""`trl.RewardTrainer` behind the door."""
+"""Access to private parts of `trl.RewardTrainer`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = get_logger(__name__)
 
 
 class RewardHost(HalosOrder, SamplesByLength, SavesPolicy, NamedTrainer, HostTrainer):
-    """`trl.RewardTrainer` behind the door."""
+    """Host of the reward model trainer, based on `trl.RewardTrainer`."""
 
     trl_class = HostTrainer
 
@@ -64,7 +64,7 @@ class RewardHost(HalosOrder, SamplesByLength, SavesPolicy, NamedTrainer, HostTra
         give_packing([self.model], args.packed, compiled_rows(args), read_wanted_scores)
 
     def host_loss(self, outputs: Any, batch: dict[str, Any], return_outputs: bool, num_items_in_batch: Any) -> Any:
-        """TRL's loss and metrics of what a model has answered for a batch."""
+        """TRL's loss and metrics, from a model's outputs for a batch."""
         return super().compute_loss(lambda **inputs: outputs, batch, return_outputs, num_items_in_batch)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Rows of a dataset to rows of token ids: what was done to them is counted, what has no room is dropped."""
+"""Tokenization of datasets: rows that do not fit are dropped; dropped and changed rows are counted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 
 def groups_by_length(args: Any) -> bool:
-    """The name that the setting had before transformers 5.2."""
+    """Whether batches are grouped by length. The setting is called `group_by_length` before transformers 5.2."""
     return bool(getattr(args, "group_by_length", False))
 
 
@@ -31,10 +31,10 @@ _MADE_HERE = ("ref_logps", "ref_KL_logps", "ref_chosen_logps", "ref_rejected_log
 
 
 def drop_foreign_columns(dataset: Any, name: str) -> Any:
-    """Drop columns of a raw dataset that would be mistaken for what is made of its rows, with a warning."""
+    """Drop columns of a raw dataset whose names clash with those of tokenized rows, with a warning."""
     columns = set(next(iter(dataset), ()))
     foreign = sorted(column for column in columns if column in _MADE_HERE or column.startswith("KL_"))
-    if not foreign or "prompt_ids" in columns:  # prepared before, and passed to `evaluate`
+    if not foreign or "prompt_ids" in columns:  # prepared already, and passed to `evaluate`
         return dataset
     logger.warning(
         f"Columns {foreign} of the {name} dataset are not read: reference log-probs and KL partners are made by the "
@@ -49,14 +49,14 @@ def tokenized_rows(
     args: Any,
     report: Callable[[dict[str, int]], None] | None = None,
 ) -> Any:
-    """The rows with their token ids.
+    """Tokenize the rows of a dataset.
 
-    `tokenize` makes the tokenizer of rows; it is told whether the rows bring their prompts. Pairs become rows of
-    single completions where those are asked for. `report` is told how many rows were dropped or changed, by the
-    reason; not of a streamed dataset.
+    `tokenize` creates the row tokenizer; its argument says whether the rows have explicit prompts. Pairs are split
+    into single completions if the method needs those. `report` receives the numbers of dropped and changed rows by
+    reason, except for a streamed dataset.
     """
     how = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-    # One process prepares and the others find its work in the cache.
+    # The main process prepares the rows first; the others then read its result from the cache.
     with global_then_local_main_first():
         first = next(iter(dataset))
         row_tokenizer = tokenize("prompt" in first)
@@ -82,7 +82,7 @@ def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _texts(tokenizer: RowTokenizer) -> dict[str, str]:
-    """What a warning says about each note, behind the number of rows."""
+    """Text of the warning for each note, to follow the number of rows."""
     limit = f"`max_length`={tokenizer.max_length}"
     no_room = "a side is longer than" if tokenizer.whole else "their prompt alone fills"
     return {
@@ -117,14 +117,14 @@ def _kind(note: str) -> str:
 
 
 def _sentence(note: str, which: str, texts: dict[str, str]) -> str:
-    """What to say about a note and the rows that have it."""
+    """The warning about a note and the rows that have it."""
     if note.startswith(INVALID):
         return f"Dropped {which}: {note.removeprefix(INVALID)}"
     return f"Dropped {which}: {texts[note]}" if note == NO_ROOM else f"{which} {texts[note]}"
 
 
 def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bool) -> tuple[Dataset, dict[str, int]]:
-    """The rows that are kept, and the number of those with a note, by what it says."""
+    """The rows that are kept, and the number of rows with each note, by summary."""
     all_notes = [notes.splitlines() for notes in dataset[NOTES]]
     rows = dataset[ROW_NUMBER] if numbered else range(len(dataset))
     counts = Counter(_kind(note) for notes in all_notes for note in notes)
@@ -147,7 +147,7 @@ def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bo
 
 
 def _summary(kind: str, texts: dict[str, str]) -> str:
-    """What a note says of a row, in a few words."""
+    """A note in a few words."""
     if kind == INVALID:
         return "dropped: not valid"
     return f"dropped: {texts[kind]}" if kind == NO_ROOM else texts[kind]
@@ -162,7 +162,7 @@ def _counted_as_read(dataset: Any, name: str, texts: dict[str, str], *, numbered
             counts[kind] += 1
             if (
                 counts[kind] & (counts[kind] - 1) == 0
-            ):  # 1, 2, 4, ...: a stream has no end at which to report the total
+            ):  # warn at 1, 2, 4, ... rows, because a stream has no end at which to report the total
                 which = f"{counts[kind]} rows of the streamed {name} dataset so far"
                 logger.warning(_sentence(note, which, texts))
         return not _drops(notes.splitlines())
@@ -171,13 +171,13 @@ def _counted_as_read(dataset: Any, name: str, texts: dict[str, str], *, numbered
     return dataset.remove_columns([NOTES, ROW_NUMBER] if numbered else [NOTES])
 
 
-# -- what tokenizer and model take ---------------------------------------------------------------------------------
+# -- limits of tokenizer and model ---------------------------------------------------------------------------------
 
 
 def token_limits(trainer: Any, processing_class: Any) -> TokenLimits:
-    """The sizes of the policy's embeddings of tokens and, where it has learned ones, of positions.
+    """The sizes of the policy's token embedding and, if it has one, its learned position embedding.
 
-    Raises ValueError where the padding token has no embedding.
+    Raises ValueError if the padding token has no embedding.
     """
     model = getattr(trainer, "policy_in_construction", None) or getattr(trainer, "model", None)
     if model is None:
@@ -196,11 +196,11 @@ def _limits_of(model: PreTrainedModel) -> TokenLimits:
     embedding = model.get_input_embeddings()
     trained_on = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     positions = [
-        # Behind a padding row positions are counted from the row after it (RoBERTa).
+        # With a padding row, positions start at the row after it (RoBERTa).
         module.num_embeddings - module.padding_idx - 1 if module.padding_idx is not None else trained_on
         for name, module in model.named_modules()
         if name.split(".")[-1] in _POSITIONS
-        # Not the tables of other parts, such as a vision tower's; OPT's has two rows more than positions.
+        # Skips tables of other parts, such as a vision tower; OPT's table has two more rows than positions.
         and trained_on is not None and trained_on <= getattr(module, "num_embeddings", 0) <= trained_on + 2
     ]  # fmt: skip
     return TokenLimits(getattr(embedding, "num_embeddings", None), min(positions, default=None))
@@ -211,7 +211,7 @@ _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embeddi
 
 
 def check_token_ids(dataset: Any, columns: tuple[str, ...], limits: TokenLimits, name: str) -> Any:
-    """Refuse rows of a dataset that was tokenized before whose ids are none, or none of the model's."""
+    """Raise ValueError for rows of a tokenized dataset with ids that are invalid or outside the model's range."""
     top = limits.vocabulary or sys.maxsize
 
     def check(row: dict[str, Any], index: int) -> bool:
@@ -233,7 +233,7 @@ def check_token_ids(dataset: Any, columns: tuple[str, ...], limits: TokenLimits,
 
 
 def refuse_without_special_tokens(processing_class: Any, args: Any) -> None:
-    """Refuse a tokenizer that could neither pad nor end a text."""
+    """Raise ValueError for a tokenizer without padding or EOS token."""
     if processing_class is None or getattr(args, "pad_token", None) or getattr(args, "eos_token", None):
         return
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
@@ -246,8 +246,8 @@ def refuse_without_special_tokens(processing_class: Any, args: Any) -> None:
 
 @contextlib.contextmanager
 def noting_policy(trainer: Any, model: Any) -> Iterator[None]:
-    """While TRL builds a trainer, `trainer.policy_in_construction` is the model that it was given or has loaded: data
-    are prepared before the trainer has its `model`.
+    """While TRL's constructor runs, set `trainer.policy_in_construction` to the model that was passed or loaded.
+    Datasets are prepared before `trainer.model` is set.
     """
     trainer.policy_in_construction = None if isinstance(model, str) else model
     module = sys.modules[trainer.trl_class.__module__]

@@ -1,4 +1,4 @@
-"""What is saved and loaded again: the policy without the reference's adapter, and what belongs beside it."""
+"""Saving and loading of the policy without the reference adapter, and of additional checkpoint files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .overridden import overridden
 
 
 class SavesPolicy:
-    """Mixed in front of a TRL trainer."""
+    """Saves and loads the policy. Use it in front of a TRL trainer class in the list of bases."""
 
     model: Any
     accelerator: Any
@@ -28,7 +28,7 @@ class SavesPolicy:
         policy = self.accelerator.unwrap_model(self.model if model is None else model)
         dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
-        # PEFT loads an adapter in float32; that of a quantized model was bfloat16 before the interruption.
+        # PEFT loads adapters in float32, but the adapter of a quantized model was bfloat16 before the interruption.
         for name, parameter in policy.named_parameters():
             dtype = dtypes.get(name, parameter.dtype)
             if parameter.dtype != dtype:
@@ -44,17 +44,17 @@ class SavesPolicy:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def restore_best(self, folder: str) -> None:
-        """Hook: take from the best checkpoint what `before_checkpoint` wrote and has to fit its policy."""
+        """Hook: restore from the best checkpoint the state that `before_checkpoint` wrote along with its policy."""
 
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
         self.restore_best(self.state.best_model_checkpoint)
 
     def before_checkpoint(self, checkpoint_dir: str) -> None:
-        """Hook: write what belongs into a checkpoint and TRL does not know about."""
+        """Hook: write additional files into a checkpoint."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # First, so that a checkpoint with a trainer state is never one without the files of this hook.
+        # Runs first, so that every checkpoint with a trainer state also has this hook's files.
         folder = f"checkpoint-{self.state.global_step}"
         path = os.path.join(self._get_output_dir(trial=trial), folder)
         with _explained(path):
@@ -75,13 +75,13 @@ class SavesPolicy:
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        # The trainer state comes next. With it a checkpoint counts as whole, so every process has to be done.
+        # The trainer state is written next and marks the checkpoint as complete, so wait for all processes.
         self.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
 def _explained(folder: str) -> Iterator[None]:
-    """Say of a failed write which checkpoint it was, and where the run can go on."""
+    """Add to the error of a failed write which checkpoint it was and how to continue the run."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

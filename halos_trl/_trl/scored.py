@@ -1,4 +1,4 @@
-"""`trl.KTOTrainer` behind the door, for scored completions."""
+"""Access to private parts of `trl.KTOTrainer`, for scored completions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .host import TrainerHost
 
 
 class ScoredHost(TrainerHost, HostTrainer):
-    """`trl.KTOTrainer` behind the door, for scored completions: its tokenization, models and saving, none of its loss.
+    """Host of the methods on scored completions: `trl.KTOTrainer`'s tokenization, models and saving, not its loss.
 
-    TRL's columns of precomputed reference log-probs hold a sum for each completion. Here `ref_logps` holds one number
-    per completion token, in as many columns as the longest completion of the dataset has tokens; TRL's cache on disk,
-    its fingerprint and its work over several processes stay in use.
+    TRL precomputes one summed reference log-prob per completion. Here `ref_logps` holds one number per completion
+    token, with as many columns as the longest completion of the dataset has tokens. TRL's disk cache, fingerprints
+    and distribution over processes are still used.
     """
 
     trl_class = HostTrainer
@@ -28,12 +28,12 @@ class ScoredHost(TrainerHost, HostTrainer):
     """What a prepared row brings into a batch."""
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
-        # The one loss type for which TRL prepares no KL partners.
+        # The only loss type for which TRL prepares no KL partners.
         return {**super()._hidden_from_trl(args), "loss_type": "apo_zero_unpaired"}
 
     @property
     def micro_batch_size(self) -> int:
-        """Most examples of a micro-batch; `auto_find_batch_size` may have lowered it."""
+        """Maximum number of examples in a micro-batch, which `auto_find_batch_size` may have lowered."""
         return self._train_batch_size
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -47,7 +47,7 @@ class ScoredHost(TrainerHost, HostTrainer):
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, None]:
-        """Reference log-probs of the completion tokens, moved to the left: `(B, longest completion)`, then zeros."""
+        """Reference log-probs of the completion tokens, `(B, longest completion)`, left-aligned and padded with 0."""
         table_BT = self.reference_table(model, inputs)
         mask_BT = inputs["completion_mask"][:, 1:].bool()
         packed_BW = table_BT.new_zeros(len(mask_BT), self._precomputed_width)

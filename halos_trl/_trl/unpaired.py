@@ -1,4 +1,4 @@
-"""`trl.KTOTrainer` behind the door, without its KL partners."""
+"""Access to private parts of `trl.KTOTrainer`, without TRL's KL partners."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = get_logger(__name__)
 
 
 def _report_balance(desirable: int, rows: int, args: Any) -> None:
-    """Recommend weights for sides of different sizes, as TRL does: equation 8 of the KTO paper (arXiv:2402.01306)."""
+    """Recommend weights for unbalanced labels, as TRL does: equation 8 of the KTO paper (arXiv:2402.01306)."""
     undesirable = rows - desirable
     weights: tuple[float, float] = args.desirable_weight, args.undesirable_weight
     if desirable == undesirable or 0 in weights:
@@ -31,7 +31,7 @@ def _report_balance(desirable: int, rows: int, args: Any) -> None:
         )
         return
     ratio = (weights[0] * desirable) / (weights[1] * undesirable)
-    if not 0.995 <= ratio <= 1.335:  # as TRL, which rounds the bounds
+    if not 0.995 <= ratio <= 1.335:  # TRL's bounds, which are rounded
         low = [weights[1] * undesirable / desirable, weights[0] * desirable / undesirable / (4 / 3)]
         logger.warning(
             f"The train dataset has {desirable} desirable and {undesirable} undesirable rows. Weighted by "
@@ -42,7 +42,7 @@ def _report_balance(desirable: int, rows: int, args: Any) -> None:
 
 
 class UnpairedHost(TrainerHost, HostTrainer):
-    """`trl.KTOTrainer` behind the door."""
+    """Host of the methods on single completions, based on `trl.KTOTrainer`."""
 
     trl_class = HostTrainer
     sides = ("completion",)
@@ -54,7 +54,7 @@ class UnpairedHost(TrainerHost, HostTrainer):
         super().__init__(*args, **kwargs)
         self.loss_type = self.args.loss_type
         if self._is_vision_dataset and self.estimates_kl and hasattr(self.data_collator, "calculate_kl"):
-            # Images travel with the prompts, so vision partners come from TRL's collator, inside a micro-batch.
+            # Images belong to prompts, so TRL's vision collator makes KL partners within a micro-batch.
             self.data_collator.calculate_kl = True
             self.data_collator: Any = _OtherPrompts(self.data_collator)
         elif self._in_halos_order and self.estimates_kl:
@@ -65,23 +65,23 @@ class UnpairedHost(TrainerHost, HostTrainer):
             )
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
-        # The one loss type for which TRL prepares no KL partners.
+        # The only loss type for which TRL prepares no KL partners.
         self.estimates_kl = self.needs_kl and args.loss_type != "apo_zero_unpaired"
         return {**super()._hidden_from_trl(args), "loss_type": "apo_zero_unpaired"}
 
     @property
     def has_fixed_partners(self) -> bool:
-        """Whether KL partners come with a batch: precomputed, paired by TRL's vision collator, or as in HALOs."""
+        """Whether a batch contains its KL partners: precomputed, made by TRL's vision collator, or as in HALOs."""
         return bool(self.args.precompute_ref_log_probs or self._is_vision_dataset or self._in_halos_order)
 
     def fixed_partners(
         self, dataset: Dataset, name: str, max_length: int | None, column: str = "completion_ids"
     ) -> list[list[int]]:
-        """Hook: for each row of a prepared dataset, what `column` holds of a completion of another prompt."""
+        """Hook: for each row of a prepared dataset, the `column` value of a completion of another prompt."""
         raise NotImplementedError
 
     def _with_fixed_partners(self, dataset: Dataset, name: str, max_length: int | None) -> Dataset:
-        # So that a partner's reference log-prob can be computed once; any order of training is fine.
+        # With fixed partners their reference log-probs can be computed once, for any order of training.
         partners = self.fixed_partners(dataset, name, max_length)
         if self._assistant_only:
             masks = self.fixed_partners(dataset, name, max_length, "completion_mask")
@@ -90,7 +90,7 @@ class UnpairedHost(TrainerHost, HostTrainer):
         if "KL_completion_ids" in dataset.column_names:
             if list(dataset["KL_completion_ids"]) == partners:
                 return dataset
-            # Other partners, whose stored log-probs are not those of these.
+            # The partners have changed, so their stored log-probs no longer apply.
             stale = {"KL_completion_ids", "ref_logps", "ref_KL_logps"} & set(dataset.column_names)
             logger.warning(f"Columns {sorted(stale)} of the {name} dataset belong to other rows and are made anew.")
             dataset = dataset.remove_columns(sorted(stale))
@@ -131,22 +131,22 @@ class UnpairedHost(TrainerHost, HostTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._in_halos_order:  # whose KL partners are rendered with the prompts of other rows
+        if self._in_halos_order:  # KL partners are tokenized together with the prompts of other rows
             texts = ("prompt", "completion", "tools", "chat_template_kwargs")
             self._signature_columns += [column for column in texts if column not in self._signature_columns]
 
     @property
     def halos_batches(self) -> type[HalosBatches]:
-        """HALOs' loader of the method."""
+        """The sampler class that corresponds to HALOs' data loader for this method."""
         return HalosUnpairedBatches
 
     @property
     def fewest_examples(self) -> int:
-        """Examples that a micro-batch of all processes needs: in HALOs a KL partner is one of them."""
+        """Minimum number of examples in a micro-batch, over all processes. HALOs takes KL partners from it."""
         return 2 if self.estimates_kl else 1
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        # transformers before 5.2 does not know `train_sampling_strategy`.
+        # transformers before 5.2 does not have `train_sampling_strategy`.
         if self.args.train_sampling_strategy == "sequential":
             data = self.train_dataset if train_dataset is None else train_dataset
             return torch.utils.data.SequentialSampler(data) if isinstance(data, Dataset) else None
@@ -154,7 +154,7 @@ class UnpairedHost(TrainerHost, HostTrainer):
 
 
 class _OtherPrompts:
-    """TRL's vision collator, whose KL partner of row i is row i - 1; rows of one prompt and image do not count."""
+    """TRL's vision collator: the KL partner of row i is row i - 1, ignored if both have the same prompt and image."""
 
     def __init__(self, collate: Any):
         self.collate = collate

@@ -1,4 +1,4 @@
-"""What a user's own functions return, looked at where the host would fail far from them."""
+"""Checks of the return values of user functions, which would otherwise fail far from their cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ else:
 
 
 class CheckedCollator:
-    """A collator that has to return a batch."""
+    """Wraps a collator and checks that it returns a batch."""
 
     def __init__(self, collator: Callable[[list], Any]):
         self.collator = collator
@@ -30,7 +30,7 @@ class CheckedCollator:
 
 
 class CheckedMetrics:
-    """A `compute_metrics` that has to return numbers by name; with `batch_eval_metrics`, when they are asked for."""
+    """Wraps `compute_metrics` and checks that it returns numbers by name (at the end with `batch_eval_metrics`)."""
 
     def __init__(self, compute: Callable[..., Any]):
         self.compute = compute
@@ -43,14 +43,14 @@ class CheckedMetrics:
 
 
 class ChecksUserFunctions(_Mixin):
-    """Looks at what `data_collator` and `compute_metrics` return. Both stay attributes of the trainer as they were."""
+    """Checks the results of `data_collator` and `compute_metrics`. The trainer's attributes are not changed."""
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         with overridden(self, data_collator=CheckedCollator(self.data_collator)):
             return super()._get_dataloader(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's loop."""
+        """As `Trainer.evaluation_loop`, with `compute_metrics` checked."""
         if self.compute_metrics is None:
             return super().evaluation_loop(*args, **kwargs)
         with overridden(self, compute_metrics=CheckedMetrics(self.compute_metrics)):

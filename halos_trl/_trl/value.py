@@ -1,4 +1,4 @@
-"""The value head as a part of the policy while it trains."""
+"""The value head as part of the policy during training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .zero import OwnLimit, give_own_groups
 
 @dataclass
 class _WithValues(FusedCausalLMOutput):
-    """A field and not an attribute, since DDP and autocast rebuild outputs from their fields."""
+    """Model output with values, as a field because DDP and autocast rebuild outputs from their fields."""
 
     state_values: torch.Tensor | None = None
 
@@ -33,19 +33,19 @@ _LAST_HIDDEN = "_hidden_for_value_head"
 
 
 def _attach(head: ValueHead, causal_lm: Any) -> None:
-    """Make the head a part of the policy: its forward pass through the fused LM head also answers `state_values`."""
+    """Make the head part of the policy, whose forward pass with the fused LM head then also returns `state_values`."""
     causal_lm.add_module(VALUE_HEAD, head)
-    # Whoever saves the policy without this package gets the plain model too.
+    # Code that saves the policy without this package must get the plain model, too.
     own = {f"{VALUE_HEAD}.{name}" for name in head.state_dict()}
     causal_lm._keys_to_ignore_on_save = own | set(causal_lm._keys_to_ignore_on_save or ())
     causal_lm.base_model.register_forward_hook(_keep_last_hidden)
     fused_forward = causal_lm.forward.__func__
 
-    # Nothing of this model is bound here, so that a deep copy of it runs its own weights.
+    # The closure does not refer to this model, so that a deep copy uses its own weights.
     @functools.wraps(fused_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = fused_forward(self, *args, **kwargs)
-        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN, None)  # None behind the head of another trainer
+        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN, None)  # None if another trainer's head has taken it
         if not kwargs.get("fused_lm_head"):
             return outputs
         wanted_BTH = hidden_BSH if only_wanted() else hidden_BSH[:, :-1]
@@ -59,13 +59,13 @@ def _keep_last_hidden(backbone: torch.nn.Module, args: Any, output: Any) -> None
 
 
 class ValueHost(ScoredHost):
-    """A host whose policy carries a value head while it trains, and is saved without it."""
+    """A host whose policy has a value head during training and is saved without it."""
 
     value_head: ValueHead
     _own_limit: OwnLimit | None = None
 
     def attach_value_head(self) -> None:
-        """Give the policy a new head. Raises ValueError where its gradients could not be limited apart."""
+        """Add a new value head to the policy. Raises ValueError if its gradient cannot be clipped separately."""
         if not hasattr(transformers.Trainer, "_clip_grad_norm"):
             raise ValueError(
                 f"{type(self).__name__} limits the gradients of the value head apart from the policy's, which "
@@ -92,11 +92,11 @@ class ValueHost(ScoredHost):
         folder = self.args.output_dir if output_dir is None else output_dir
         if state_dict is None:
             head = self.value_head.state_dict()
-        else:  # gathered from shards
+        else:  # already gathered from shards
             marker = f"{VALUE_HEAD}."
             head = {name.split(marker, 1)[1]: t for name, t in state_dict.items() if marker in name}
             state_dict = {name: t for name, t in state_dict.items() if marker not in name}
-        if head and self.args.should_save:  # FSDP calls this on every process, and gathers on one
+        if head and self.args.should_save:  # FSDP calls this on every process, but gathers on one only
             save_value_head(head, folder)
         with taken_off(self._causal_lm()):
             super()._save(output_dir, state_dict)
@@ -106,7 +106,7 @@ class ValueHost(ScoredHost):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _as_in_checkpoints(self) -> AbstractContextManager[None]:
-        """The policy with its head if the files of an engine hold it too, and without it otherwise."""
+        """Keep the head on the policy if the engine's checkpoints contain it; otherwise remove it temporarily."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return contextlib.nullcontext()
         return taken_off(self._causal_lm())
@@ -123,13 +123,13 @@ class ValueHost(ScoredHost):
         return optimizer
 
     def limit_value_head(self, max_norm: float) -> None:
-        """Hook into an engine that updates the weights before anybody else can limit their gradients."""
+        """Hook into DeepSpeed, which updates the weights before the trainer can clip their gradients."""
         zero = self.deepspeed.optimizer if self.is_deepspeed_enabled else None
         if zero is not None and (self._own_limit is None or self._own_limit.zero is not zero):
             self._own_limit = OwnLimit(zero, self.value_head.parameters(), max_norm)
 
     def limited_value_head_norm(self, max_norm: float) -> torch.Tensor:
-        """The norm of the value head's gradient before it is limited, which it is after this call."""
+        """Clip the value head's gradient, unless DeepSpeed has done so, and return its norm before clipping."""
         if self._own_limit is not None:
             return self._own_limit.norm
         return whole(torch.nn.utils.clip_grad_norm_(self.value_head.parameters(), max_norm))

@@ -1,4 +1,4 @@
-"""A gradient limit of their own for some of the parameters that DeepSpeed ZeRO trains."""
+"""Separate gradient clipping for some of the parameters trained with DeepSpeed ZeRO."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offloa
 
 
 def give_own_groups(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Move the parameters into groups of their own, with the settings of those that they were in."""
+    """Move the parameters into separate parameter groups, with the settings of their previous groups."""
     own = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
         apart = [p for p in group["params"] if id(p) in own]
@@ -24,10 +24,10 @@ def give_own_groups(optimizer: torch.optim.Optimizer, parameters: Iterable[torch
 
 
 class OwnLimit:
-    """Limits the gradient of whole parameter groups of a ZeRO optimizer by themselves; their norm is `norm`.
+    """Clips the gradient of some parameter groups of a ZeRO optimizer separately; their norm is `norm`.
 
-    DeepSpeed computes one norm over all parameters and divides every gradient by it, within its `step`. The norm of
-    these groups is kept out of that one, and their gradients are divided by their own.
+    DeepSpeed's `step` computes one norm over all parameters and scales every gradient by it. Here these groups are
+    excluded from that norm, and their gradients are scaled by their own.
     """
 
     def __init__(self, zero: Any, parameters: Iterable[torch.nn.Parameter], max_norm: float):
@@ -42,7 +42,7 @@ class OwnLimit:
         self._max_norm = max_norm
         self._groups = [i for i, group in enumerate(groups) if any(id(p) in own for p in group)]
         self._norms: dict[int, torch.Tensor] = {}
-        # What ZeRO-1 and 2 pass to their norms are the parameters of which this process holds a part.
+        # ZeRO-1 and 2 compute norms over the parameters of which this process holds a part.
         self._parts = getattr(zero, "params_in_partition", groups)
         self._unscale = zero.unscale_and_clip_grads
         zero.unscale_and_clip_grads = self._unscale_and_clip
@@ -52,7 +52,7 @@ class OwnLimit:
 
     @property
     def norm(self) -> torch.Tensor:
-        """The norm of the last step's gradient before it was limited, with the loss scale of fp16 in it."""
+        """Norm of the last step's gradient before clipping, multiplied by fp16's loss scale."""
         return torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
 
     def _kept_out(self, norm_of: Any) -> Any:
@@ -62,7 +62,7 @@ class OwnLimit:
             if group is None:
                 return value
             self._norms[group] = torch.as_tensor(value)
-            # DeepSpeed says -1 of a gradient that is not finite, and skips the step.
+            # DeepSpeed returns -1 for a gradient that is not finite, and skips the step.
             return torch.zeros_like(self._norms[group]).where(self._norms[group] >= 0, self._norms[group])
 
         return norm
@@ -74,7 +74,7 @@ class OwnLimit:
             return self._unscale(gradients, self.norm)
 
     def _is_of(self, gradients: Any, group: int) -> bool:
-        if isinstance(gradients, int):  # ZeRO-3 names the group
+        if isinstance(gradients, int):  # ZeRO-3 passes the index of the group
             return gradients == group
         return gradients[0] is self.zero.single_partition_of_fp32_groups[group].grad
 
