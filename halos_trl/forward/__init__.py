@@ -1,1 +1,1 @@
-"""The one room that calls a model: from a collated batch to per-token tables."""
+"""Forward passes: from a collated batch to per-token tables. Only this package calls models in training."""

@@ -1,7 +1,8 @@
 """Attention over a packed row: each completion attends to its prompt and to itself, each prompt to itself.
 
-Registered through transformers' `AttentionInterface` under a name of its own beside each implementation that a model
-may use, so that a forward pass without a layout (generation, logits for `compute_metrics`) runs as before.
+For each attention implementation that a model may use, a second one with its own name is registered through
+transformers' `AttentionInterface`. Forward passes without a layout (generation, logits for `compute_metrics`) are not
+affected.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
 class PackedForwardError(ValueError):
-    """The model cannot run on a packed row, e.g. since it asks its attention for something that such a row lacks."""
+    """The model cannot run on a packed row, e.g. because packed rows do not support its attention's arguments."""
 
 
 @contextlib.contextmanager
 def packed_forward() -> Iterator[None]:
-    """Inside, models build no mask: the layout says what attends to what."""
+    """Context in which models build no attention mask, because the layout determines which tokens attend to which."""
     token = _packed.set(True)
     try:
         yield
@@ -40,7 +41,7 @@ def packed_forward() -> Iterator[None]:
 
 
 def register(implementation: str) -> str:
-    """The name under which packed rows are understood and everything else runs as under `implementation`."""
+    """Register a variant of `implementation` that also supports packed rows, and return its name."""
     name = PREFIX + implementation.replace("flash_attention", "fa").replace("/", "_")
     if name not in AttentionInterface():
         AttentionInterface.register(name, partial(_attention, implementation))
@@ -69,7 +70,7 @@ def _attention(
     return packed_attention(module, query, key, value, layout, *args, **kwargs), None
 
 
-# Arguments that models pass along and that say nothing about what attends to what.
+# Arguments passed by models that do not affect which tokens attend to which.
 _WITHOUT_EFFECT = {
     "cache_position",
     "is_causal",
@@ -89,8 +90,8 @@ def packed_attention(
 ) -> Tensor:  # fmt: skip
     """Attention of a packed row.
 
-    `query` is `(1, heads, N, D)`; `key` and `value` may have fewer heads and `value` another width. Returns
-    `(1, N, heads, value width)`. Raises `PackedForwardError` for arguments that change the attention in another
+    `query` is `(1, heads, N, D)`; `key` and `value` may have fewer heads, and `value` a different width. Returns
+    `(1, N, heads, value width)`. Raises `PackedForwardError` for arguments that change the attention in an unsupported
     way.
     """
     asked = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]

@@ -1,9 +1,9 @@
-"""Kernels that compute the attention of a packed row, and which one serves a call.
+"""Kernels for the attention of a packed row, and the choice among them.
 
-On a CPU, and wherever no other kernel serves, `scaled_dot_product_attention` runs once for all spans of the same
-lengths. On CUDA one
-launch serves the row: FlashAttention over sequences of different lengths, of torch or of the package `flash_attn`,
-else FlexAttention under a block mask. Each is compared once with the spans, for each kind of call, before it is used.
+On a CPU, and if no other kernel is available, `scaled_dot_product_attention` runs once for all spans of the same
+lengths. On CUDA the whole row needs one launch: variable-length FlashAttention, from torch or from the package
+`flash_attn`, else FlexAttention with a block mask. Before first use for each kind of call, a kernel's result is
+compared with that of the spans.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ logger = get_logger(__name__)
 
 
 class Call(NamedTuple):
-    """Attention as a layer asks for it.
+    """Arguments of an attention call.
 
-    `query` is `(1, heads, N, D)`; `key` and `value` may have fewer heads, and `value` another width. `window` is the
-    number of tokens that a token attends to, itself included; `sinks` `(heads,)` are logits that take a share of the
-    weights.
+    `query` is `(1, heads, N, D)`; `key` and `value` may have fewer heads, and `value` a different width. `window` is
+    the number of tokens that a token attends to, including itself; `sinks` `(heads,)` are additional logits in the
+    softmax.
     """
 
     query: Tensor
@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A kernel: which calls it serves, and the result `(1, N, heads, value width)`."""
+    """A kernel: which calls it supports, and a function that returns `(1, N, heads, value width)`."""
 
     name: str
     serves: Callable[[Call], bool]
@@ -55,7 +55,7 @@ class Backend(NamedTuple):
 
 
 def attend(call: Call) -> Tensor:
-    """Attention of a packed row, by the first kernel that serves the call and agrees with the spans."""
+    """Attention of a packed row, by the first kernel that supports the call and agrees with the spans."""
     for backend in BACKENDS.get(call.query.device.type, ()):
         if backend.serves(call) and _agrees(backend, call):
             return backend.compute(call)
@@ -66,10 +66,10 @@ def attend(call: Call) -> Tensor:
 
 
 def by_spans(call: Call) -> Tensor:
-    """With softcap or sinks written out in plain torch, else by `scaled_dot_product_attention`.
+    """Attention span by span: in plain torch for softcap or sinks, else by `scaled_dot_product_attention`.
 
-    Spans of the same two lengths are stacked and computed together: a micro-batch of short sequences has hundreds of
-    spans and few different lengths.
+    Spans with the same query and key lengths are stacked and computed together, because a micro-batch of short
+    sequences has hundreds of spans but few different lengths.
     """
     layout, device = call.layout, call.query.device
     stacks, order = _stacks(layout, device)
@@ -93,7 +93,7 @@ def by_spans(call: Call) -> Tensor:
 
 
 class _Stack(NamedTuple):
-    """Spans of the same lengths: one of them, and the places of all their queries and keys in the packed row."""
+    """Spans of the same lengths: one of them, and the indices of all their queries and keys in the packed row."""
 
     span: Span
     queries: Tensor
@@ -101,7 +101,7 @@ class _Stack(NamedTuple):
 
 
 def _stacks(layout: Layout, device: torch.device) -> tuple[list[_Stack], Tensor]:
-    """The spans by their lengths, and where each token of the packed row is found behind the stacks."""
+    """The spans grouped by length, and the index of each token of the packed row in the concatenated stacks."""
     plan = ("stacks", device)
     if plan not in layout.plans:
         of_length: dict[tuple[int, int], list[Span]] = {}
@@ -119,7 +119,7 @@ def _stacks(layout: Layout, device: torch.device) -> tuple[list[_Stack], Tensor]
 
 
 def _span_mask(layout: Layout, span: Span, window: int | None, device: torch.device) -> Tensor | None:
-    """`(queries, keys)`, True where attended; None for a plain causal square."""
+    """`(queries, keys)`, True where attended; None for a plain causal mask."""
     context = span.keys - span.queries
     if window is not None and window >= span.keys:
         window = None
@@ -156,11 +156,11 @@ def _written_out(
     return torch.dropout(weights, dropout, train=dropout > 0) @ value
 
 
-# -- FlashAttention over sequences of different lengths ------------------------------------------------------------
+# -- FlashAttention with variable lengths --------------------------------------------------------------------------
 
 
 class _Lengths(NamedTuple):
-    """Each span as a sequence of queries, and of keys: those of its prompt and its own."""
+    """Each span as a sequence of queries and a sequence of keys, the latter including its prompt."""
 
     keys: Tensor
     """Index into the packed row of every key, one span behind the other."""
@@ -171,7 +171,7 @@ class _Lengths(NamedTuple):
 
 
 def lengths_of(layout: Layout, device: torch.device) -> _Lengths:
-    """The spans as sequences; each one's last query attends to its last key."""
+    """The spans as sequences of variable length, with queries and keys aligned at the end."""
     key = ("lengths", device)
     if key not in layout.plans:
         spans = layout.spans
@@ -203,7 +203,7 @@ def _is_for_flash(call: Call) -> bool:
 
 
 def by_torch_varlen(call: Call) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn`, of torch 2.13 and newer."""
+    """Attention by `torch.nn.attention.varlen.varlen_attn` of torch 2.13 and newer."""
     kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     query, key, value, lengths = _flat(call)
     out = kernel(
@@ -214,7 +214,7 @@ def by_torch_varlen(call: Call) -> Tensor:
 
 
 def by_flash_attn(call: Call) -> Tensor:
-    """`flash_attn.flash_attn_varlen_func`, of the package of that name."""
+    """Attention by `flash_attn_varlen_func` of the package `flash_attn`."""
     kernel = importlib.import_module("flash_attn").flash_attn_varlen_func
     query, key, value, lengths = _flat(call)
     softcap = {} if call.softcap is None else {"softcap": call.softcap}
@@ -232,7 +232,7 @@ def _flat(call: Call) -> tuple[Tensor, Tensor, Tensor, _Lengths]:
 
 
 def _flash_window(call: Call) -> tuple[int, int]:
-    # Tokens to the left and to the right, without the token itself; -1 for all.
+    # Number of tokens to the left and to the right, excluding the token itself; -1 means no limit.
     return (-1 if call.window is None else call.window - 1, 0)
 
 
@@ -242,7 +242,7 @@ _BLOCK = 128
 
 
 def by_flex(call: Call) -> Tensor:
-    """FlexAttention. Compiled on CUDA, for any length, since every batch has another one."""
+    """Attention by FlexAttention, on CUDA compiled with dynamic shapes, since every batch has a different length."""
     tokens = call.query.shape[2]
     fill = -tokens % _BLOCK
     query, key, value = (pad(x, (0, 0, 0, fill)) for x in (call.query, call.key, call.value))
@@ -271,7 +271,7 @@ def _capped(softcap: float | None) -> Callable[..., Tensor] | None:
 
 
 def _block_mask(layout: Layout, tokens: int, window: int | None, device: torch.device) -> Any:
-    """What `by_spans` attends to, for a row that is filled up to `tokens`; the tokens that fill it see themselves."""
+    """The mask of `by_spans` for a row padded to `tokens`; padding tokens attend to themselves."""
     plan = ("flex", window, device)
     if plan not in layout.plans:
         own, context_start, context_stop = _bounds(layout, tokens, device)
@@ -288,7 +288,7 @@ def _block_mask(layout: Layout, tokens: int, window: int | None, device: torch.d
 
 
 def _bounds(layout: Layout, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token: where its own span starts, and where its prompt starts and stops."""
+    """For each token: the start of its span, and the start and stop of its prompt."""
     own, start, stop = list(range(tokens)), [0] * tokens, [0] * tokens
     for span in layout.spans:
         for bounds, value in ((own, span.start), (start, span.context_start), (stop, span.context_stop)):
@@ -297,7 +297,7 @@ def _bounds(layout: Layout, tokens: int, device: torch.device) -> tuple[Tensor, 
     return bounds_of_all[0], bounds_of_all[1], bounds_of_all[2]
 
 
-# -- which one -----------------------------------------------------------------------------------------------------
+# -- choice of the kernel ------------------------------------------------------------------------------------------
 
 _CUDA = (
     Backend(
@@ -320,7 +320,7 @@ precision."""
 
 
 def _agrees(backend: Backend, call: Call) -> bool:
-    """Whether a kernel runs and gives the attention of the spans; found out once for each kind of call."""
+    """Whether a kernel runs and gives the same result as the spans; tested once for each kind of call."""
     shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3], call.value.shape[3])
     kind = (backend.name, call.query.device.type, call.query.dtype, shape, call.window is None, call.softcap)
     if kind not in _verdicts:
@@ -334,7 +334,7 @@ def _agrees(backend: Backend, call: Call) -> bool:
 
 
 def why_not(backend: Backend, call: Call) -> str | None:
-    """Run a kernel on a small row of the same kind, forward and backward; returns what is wrong with it, or None."""
+    """Test a kernel on a small row of the same kind, forward and backward; returns the problem, or None."""
     spans = [
         Span(0, 70, 0, 0),
         Span(70, 90, 0, 70),
@@ -366,7 +366,7 @@ def why_not(backend: Backend, call: Call) -> str | None:
             got = run(backend.compute, dtype)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a missing package, a build for other devices, a shape that the kernel lacks
+        except Exception as error:  # a missing package, a build for other devices, an unsupported shape
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     apart = max(((a - b).abs().max() / a.abs().max().clamp(min=1)).item() for a, b in zip(expected, got, strict=True))
     limit = TOLERANCE.get(dtype, 0.05)

@@ -1,6 +1,6 @@
-"""Heads that read the wanted positions alone: hooks which a model runs inside its own forward pass.
+"""Computing heads only at the wanted positions, by hooks that run inside the model's forward pass.
 
-Inside, since engines that split parameters have a head's weights whole nowhere else.
+Engines that shard parameters gather a head's weights only there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _wanted: ContextVar[tuple[Tensor, ...] | None] = ContextVar("wanted", default=No
 
 @contextlib.contextmanager
 def wanted_positions(*index: Tensor) -> Iterator[None]:
-    """Inside, the backbone hands on its hidden states `(1, M, H)` at these positions alone.
+    """Context in which the backbone returns its hidden states `(1, M, H)` at these positions only.
 
-    `index` is the batch index and the position of each, both `(M,)`. Positions may count from the end.
+    `index` is the batch index and the position of each, both `(M,)`. Negative positions count from the end.
     """
     token = _wanted.set(index)
     try:
@@ -36,7 +36,7 @@ def wanted_positions(*index: Tensor) -> Iterator[None]:
 
 
 def only_wanted() -> bool:
-    """Whether hidden states are those of the wanted positions."""
+    """Whether hidden states are restricted to the wanted positions."""
     return _wanted.get() is not None
 
 
@@ -46,12 +46,12 @@ def reads_wanted(model: torch.nn.Module) -> bool:
 
 
 def read_wanted_hidden(causal_lm: PreTrainedModel) -> str | None:
-    """Let LM head and value head read the positions of `wanted_positions` alone; returns why they cannot, or None."""
+    """Restrict LM head and value head to the positions of `wanted_positions`; returns why that fails, or None."""
     if causal_lm.base_model is causal_lm:
         return "its backbone and its head are one module"
     if not reads_wanted(causal_lm):
         setattr(causal_lm, _INSTALLED, True)
-        # In front of other hooks: a value head reads the same positions.
+        # Before other hooks, so that a value head reads the same positions.
         causal_lm.base_model.register_forward_hook(_keep_wanted, prepend=True)
     return None
 
@@ -68,7 +68,7 @@ def _keep_wanted(module: Any, args: Any, output: Any) -> Any:
 
 
 class _Scores:
-    """The scores of a forward pass on their way from the head to the model's output."""
+    """Holds the scores of a forward pass between the head and the model's output."""
 
     def __init__(self, wanted: Tensor):
         self.wanted = wanted
@@ -80,7 +80,7 @@ _scores: ContextVar[_Scores | None] = ContextVar("scores", default=None)
 
 @contextlib.contextmanager
 def wanted_scores(wanted: Tensor) -> Iterator[None]:
-    """Inside, a reward model answers the logits `(M, labels)` at these positions of a packed row."""
+    """Context in which a reward model returns the logits `(M, labels)` at these positions of a packed row."""
     token = _scores.set(_Scores(wanted))
     try:
         yield
@@ -89,14 +89,14 @@ def wanted_scores(wanted: Tensor) -> Iterator[None]:
 
 
 def read_wanted_scores(classifier: PreTrainedModel) -> str | None:
-    """Let a sequence classifier answer `wanted_scores`; returns why it cannot, or None."""
+    """Make a sequence classifier support `wanted_scores`; returns why that fails, or None."""
     head = getattr(classifier, "score", None)
     if not isinstance(head, torch.nn.Module):
         return "it has no head `score` that reads single positions"
     if not reads_wanted(classifier):
         setattr(classifier, _INSTALLED, True)
         head.register_forward_hook(_note_scores)
-        # In front of an engine's hooks, which look for gradients in what the model answers.
+        # Before an engine's hooks, which look for gradients in the model's output.
         classifier.register_forward_hook(_answer_scores, prepend=True)
     return None
 

@@ -1,9 +1,9 @@
-"""How the sequences of a micro-batch become one row of unique tokens, and how its results return to their rows.
+"""Packing the sequences of a micro-batch into one row of unique tokens, and mapping results back to their rows.
 
 Rows that share a prompt become one run: the prompt once, then each completion without its last token, which predicts
-nothing. Rows that are scored as a whole share the beginning that they have in common. All runs stand in one row,
-without padding. Position ids restart with each run and with each completion, so a token has the position that it has
-in its own row.
+nothing. Rows that are scored as a whole share their common prefix. All runs are concatenated to one row without
+padding. Position ids restart with each run and with each completion, so each token keeps the position that it has in
+its own row.
 
 Shape legend: `B` rows and `S` positions of the padded batch, `N` unique tokens, `M` wanted positions.
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `stop` of the packed row, which attend to `context` tokens in front of them: a prompt's none,
-    a completion's its prompt.
+    """Tokens `start` to `stop` of the packed row, which also attend to tokens `context_start` to `context_stop`: the
+    prompt of a completion, nothing for a prompt.
     """
 
     start: int
@@ -38,16 +38,16 @@ class Span(NamedTuple):
 
 
 class Layout:
-    """Where the tokens of a padded batch stand in the packed row.
+    """Positions of a padded batch's tokens in the packed row.
 
     Attributes:
         input_ids (`Tensor` of shape `(1, N)`): the unique tokens.
         position_ids (`Tensor` of shape `(1, N)`): each token's position in its own row.
-        spans (`list[Span]`): what attends to what.
+        spans (`list[Span]`): which tokens attend to which.
         wanted (`Tensor` of shape `(M,)`): index into the packed row of each position whose output is wanted, in the
             order of the padded batch.
 
-    It is one object, and not a dict of tensors, so that no wrapper of accelerate's moves or casts what it holds.
+        It is an object and not a dict of tensors, so that accelerate's wrappers do not move or cast its contents.
     """
 
     def __init__(self, input_ids: Tensor, position_ids: Tensor, spans: list[Span], wanted: Tensor):
@@ -62,7 +62,7 @@ class Layout:
 
 
 class TokenLayout(Layout):
-    """A layout whose wanted positions are those that predict a completion token.
+    """A layout that wants the positions that predict completion tokens.
 
     Attributes:
         labels (`Tensor` of shape `(M,)`): the token that each wanted position predicts.
@@ -79,17 +79,17 @@ class TokenLayout(Layout):
 
 
 def table(values_M: Tensor, mask_BT: Tensor) -> Tensor:
-    """`(M,)` numbers at the `M` True positions of a mask -> `(B, T)`, 0 elsewhere. Differentiable."""
+    """Scatter `(M,)` numbers to the `M` True positions of a mask `(B, T)`; 0 elsewhere. Differentiable."""
     mask_BT = mask_BT.to(values_M.device)
-    # `masked_scatter` keeps a batch without a wanted position connected to the model.
+    # With `masked_scatter` even a batch without wanted positions stays connected to the model's graph.
     return values_M.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_M)
 
 
 def shared_prompt_layout(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> TokenLayout:
     """The packed row of a padded batch; all arguments `(B, S)`, of which `completion_mask` marks the wanted tokens.
 
-    The prompt of a row is everything in front of its first wanted token; rows with equal prompts share it. What stands
-    behind a row's last wanted token, and a row without one, has no effect on any result and is left out.
+    The prompt of a row is everything before its first wanted token; rows with equal prompts share it. Tokens after a
+    row's last wanted token, and rows without wanted tokens, have no effect on any result and are left out.
     """
     mask_BT = completion_mask[:, 1:].bool()
     ids, attended, wanted = (t.tolist() for t in (input_ids, attention_mask, completion_mask))
@@ -111,10 +111,10 @@ def shared_prompt_layout(input_ids: Tensor, attention_mask: Tensor, completion_m
 
 
 def shared_prefix_layout(input_ids: Tensor, attention_mask: Tensor, last: Sequence[int]) -> Layout:
-    """The packed row of a padded batch `(B, S)` of which column `last[b]` of each row `b` is wanted.
+    """The packed row of a padded batch `(B, S)` in which column `last[b]` of each row `b` is wanted.
 
-    Rows share the tokens that they begin with, in groups that save as many tokens as possible. What stands behind a
-    row's wanted token has no effect on it and is left out.
+    Rows share common prefixes, in groups chosen to save as many tokens as possible. Tokens after a row's wanted token
+    have no effect on it and are left out.
     """
     ids, attended = input_ids.tolist(), attention_mask.tolist()
     where = [[s for s in range(stop + 1) if real[s] or s == stop] for real, stop in zip(attended, last, strict=True)]
@@ -126,14 +126,14 @@ def shared_prefix_layout(input_ids: Tensor, attention_mask: Tensor, last: Sequen
 
 
 def _shared_prefixes(sequences: Sequence[tuple[int, ...]]) -> list[tuple[list[int], int]]:
-    """Groups of sequences and the number of first tokens that each group shares.
+    """Groups of sequences and the length of the prefix that each group shares.
 
-    Of all ways to cut the sorted sequences into groups, the one that saves most tokens.
+    Of all partitions of the sorted sequences into contiguous groups, the one that saves the most tokens.
     """
     order = sorted(range(len(sequences)), key=sequences.__getitem__)
     ordered = [sequences[i] for i in order]
     common = [_common(a, b) for a, b in itertools.pairwise(ordered)]
-    best = [(0, 0, 0)]  # for the first n sequences: tokens saved, where the last group begins, what it shares
+    best = [(0, 0, 0)]  # for the first n sequences: tokens saved, start of the last group, its prefix length
     for stop in range(1, len(ordered) + 1):
         shared = len(ordered[stop - 1])
         choices = [(best[stop - 1][0], stop - 1, shared)]
@@ -162,7 +162,7 @@ class _Row(NamedTuple):
 
 
 def _pack(ids: list[list[int]], runs: Iterable[list[_Row]]) -> tuple[_Packed, list[list[int]]]:
-    """The packed row of these runs, and the place in it of each token of the padded batch."""
+    """The packed row of these runs, and the index in it of each token of the padded batch."""
     packed, positions = _Packed(), [[0] * len(row) for row in ids]
     for members in runs:
         number, where, shared = members[0]
@@ -171,7 +171,7 @@ def _pack(ids: list[list[int]], runs: Iterable[list[_Row]]) -> tuple[_Packed, li
             own = packed.add([ids[number][s] for s in where[shared:]], shared, (start, start + shared))
             for k, s in enumerate(where):
                 positions[number][s] = start + k if k < shared else own + k - shared
-    if not packed.ids:  # the model has to run all the same, as on the other processes
+    if not packed.ids:  # the model must still run, as on the other processes
         packed.add(ids[0][:1], 0, (0, 0))
     return packed, positions
 

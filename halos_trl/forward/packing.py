@@ -1,4 +1,4 @@
-"""Whether a model is given packed rows, and the check that it gives the same results with them."""
+"""Decides whether a model runs on packed rows, and checks that they give the same results as padded ones."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _INPUTS = {"input_ids", "attention_mask"}
 
 
 class Packing:
-    """What is known about packed rows for one model.
+    """Whether one model runs on packed rows.
 
     Args:
-        model: the language or reward model, which keeps this object as an attribute, and so do its copies.
-        wrapped: the same in its PEFT model, if it has one.
-        obstacle: a reason outside of the model not to pack.
-        mode: `"on"`, `"off"` or `"auto"`: packed where the model gives the same numbers.
-        reduce_sum: sums a tensor over the processes that have to decide alike.
+        model: the language or reward model. It and its copies store this object as an attribute.
+        wrapped: the same model inside its PEFT model, if it has one.
+        obstacle: a reason not to pack that does not depend on the model.
+        mode: `"on"`, `"off"` or `"auto"` (pack if the model gives the same numbers).
+        reduce_sum: sums a tensor over the processes, which must all make the same decision.
 
-    Raises ValueError with `"on"` for a model that cannot be given packed rows.
+    Raises ValueError with `"on"` for a model that does not support packed rows.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Packing:
         return not others
 
     def serves(self, inputs: dict[str, Any], difference: Callable[[], tuple[Tensor, int]]) -> bool:
-        """Whether these model inputs go through the model as a packed row; the first ones are compared (`decide`)."""
+        """Whether to run these model inputs as a packed row; the first ones are compared with padded rows."""
         if not self.takes(inputs):
             return False
         if self.is_open:
@@ -77,10 +77,10 @@ class Packing:
         return self.active
 
     def decide(self, difference: Callable[[], tuple[Tensor, int]]) -> None:
-        """Compare packed with padded rows, all processes together, and say so where they differ.
+        """Compare packed with padded rows over all processes, and give up packing if they differ.
 
-        `difference` answers how far the results are apart at each wanted position, and how many layers saw the packed
-        row. A batch without a wanted position decides nothing.
+        `difference` returns the absolute difference of the results at each wanted position, and the number of layers
+        that used the packed row. A batch without a wanted position leaves the decision open.
         """
         reason, tokens = None, 0
         try:
@@ -110,7 +110,7 @@ class Packing:
         return f"its results differ by {measure.item():.2g} between packed and padded rows"
 
     def give_up(self, reason: str) -> None:
-        """Padded rows from here on. Raises ValueError where packed ones were asked for."""
+        """Use padded rows from here on. Raises ValueError with mode `"on"`."""
         self.active = self.is_open = False
         if self.mode == "on":
             raise ValueError(
@@ -134,9 +134,10 @@ def give_packing(
 ) -> None:
     """Decide for each model whether its rows are packed.
 
-    `obstacle` is a reason not to that lies outside of the models. `read_wanted` lets a model's head read the wanted
-    positions alone, and answers why it cannot: `read_wanted_hidden` of a causal LM, `read_wanted_scores` of a sequence
-    classifier. All processes decide alike, through `reduce_sum`. Raises ValueError as `Packing` does.
+    `obstacle` is a reason not to pack that does not depend on the models. `read_wanted` restricts a model's head to
+    the wanted positions and returns why that fails, or None: `read_wanted_hidden` for a causal LM,
+    `read_wanted_scores` for a sequence classifier. `reduce_sum` makes all processes decide alike. Raises ValueError as
+    `Packing` does.
     """
     for wrapped in models:
         if wrapped is not None:
@@ -146,33 +147,33 @@ def give_packing(
 
 
 def compiled_rows(args: Any) -> str | None:
-    """Why the rows of a run with these training arguments are not packed; None where they may be."""
+    """Why rows are not packed with these training arguments; None if they may be."""
     return "`torch_compile=True` would compile a layout that is another one in each batch" * args.torch_compile or None
 
 
 def packing_of(model: torch.nn.Module) -> Packing | None:
-    """What `give_packing` decided; None for a model that it has not seen."""
+    """The model's `Packing`; None if `give_packing` was not called for it."""
     return getattr(language_model(model), "halos_packing", None)
 
 
 def language_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The causal LM or sequence classifier inside wrappers of engines, compilers and PEFT."""
+    """The causal LM or sequence classifier inside the wrappers of engines, compilers and PEFT."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
 def _rounds(model: PreTrainedModel) -> bool:
-    """Whether its results depend on the shape of a batch by more than the rounding of float32."""
+    """Whether results depend on the batch's shape by more than float32 rounding."""
     tf32 = model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return model.dtype in (torch.float16, torch.bfloat16) or getattr(model, "is_quantized", False) or tf32
 
 
 def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
-    """Make a model's attention understand packed rows; returns why it cannot, or None. Other rows run as before."""
+    """Make a model's attention support packed rows; returns why that fails, or None. Other rows run as before."""
     reason = _known_obstacle(model, wrapped)
     if reason is not None:
         return reason
     implementation = model.config._attn_implementation
-    if not implementation.startswith(PREFIX):  # it may come with the config of another model
+    if not implementation.startswith(PREFIX):  # the config may have been copied from a prepared model
         model.set_attn_implementation(register(implementation))
         if not model.config._attn_implementation.startswith(PREFIX):
             return "its attention does not come from transformers' `AttentionInterface`"
@@ -200,9 +201,9 @@ def _known_obstacle(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | N
 def both_ways(
     model: torch.nn.Module, padded: Callable[[], Tensor], packed: Callable[[], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """What `padded()` and `packed()` return, without dropout and without gradient.
+    """The results of `padded()` and `packed()`, without dropout and without gradient.
 
-    Raises PackedForwardError where the model fails on the packed row.
+    Raises PackedForwardError if the model fails on the packed row.
     """
     with without_dropout(model):
         expected = padded()
@@ -210,14 +211,14 @@ def both_ways(
             return expected, packed()
         except (PackedForwardError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever the code of a model does with arguments that it does not know
+        except Exception as error:  # model code may raise anything for unexpected arguments
             raise PackedForwardError(f"it fails on a packed row ({type(error).__name__}: {error})") from error
 
 
 @contextlib.contextmanager
 def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Without dropout, whatever mode the model is in."""
-    # Quantized layers have no dropout, and some repack their weights for good in evaluation mode.
+    """Disable dropout temporarily, in train and in eval mode."""
+    # Skip quantized layers: they have no dropout, and some repack their weights permanently in eval mode.
     training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes.")]
     for module in training:
         module.training = False

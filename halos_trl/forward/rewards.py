@@ -18,7 +18,7 @@ _NO_MODEL_INPUTS = {"margin", "use_cache"}
 def score_sequences(model: torch.nn.Module, batch: dict[str, Any]) -> Any:
     """The outputs of a sequence classifier for a collated batch; `logits` is `(B, labels)`.
 
-    Rows are packed where the model's `Packing` says so; its first batch decides, by a comparison with padded rows.
+    Rows are packed if the model's `Packing` allows it, which is decided by comparing its first batch with padded rows.
     """
     packing = packing_of(model)
     inputs = {name: value for name, value in batch.items() if name not in _NO_MODEL_INPUTS}
@@ -29,7 +29,7 @@ def score_sequences(model: torch.nn.Module, batch: dict[str, Any]) -> Any:
 
 def _layout_of(model: torch.nn.Module, batch: dict[str, Any]) -> Layout:
     ids_BS, attention_mask = batch["input_ids"], batch.get("attention_mask")
-    # As transformers' classifiers read it: the last token that is not the padding token, whatever the mask says.
+    # As in transformers' classifiers: the last token that is not the padding token, regardless of the mask.
     config: Any = language_model(model).config
     real_BS = ids_BS != config.get_text_config().pad_token_id
     columns = torch.arange(ids_BS.shape[1], device=ids_BS.device)
@@ -44,7 +44,7 @@ def _packed(model: torch.nn.Module, layout: Layout) -> Any:
 
 
 def _difference(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
-    """How far the scores of packed and padded rows are apart, and how many layers saw the packed row."""
+    """Absolute difference of the scores of packed and padded rows, and number of layers that used the packed row."""
     layout = _layout_of(model, batch)
     padded, packed = both_ways(
         model, lambda: model(**batch | {"use_cache": False}).logits, lambda: _packed(model, layout).logits

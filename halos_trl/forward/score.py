@@ -1,7 +1,6 @@
 """One forward pass: the per-token table of a collated batch, from packed rows or from padded ones.
 
-The one border between batches and models. Whatever is above it sees tables `(B, T)` and does not know how they were
-made.
+The callers see tables `(B, T)` only and do not depend on how they were computed.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ NOT_MODEL_INPUTS = {
 
 
 class TokenTable(NamedTuple):
-    """What one forward pass says about the completion tokens.
+    """Per-token results of one forward pass for the completion tokens.
 
     All tables are `(B, T)` with `T` = sequence length - 1: position `t` scores token `t + 1`; positions outside
-    `mask_BT` hold 0. Log-probs in nats. `None` where the model was not asked for the column.
+    `mask_BT` hold 0. Log-probs are in nats. Columns that were not requested are None.
     """
 
     logps_BT: Tensor
@@ -52,7 +51,7 @@ class TokenTable(NamedTuple):
     log_sum_sq_probs_BT: Tensor | None = None
 
     def rows(self, index: Tensor) -> TokenTable:
-        """Some of the rows."""
+        """The table of the selected rows."""
         tables = {n: t[index] for n, t in self._asdict().items() if t is not None and n != "aux_loss"}
         return self._replace(**tables)
 
@@ -60,7 +59,7 @@ class TokenTable(NamedTuple):
 def score_tokens(model: torch.nn.Module, batch: dict[str, Any], *, output_router_logits: bool = False) -> TokenTable:
     """Log-probs of the completion tokens of a collated batch, through TRL's fused LM head.
 
-    Rows are packed where the model's `Packing` says so; its first batch decides, by a comparison with padded rows.
+    Rows are packed if the model's `Packing` allows it, which is decided by comparing its first batch with padded rows.
     """
     packing = packing_of(model)
     packed = packing is not None and packing.serves(model_inputs(batch), lambda: _difference(model, batch))
@@ -70,12 +69,12 @@ def score_tokens(model: torch.nn.Module, batch: dict[str, Any], *, output_router
 def score_together(model: torch.nn.Module, batches: list[dict[str, Any]]) -> list[Tensor]:
     """Log-probs `(B, T)` in nats of the completion tokens of several batches.
 
-    One forward pass over one layout where rows are packed, so that prompts which occur in several of the batches go
-    through the model once; where they are padded, one for each batch.
+    Packed rows take one forward pass with one layout, so that prompts shared by several batches are computed once;
+    padded rows take one forward pass per batch.
     """
     packing, first = packing_of(model), batches[0]
     packed = packing is not None and all(packing.takes(model_inputs(batch)) for batch in batches)
-    # Asked also before the first batch has decided, so that a resumed run joins what the interrupted one did.
+    # Also before packing is decided by the first batch, so that a resumed run joins the same batches as before.
     if not (packed and packing and packing.serves(model_inputs(first), lambda: _difference(model, first))):
         return [score_tokens(model, batch).logps_BT for batch in batches]
     tables = score_tokens(model, _joined(batches)).logps_BT.split([len(batch["input_ids"]) for batch in batches])
@@ -83,7 +82,7 @@ def score_together(model: torch.nn.Module, batches: list[dict[str, Any]]) -> lis
 
 
 def _joined(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The rows of all batches in one, filled up on the right with tokens that no mask holds."""
+    """The rows of all batches as one batch, padded on the right with masked tokens."""
     width = max(batch["input_ids"].shape[1] for batch in batches)
 
     def column(name: str) -> Tensor:
@@ -93,20 +92,20 @@ def _joined(batches: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a collated batch the model reads."""
+    """The model's inputs in a collated batch."""
     return {k: v for k, v in batch.items() if k not in NOT_MODEL_INPUTS and not k.startswith("KL_")}
 
 
-# Policy, reference and rollout read the same batch; the layout goes when the batch goes.
+# Policy, reference and rollout read the same batch; a layout is freed together with its batch.
 _layouts: Any = WeakTensorKeyDictionary()
 
 
 def layout_of(batch: dict[str, Any]) -> TokenLayout:
-    """The batch's layout, made once for all forward passes over it."""
+    """The batch's layout, computed once for all forward passes over it."""
     ids, attended, mask = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
     versions = [None if t.is_inference() else t._version for t in (ids, attended, mask)]
     known = _layouts.get(mask)
-    # Another batch may have the same mask, and a batch may be changed in place.
+    # Another batch may use the same mask tensor, and a batch may be changed in place.
     if known is None or known.ids is not ids or known.attended is not attended or known.versions != versions:
         known = _Known(shared_prompt_layout(ids, attended, mask), ids, attended, versions)
         _layouts[mask] = known
@@ -114,7 +113,7 @@ def layout_of(batch: dict[str, Any]) -> TokenLayout:
 
 
 class _Known(NamedTuple):
-    """A layout, and what it was made of besides the mask under which it is kept."""
+    """A cached layout, and the inputs it was made from, in addition to the mask that is the cache key."""
 
     layout: TokenLayout
     ids: Tensor
@@ -141,14 +140,14 @@ def _packed(model: torch.nn.Module, batch: dict[str, Any], output_router_logits:
 def _padded(model: torch.nn.Module, batch: dict[str, Any], output_router_logits: bool) -> TokenTable:
     inputs = model_inputs(batch) | ({"output_router_logits": True} if output_router_logits else {})
     mask_BT = batch["completion_mask"][:, 1:].bool()
-    # The replicas of `DataParallel` run in threads of their own, each on a part of the rows.
+    # Each replica of `DataParallel` runs in its own thread on a part of the rows.
     if not reads_wanted(language_model(model)) or isinstance(model, torch.nn.DataParallel):
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         outputs = model(**inputs, use_cache=False, labels=labels, fused_lm_head=True)
         # Prompt-learning adapters prepend virtual tokens.
         return _table_of(outputs, lambda values_BS: values_BS[:, -mask_BT.shape[1] :], mask_BT)
     rows, positions = mask_BT.nonzero(as_tuple=True)
-    with wanted_positions(rows, positions - batch["input_ids"].shape[1]):  # from the end, for the same reason
+    with wanted_positions(rows, positions - batch["input_ids"].shape[1]):  # negative for the same reason
         labels = batch["input_ids"][:, 1:][mask_BT]
         outputs = model(**inputs, use_cache=False, shift_labels=labels[None], fused_lm_head=True)
     return _wanted_table(outputs, mask_BT)
@@ -175,9 +174,11 @@ def _table_of(outputs: Any, as_table: Callable[[Tensor], Tensor], mask_BT: Tenso
 
 
 def _difference(model: torch.nn.Module, batch: dict[str, Any]) -> tuple[Tensor, int]:
-    """How far packed and padded rows are apart at each wanted token, nats, and how many layers saw the packed row."""
+    """Absolute difference of packed and padded rows at each wanted token, in nats, and number of layers that used the
+    packed row.
+    """
     layout = layout_of(batch)
-    layout.seen_by.clear()  # by another model, which was given the same batch
+    layout.seen_by.clear()  # layers of another model, which ran on the same batch
     padded_BT, packed_BT = both_ways(
         model, lambda: _padded(model, batch, False).logps_BT, lambda: _packed(model, batch, False).logps_BT
     )

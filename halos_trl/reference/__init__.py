@@ -1,16 +1,16 @@
-"""Where reference log-probs come from, and how the reference follows the policy.
+"""Sources of reference log-probs, and how the reference follows the policy.
 
-One object per source, all answering `log_probs(batch)`; those that can move also answer `sync(policy)`:
+Each source is a class with `log_probs(batch)`; those that can move also have `sync(policy)`:
 
 ===================  ==================================================  =====
-class                the reference is                                    moves
+class                reference                                           moves
 ===================  ==================================================  =====
 `FrozenCopy`         a second model: a copy of the policy or `ref_model`  yes
 `AdapterOff`         the policy with its adapter switched off            no
 `FrozenAdapter`      a second adapter on the policy's base model         yes
 `PrecomputedColumn`  sums stored with the dataset                        no
 `PrecomputedTokens`  log-probs of each token, stored with the dataset    no
-`NoReference`        absent (SimPO, SLiC)                                no
+`NoReference`        none (SimPO, SLiC)                                  no
 ===================  ==================================================  =====
 """
 

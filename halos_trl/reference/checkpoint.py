@@ -1,4 +1,4 @@
-"""A moving reference in checkpoints."""
+"""Saving a moving reference in checkpoints and restoring it."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ _MOVED = "halos_trl.moved_reference"
 
 
 def write_reference(reference: Reference, model: Any, state: TrainerState, folder: str, *, keep: bool) -> None:
-    """Write a moved reference into a checkpoint; every process has to call this, `keep` says which of them writes."""
+    """Write a moved reference into a checkpoint. Every process must call this; those with `keep` write the file."""
     if not reference.moved:
-        if keep:  # another run's, where the folder is written a second time
+        if keep:  # remove the file of another run in the same folder
             (Path(folder) / REFERENCE_FILE).unlink(missing_ok=True)
         return
     tensors = gathered(reference.tensors(model), keep=keep)
     written = uuid.uuid4().hex
     if keep:
         save_reference(tensors, folder, {"written": written})
-    # Into the trainer's state, so that a later run knows what has to be there, and that both are of one run.
+    # Recorded in the trainer's state, so that a later run can check that the file exists and is of the same run.
     state.stateful_callbacks[_MOVED] = {"args": {"written": written}, "attributes": {}}
 
 
 def restore_reference(reference: Reference, sync: ReferenceSync | None, model: Any, folder: str) -> None:
-    """Give the reference back what the checkpoint holds of it. Raises ValueError where it would be another one."""
+    """Restore the reference from a checkpoint. Raises ValueError if the result would be a different reference."""
     state = _state_of(folder)
     stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE)) or _MOVED in state.stateful_callbacks
     if stored and sync is None:
@@ -63,9 +63,9 @@ def restore_reference(reference: Reference, sync: ReferenceSync | None, model: A
 
 
 def restore_best_reference(reference: Reference, model: Any, folder: str) -> None:
-    """Give a reference that has moved back the state of the best checkpoint of its own run.
+    """Restore a moved reference from the best checkpoint of its own run.
 
-    A checkpoint from before the first move holds none. The reference then stays what it is, with a warning.
+    A checkpoint from before the first move contains no reference; it is then left unchanged, with a warning.
     """
     if os.path.isfile(os.path.join(folder, REFERENCE_FILE)):
         load_reference(reference.tensors(model), folder)
@@ -91,7 +91,7 @@ def _refuse_another_runs(folder: str, state: TrainerState) -> None:
 
 
 def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU, where they are kept. Every process has to call this, since each may hold a shard."""
+    """Full tensors on the CPU, empty without `keep`. Every process must call this, since each may hold a shard."""
     kept = {}
     for name, tensor in tensors.items():
         value = whole(tensor)
@@ -103,7 +103,7 @@ def gathered(tensors: dict[str, torch.Tensor], keep: bool) -> dict[str, torch.Te
 def save_reference(
     tensors: dict[str, torch.Tensor], checkpoint_dir: str, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a moved reference into a checkpoint folder, whole or not at all."""
+    """Write a moved reference into a checkpoint folder atomically."""
     folder = Path(checkpoint_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{REFERENCE_FILE}.partial"
@@ -112,7 +112,7 @@ def save_reference(
 
 
 def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
-    """Restore a moved reference in place. Raises ValueError when the file is missing, damaged or of another model."""
+    """Restore a moved reference in place. Raises ValueError if the file is missing, damaged or of another model."""
     path = Path(checkpoint_dir) / REFERENCE_FILE
     consequence = "Training cannot resume exactly without it, and would silently restart from another reference."
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""References that are computed: a second model, or the policy read through another adapter or none."""
+"""Computed references: a second model, or the policy with another adapter or without adapter."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ ForwardContext = Callable[[], AbstractContextManager[None]]
 
 
 class Reference:
-    """What the policy is compared with."""
+    """Base class of the references."""
 
     can_move: ClassVar[bool] = False
     moved: bool = False
     """Whether it has left its start, so that a checkpoint has to hold it."""
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Per-token log-probs `(B, T)` in nats of a collated batch, without gradient; 0 outside the completion."""
+        """Per-token log-probs `(B, T)` in nats of a collated batch, without gradient; 0 outside of completions."""
         with self.reading() as model:
             return score_tokens(model, batch).logps_BT
 
     def log_probs_of(self, batches: list[dict[str, Any]]) -> list[torch.Tensor]:
-        """The same of several batches, which share a forward pass where their rows are packed."""
+        """`log_probs` of several batches, which share a forward pass if rows are packed."""
         with self.reading() as model:
             return score_together(model, batches)
 
     def reading(self) -> AbstractContextManager[torch.nn.Module]:
-        """A context in which a forward pass of the model that it yields is one of the reference, without gradient."""
+        """Context manager that yields a model whose forward passes are those of the reference, without gradient."""
         raise NotImplementedError
 
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
@@ -55,20 +55,20 @@ class Reference:
         )
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The tensors that move, by name."""
+        """The tensors that `sync` changes, by name."""
         return {}
 
     def keep_start(self) -> list[str]:
-        """Note the values of what trains and would change this reference along with the policy.
+        """Store the initial values of trainable parameters that this reference shares with the policy.
 
-        To be called before the first update that can reach them, and as often as one likes: what is noted stays.
-        Returns the names of the parameters that are new.
+        Call it before the first update that can change them. Calling it again keeps the values already stored.
+        Returns the names of newly stored parameters.
         """
         return []
 
 
 class NoReference(Reference):
-    """For methods that compare with nothing."""
+    """For methods without a reference."""
 
     def log_probs(self, batch: dict[str, Any]) -> None:  # type: ignore[override]
         return None
@@ -78,7 +78,7 @@ class NoReference(Reference):
 
 
 class FrozenCopy(Reference):
-    """A second model of the policy's shape."""
+    """A second model with the policy's architecture."""
 
     can_move = True
 
@@ -99,7 +99,7 @@ class FrozenCopy(Reference):
         model = self._unwrap(self.model)
         own, quantized = parameters_of(model), quantized_layers(model)
         all_of_policy = parameters_by_name(self._unwrap(policy))
-        # By name, since a policy may hold more than the reference does: PPO's has a value head.
+        # Matched by name, since the policy may have additional parameters, such as PPO's value head.
         plain = {name: (own[name], all_of_policy[name]) for name in own if name not in quantized}
         _move(plain, mix)
         for name, layer in quantized.items():
@@ -110,10 +110,10 @@ class FrozenCopy(Reference):
 
 
 class AdapterOff(Reference):
-    """The base model of the policy: its adapter is new, so switching it off gives the initial policy.
+    """The policy's base model. The adapter is new, so the initial policy is the model with its adapter disabled.
 
-    What trains outside the adapter (biases with `bias="all"`, modules that somebody unfroze) has no switch. `outside`
-    holds its values, which stand in while the reference is read.
+    Parameters trained outside the adapter (biases with `bias="all"`, modules unfrozen by the user) cannot be disabled.
+    Their initial values are stored in `outside` and used while the reference is computed.
     """
 
     adapter: ClassVar[str | None] = None
@@ -127,7 +127,7 @@ class AdapterOff(Reference):
     @contextlib.contextmanager
     def reading(self) -> Iterator[torch.nn.Module]:
         model = self._unwrap(self.model)
-        # The policy's adapter is read again before anybody calls `backward`; else its gradients would be None.
+        # Reactivate the policy's adapter before any call of `backward`; otherwise its gradients would be None.
         with (
             self._forward(),
             without_dropout(model),
@@ -143,19 +143,19 @@ class AdapterOff(Reference):
             name: parameter
             for name, parameter in parameters_by_name(model).items()
             if parameter.requires_grad and name not in self.outside and id(parameter) not in has_switch
-            # PPO's value head is no part of the policy's log-probs.
+            # PPO's value head has no effect on log-probs.
             if VALUE_HEAD not in name.split(".")
         }
         self.outside |= {name: parameter.detach().clone() for name, parameter in new.items()}
         return list(new)
 
     def _has_switch(self, model: torch.nn.Module) -> set[int]:
-        """`id` of the parameters that are not read while the reference is."""
+        """`id` of the parameters that have no effect while the reference is computed."""
         return restored_by_switch(model)
 
 
 class FrozenAdapter(AdapterOff):
-    """A frozen adapter beside the policy's own, on one base model. Moving it copies adapter weights only."""
+    """A second, frozen adapter on the policy's base model. Syncing copies adapter weights only."""
 
     can_move = True
     adapter = REFERENCE_ADAPTER
@@ -172,11 +172,11 @@ class FrozenAdapter(AdapterOff):
                     f"to this model: {error} Change the adapter's configuration, or switch the setting off."
                 ) from error
         for name, module in peft_model.named_modules():
-            # TRL's own losses ask for it in the policy's mode.
+            # TRL's own losses expect it in the policy's mode.
             if isinstance(module, torch.nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
                 module.p = 0.0
         for reference, policy in _adapter_pairs(peft_model).values():
-            # Same dtype too: a quantized policy's adapter is bfloat16, and rounding has to happen in the same places.
+            # Same dtype: a quantized policy's adapter is bfloat16, and both adapters must round in the same places.
             reference.data = policy.data.clone()
             reference.requires_grad_(False)
 
@@ -198,10 +198,10 @@ class FrozenAdapter(AdapterOff):
 
 @contextlib.contextmanager
 def _standing_in(named: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> Iterator[None]:
-    """The parameters read as `values`. Gradients of a graph that exists already are not touched."""
+    """Replace the parameters' data by `values` temporarily. Existing autograd graphs are not affected."""
     for name, value in values.items():
         if value.device != named[name].device or value.dtype != named[name].dtype:
-            values[name] = value.to(named[name])  # the model was moved, or cast by an engine
+            values[name] = value.to(named[name])  # the model may have been moved, or cast by an engine
     before = {name: named[name].data for name in values}
     try:
         for name, value in values.items():
@@ -213,27 +213,27 @@ def _standing_in(named: dict[str, torch.nn.Parameter], values: dict[str, torch.T
 
 
 def _policys_name(name: str) -> str | None:
-    """Where the policy's adapter holds what the reference's holds under `name`."""
-    # The last part of this name: a module of the base model may be called the same.
+    """Name of the policy adapter's parameter that corresponds to the reference adapter's `name`."""
+    # Only the last match, because a module of the base model may have the same name.
     head, found, tail = f"{name}.".rpartition(f".{REFERENCE_ADAPTER}.")
     return f"{head}.{POLICY_ADAPTER}.{tail}".removesuffix(".") if found else None
 
 
 def _adapter_pairs(peft_model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(reference, policy) parameters of the two adapters, by the name of the first."""
+    """(reference, policy) parameters of the two adapters, by the name of the reference's."""
     named = parameters_by_name(peft_model)
     return {name: (named[name], named[source]) for name in named if (source := _policys_name(name)) in named}
 
 
 def _move(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], mix: float) -> None:
-    """Of each (reference, policy) move the first. What ZeRO-3 has split is whole for one layer at a time."""
+    """Move the reference of each (reference, policy) pair. Under ZeRO-3 one layer at a time is gathered."""
     for names in by_layer(pairs):
         targets, sources = zip(*(pairs[name] for name in names), strict=True)
         _move_layer(targets, sources, mix)
 
 
 def _move_layer(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor], mix: float) -> None:
-    # FSDP2 shards policy and reference alike, so each process moves its own shard; the fused copy knows no DTensor.
+    # FSDP2 shards policy and reference alike, so each process moves its own shards; fused ops do not support DTensor.
     with collected(read=sources, written=targets):
         own, theirs = [own_shard(t) for t in targets], [own_shard(s) for s in sources]
         if mix == 1.0:

@@ -1,4 +1,4 @@
-"""References that are stored with the dataset (`precompute_ref_log_probs`)."""
+"""References stored with the dataset (`precompute_ref_log_probs`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .sources import Reference
 class PrecomputedColumn(Reference):
     """Log-probs that TRL summed over each completion and stored with the dataset.
 
-    Only the sum is known. It is spread evenly over the completion, so every loss that reads sums is exact and none
-    may read single tokens; humanline, which does, is refused together with `precompute_ref_log_probs`.
+    Only sums are known. They are spread evenly over the completion tokens, which is exact for losses that use sums but
+    not for those that use single tokens; humanline does, so it cannot be combined with `precompute_ref_log_probs`.
     """
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -28,7 +28,7 @@ class PrecomputedColumn(Reference):
 
 
 def spread_evenly(sums_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """`(B, T)` tables with these row sums, the same number at each completion token of a row."""
+    """A table `(B, T)` with these row sums, constant over the completion tokens of a row."""
     mask_BT = mask_BT.to(sums_B.dtype)
     return mask_BT * (sums_B / mask_BT.sum(-1).clamp(min=1))[:, None]
 
@@ -41,9 +41,9 @@ class PrecomputedTokens(Reference):
 
 
 def at_completion_tokens(stored_BW: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Numbers of a row's completion tokens, moved from its first columns to where the mask has the tokens; else 0."""
+    """Scatter each row's left-aligned numbers to its completion tokens, where the mask is set; 0 elsewhere."""
     mask_BT = mask_BT.bool()
-    # The k-th completion token of a row stands in its k-th column, wherever the prompt ends.
+    # The k-th completion token of a row is stored in the k-th column.
     column_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     return stored_BW.gather(1, column_BT).where(mask_BT, 0.0)
 

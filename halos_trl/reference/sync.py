@@ -1,4 +1,4 @@
-"""When the reference follows the policy."""
+"""The schedule on which the reference follows the policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .sources import Reference
 
 
 class ReferenceSync(TrainerCallback):
-    """Moves the reference.
+    """Updates the reference from the policy.
 
     Humanline (arXiv:2509.24207): reference := policy as it is *before* the optimizer step, every `every` steps.
     TR-DPO (arXiv:2404.09656, `sync_ref_model`): after the step, mixed with weight `mix`.
@@ -23,20 +23,20 @@ class ReferenceSync(TrainerCallback):
         self.every = every
         self.mix = mix
         self.before_step = before_step
-        # DeepSpeed's engine updates the weights inside `backward`, before anybody is told.
+        # DeepSpeed updates the weights inside `backward`, before any callback is called.
         self.steps_in_backward = steps_in_backward
 
     def syncs_until(self, step: int) -> int:
-        """How often the reference has moved once `step` optimizer steps are done."""
+        """Number of syncs after `step` optimizer steps."""
         return step // self.every
 
     def before_update(self, state: Any, model: Any) -> None:
-        """To be called between the last loss of an optimizer step and its update."""
+        """Call this after the last backward pass of an optimizer step and before its update."""
         if self.before_step and (state.global_step + 1) % self.every == 0:
             self.reference.sync(model, self.mix)
 
     def before_backward(self, state: Any, model: Any) -> None:
-        """To be called between the last loss of an optimizer step and its gradient."""
+        """Call this after the last loss of an optimizer step and before its backward pass."""
         if self.steps_in_backward:
             self.before_update(state, model)
 
