@@ -1,7 +1,7 @@
-"""The losses: one pure function per method, a record of per-token log-probs in, a `LossOutput` out.
+"""The losses: one pure function per method, from a record of per-token log-probs to a `LossOutput`.
 
-A loss knows no model, no configuration and no device. Where results are (B,), the batch's loss is `losses.mean()`;
-where they are (B, T), it is `losses.sum()` over the number of completion tokens.
+Losses do not depend on models, configs or devices. If `losses` is (B,), the batch's loss is `losses.mean()`; if it is
+(B, T), the batch's loss is `losses.sum()` divided by the number of completion tokens.
 """
 
 from .paired import cdpo, dpo, ipo, simpo, slic

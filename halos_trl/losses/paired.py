@@ -1,4 +1,4 @@
-"""Losses over pairs of a chosen and a rejected completion. Shape legend: see `halos_trl.records`.
+"""Losses on pairs of a chosen and a rejected completion. Shape legend: see `halos_trl.records`.
 
 Every function here takes `PairedLogps` and returns losses (B,), rewards (B,) and the metrics `unclamped/chosen` and
 `unclamped/rejected` (see `halos_trl.humanline.unclamped_fraction`).
@@ -27,7 +27,7 @@ def dpo(logps: PairedLogps, *, beta: float = 0.1, humanline: Humanline | None = 
     Returns:
         losses (B,) in nats; rewards (B,) = beta * summed log-ratio.
 
-    Same numbers as HALOs, and as TRL's `sigmoid` loss with humanline off.
+    Gives the same numbers as HALOs and, with humanline off, as TRL's `sigmoid` loss.
     """
     check_record(logps)
     check_number("beta", beta, "(0, inf)", "It multiplies the log-ratios; 0.1 is the usual start.")
@@ -54,8 +54,8 @@ def cdpo(
     Returns:
         losses (B,) in nats; rewards as in `dpo`.
 
-    Same numbers as HALOs. TRL's `robust` loss is another one: it removes the bias of wrong labels by weighing the
-    flipped term negatively.
+    Gives the same numbers as HALOs. TRL's `robust` loss is different: it corrects the bias due to wrong labels with a
+    negative weight on the swapped term.
     """
     check_number("epsilon", epsilon, "[0, 0.5)", "It is the rate of wrong labels; from 0.5 on, labels say nothing.")
     as_labelled = dpo(logps, beta=beta, humanline=humanline)
@@ -70,7 +70,7 @@ def ipo(logps: PairedLogps, *, tau: float = 0.1, humanline: Humanline | None = N
 
     Args:
         logps: pairs with reference, nats.
-        tau: strength of the regularization, per nat; the margin is drawn to 1 / (2 tau).
+        tau: strength of the regularization, per nat; the target of the margin is 1 / (2 tau).
         humanline: clamp of the per-token log-ratios before they are averaged.
 
     Returns:
@@ -135,7 +135,7 @@ def slic(
         losses (B,) in nats; rewards (B,) = summed (clamped) log-prob.
 
     HALOs adds a calibration term per pair to a regularizer per token, which broadcasts or fails; here both are one
-    number per pair. TRL's `hinge` loss is another one: it has a reference and no regularizer.
+    number per pair. TRL's `hinge` loss is different: it has a reference and no regularizer.
     """
     check_record(logps, reference=False)
     check_number("beta", beta, "(0, inf)", "It is the margin between two log-probs, in nats per sequence.")

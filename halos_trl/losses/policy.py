@@ -28,7 +28,7 @@ def grpo(
 
     Args:
         logps: completions with the advantages A (B,) of `halos_trl.advantages.group_advantages`; log-probs in nats.
-            The ratio is against `old_policy` where the record has it, else against the reference.
+            The ratio's denominator is `old_policy` if the record has it, else the reference.
         epsilon: the ratio is clipped to [1 - epsilon, 1 + epsilon_high].
         beta: weight of the KL penalty, at least 0.
         humanline: clamp of the per-token log-ratios before the ratio is formed; the KL penalty stays unclamped.
@@ -39,9 +39,10 @@ def grpo(
         losses (B, T); no rewards; metrics `kl` (k3, nats), `weighted_advantage` (|ratio * A|), `mean_abs_advantage`
         (over rows), `clipfrac` (tokens where the clip binds), `unclamped`.
 
-    The KL penalty is to the reference in either case. As in HALOs, and unlike the paper, the ratio is against the
-    reference unless the record says otherwise, and the mean is over all tokens of the batch (TRL's `bnpo`), not first
-    per completion; so with `sequence_level` a completion weighs by its tokens, where GSPO weighs all alike.
+    The KL penalty always uses the reference. As in HALOs, and unlike in the paper, the ratio's denominator is the
+    reference unless the record has `old_policy`, and the mean is taken over all tokens of the batch (TRL's `bnpo`)
+    instead of per completion first. With `sequence_level` each completion is therefore weighted by its number of
+    tokens, whereas GSPO weights all completions equally.
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     check_record(logps)
@@ -88,7 +89,7 @@ def ppo(
         + kl_coef * r
 
     Args:
-        step: one update's tables; log-probs in nats, values and discounted rewards in units of the score.
+        step: the tables of one update; log-probs in nats, values and discounted rewards in units of the score.
         cliprange: half width of the ratio's clip range.
         critic_coef: weight of the critic's term, at least 0.
         kl_coef: weight of the KL penalty, at least 0.
@@ -99,8 +100,8 @@ def ppo(
         of -r, nats), `clipfrac` (tokens where the clip binds), `seqratio` (mean over rows of the product of a row's
         ratios), `values_mean`, `values_var` (population), `unclamped`.
 
-    As in HALOs, and unlike the paper, the KL penalty is the plain log-ratio ("k1"), the critic's target is the
-    discounted sum of rewards and not the returns of GAE, values are not clipped and there is no entropy bonus.
+    As in HALOs, and unlike in the paper, the KL penalty is the plain log-ratio ("k1"), the critic's target is the
+    discounted sum of rewards and not the GAE returns, values are not clipped and there is no entropy bonus.
     """
     check_record(step)
     check_number("cliprange", cliprange, "(0, inf)", "The ratio is clipped to 1 -+ cliprange; 0.2 to 0.5 is usual.")
@@ -110,7 +111,7 @@ def ppo(
     mask_BT = step.mask
     raw_BT, _ = log_ratios(step.policy, step.old_policy, mask_BT)
     clamped_BT = clamp(raw_BT, humanline)
-    # What has a gradient is masked at the entrance: masking the result alone leaves 0 * inf = NaN on the way back.
+    # Mask the inputs that have a gradient: masking only the result gives 0 * inf = NaN in the backward pass.
     values_BT = apply_mask(step.values, mask_BT)
     advantages_BT = step.advantages.detach()
     targets_BT = step.discounted_future_rewards.detach()

@@ -1,4 +1,4 @@
-"""KTO: completions that were judged alone, desirable or not. Shape legend: see `halos_trl.records`."""
+"""KTO, for single completions labelled as desirable or undesirable. Shape legend: see `halos_trl.records`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def kto(
     undesirable_weight: float = 1.0,
     humanline: Humanline | None = None,
 ) -> LossOutput:
-    """Kahneman-Tversky optimization: the gain over the reference point `kl` is pushed up or down by the label.
+    """Kahneman-Tversky optimization: raises or lowers the gain over the reference point `kl`, depending on the label.
 
     Ethayarajh et al., arXiv 2402.01306, eq. 8: weight * (1 - sigmoid(+-beta * (summed log-ratio - kl))), + and
     `desirable_weight` for desirable rows, - and `undesirable_weight` for the others.
 
     Args:
-        logps: completions with their labels, nats; all rows may be of one kind, or none.
-        kl: the reference point, nats per sequence: a number or 0-d tensor, at least 0. It is one number for the whole
-            optimizer step (`kto_kl`) and gets no gradient.
+        logps: completions with their labels, nats; all rows may have the same label, or there may be no rows.
+        kl: the reference point, nats per sequence: a number or 0-d tensor, at least 0. It is the same number for the
+            whole optimizer step (`kto_kl`) and receives no gradient.
         beta: inverse temperature, per nat.
         desirable_weight, undesirable_weight: at least 0.
         humanline: clamp of the per-token log-ratios before they are summed.
@@ -35,7 +35,7 @@ def kto(
         losses (B,) in row order, each in [0, weight]; chosen_rewards = beta * summed log-ratio of the desirable rows,
         rejected_rewards the same of the others, both in row order; metrics `unclamped/chosen`, `unclamped/rejected`.
 
-    HALOs logs the rewards without beta; TRL, and so this function, with it. 1 - sigmoid(x) is computed as sigmoid(-x),
+    Rewards include the factor beta as in TRL; HALOs logs them without it. 1 - sigmoid(x) is computed as sigmoid(-x),
     which does not round to 0 for confident rows. With kl = 0 and humanline off this is TRL's `apo_zero_unpaired`.
     """
     check_record(logps)
@@ -67,7 +67,7 @@ def kto(
 def kto_kl(
     policy_BT: Tensor, reference_BT: Tensor, mask_BT: Tensor, humanline: Humanline | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The two sums from which KTO's reference point is made, over mismatched pairs of prompt and completion.
+    """The sum and the count for KTO's reference point, over mismatched pairs of prompt and completion.
 
     Ethayarajh et al., arXiv 2402.01306, section 4.1: the KL of policy and reference is estimated as the mean summed
     log-ratio of completions that belong to other prompts, clamped at 0.
@@ -82,7 +82,7 @@ def kto_kl(
         (nats), and the number of rows whose summed log-ratio is not exactly 0. Add both over microbatches and
         processes; the reference point is sum / max(count, 1), clamped at 0. Clamping or dividing earlier biases it.
 
-    As in HALOs, rows that are exactly 0 (among them rows without tokens) do not count; TRL averages over all rows.
+    As in HALOs, rows that are exactly 0 (including rows without tokens) do not count; TRL averages over all rows.
     """
     ratios_BT, _ = log_ratios(policy_BT, reference_BT, mask_BT, humanline)
     sums_B = ratios_BT.sum(-1)

@@ -1,4 +1,4 @@
-"""A client of OpenAI's chat interface that waits, tries again, and never shows its key."""
+"""A client of OpenAI's chat API with retries, which never shows its API key."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _WORTH_A_WORD = 10.0  # seconds
 
 
 class RefusedError(ValueError):
-    """The server refused one request for what it holds."""
+    """The server rejected the content of a request."""
 
 
 class _FailedError(Exception):
-    """A try that may succeed when it is repeated, and what the server says of when."""
+    """A failed attempt that may succeed when retried, with the server's `Retry-After` if given."""
 
     def __init__(self, problem: str, wait: float | None = None):
         super().__init__(problem)
@@ -39,7 +39,7 @@ class _FailedError(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would send the key to a place that nobody named."""
+    """Rejects redirects, which would send the API key to another server."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -47,20 +47,20 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class ChatClient:
-    """Asks one model of one server; may be used by several threads.
+    """Sends requests to one model on one server. Thread-safe.
 
     Parameters:
-        base_url: Up to and without `/chat/completions`, e.g. `http://localhost:8000/v1`.
-        model: The model's name there.
-        key: The API key, if the server needs one. It is only ever sent in the header of a request.
+        base_url: The URL in front of `/chat/completions`, e.g. `http://localhost:8000/v1`.
+        model: The model's name on the server.
+        key: The API key, if the server needs one. It is only sent in the header of requests.
         options: Further fields of each request, e.g. `{"temperature": 0}`.
-        timeout: Seconds until a server that sends nothing counts as a failed try.
-        retries: How often a failed try is repeated: after errors of the connection, the statuses 408, 409, 425, 429
-            and 5xx, and what is no chat completion.
-        delay: Seconds before the first repetition, twice as many before each later one, at most a minute, and at
-            random half of it less; or what the server's `Retry-After` says, at most ten minutes.
+        timeout: Seconds without data from the server after which an attempt counts as failed.
+        retries: Maximum number of retries after connection errors, the statuses 408, 409, 425, 429 and 5xx, and
+            responses that are not chat completions.
+        delay: Seconds before the first retry, doubled for each further one up to a minute, and reduced at random by
+            up to half. A `Retry-After` of the server takes precedence, up to ten minutes.
 
-    Raises ValueError for a URL that is no base URL, and for a timeout or a number of retries that is out of range.
+    Raises ValueError for an invalid base URL, and for a timeout or a number of retries that is out of range.
     """
 
     base_url: str
@@ -85,22 +85,22 @@ class ChatClient:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the replies depend on. The key is not part of it."""
+        """The settings that affect replies, without the API key."""
         return {"judge_url": self.base_url, "judge_model": self.model, "judge_options": self.options}
 
     def start(self) -> None:
-        """Undo `stop`."""
+        """Allow requests again after `stop`."""
         self._stopped.clear()
 
     def stop(self) -> None:
-        """Let waiting threads give up, and no failed try be repeated."""
+        """End the waiting of all threads, and do not retry failed attempts."""
         self._stopped.set()
 
     def reply(self, messages: Messages, purpose: str) -> str | None:
-        """The text of the reply; None if the model gave none.
+        """The text of the reply; None if the reply has no text.
 
-        Raises `RefusedError` for the statuses 400, 413 and 422, and ValueError, with `purpose` in it, for any other
-        error that no repetition mends.
+        Raises `RefusedError` for the statuses 400, 413 and 422, and ValueError, whose message contains `purpose`, for
+        other errors that persist or cannot be retried.
         """
         body = json.dumps({**self.options, "model": self.model, "messages": messages}).encode()
         for number in range(self.retries + 1):
@@ -125,7 +125,7 @@ class ChatClient:
         return f"{self.base_url}/chat/completions"
 
     def wait(self, number: int, told: float | None) -> float:
-        """Seconds before the repetition with this number, from 0; `told` is what the server says."""
+        """Seconds to wait before retry `number`, counted from 0; `told` is the server's `Retry-After`."""
         if told is not None:
             return min(max(told, 0.0), _LONGEST_WAIT)
         return min(self.delay * 2**number, 60.0) * random.uniform(0.5, 1.0)
@@ -196,7 +196,7 @@ def _shortened(text: str) -> str:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Of a `Retry-After` header: seconds, or a date."""
+    """Parse a `Retry-After` header, which contains seconds or a date, into seconds."""
     if retry_after is None:
         return None
     try:

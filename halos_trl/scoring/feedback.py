@@ -1,4 +1,4 @@
-"""Scored samples as the items of HALOs' feedback files, or as rows for TRL's trainers and those of this package."""
+"""Conversion of scored samples to items of HALOs' feedback files or to rows for trainers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Rule(NamedTuple):
 
 
 def feedback_rows(samples: Sequence[Sample], scores: Sequence[float], rule: Rule, form: FeedbackFormat) -> list[Row]:
-    """The rows or items that `rule` makes of the samples and their scores.
+    """The rows or items that result from the samples and their scores under `rule`.
 
-    `binary`: one with a label per sample. `pairwise`: one per pair. `scalar`: one with a score per sample, which keeps
-    the sample's other columns. `groups`: one per prompt, with the lists `completions` and `scores`.
+    `binary`: one per sample, with a label. `pairwise`: one per pair. `scalar`: one per sample, with a score and the
+    sample's other columns. `groups`: one per prompt, with the lists `completions` and `scores`.
 
-    Raises ValueError for scores that are not finite numbers, an unknown kind, threshold or pair mode, and, of HALOs'
-    files, for groups and for prompts that are not conversations.
+    Raises ValueError for scores that are not finite numbers and for an unknown kind, threshold or pair mode. In HALOs'
+    format it also raises ValueError for groups and for prompts that are not conversations.
     """
     if rule.kind not in FEEDBACK_KINDS or form not in FEEDBACK_FORMATS:
         raise ValueError(
@@ -76,23 +76,23 @@ def _trl_rows(samples: Sequence[Sample], scores: Sequence[float], rule: Rule) ->
 
 
 def _prompt_of(sample: Sample, *columns: str) -> Row:
-    """The prompt, with what reaches the chat template beside it."""
+    """The prompt, and the columns that are passed to the chat template."""
     return {"prompt": sample.prompt} | _kept(sample, *columns, *TEMPLATE_COLUMNS)
 
 
 def _kept(sample: Sample, *columns: str) -> Row:
-    """Those of the columns that the sample has."""
+    """The given columns, as far as the sample has them."""
     return {name: value for name in columns if (value := sample.columns.get(name)) is not None}
 
 
 def _of_sampler(sample: Sample) -> Row:
-    """The tokens and log-probs that a sampler stored; without log-probs nobody reads the tokens."""
+    """The tokens and log-probs that a sampler stored; tokens are not used without log-probs."""
     found = _kept(sample, *SAMPLER_COLUMNS)
     return found if len(found) == len(SAMPLER_COLUMNS) else {}
 
 
 def _sampler_lists(members: Sequence[Sample]) -> Row:
-    """What a sampler stored of the completions of a prompt, where it did so for each of them."""
+    """Tokens and log-probs of all completions of a prompt, if a sampler stored them for each."""
     found = [_of_sampler(sample) for sample in members]
     return {column: [own[column] for own in found] for column in SAMPLER_COLUMNS} if all(found) else {}
 
@@ -153,7 +153,7 @@ def _identified(sample: Sample) -> dict[str, Any]:
 
 
 def _sample_id(sample: Sample, key: str = "sample_id") -> dict[str, Any]:
-    """Tells equal completions of a prompt apart; HALOs leaves it out, and does not read it."""
+    """Distinguishes equal completions of a prompt. HALOs neither writes nor reads this key."""
     number = sample.columns.get("sample_id")
     return {} if number is None else {key: number}
 

@@ -32,14 +32,14 @@ class RewardFunctionError(ValueError):
 class FunctionScorer:
     """Calls `function(prompt=..., completion=..., <column>=..., ...)` for each sample.
 
-    `function` may also be its name, `module:function` or `file.py:function`. It receives those of the row's columns
-    that its parameters name, all of them where it takes `**kwargs`. `prompt` is as in the row; `completion` is the
-    text, or the list of messages of a completion of several turns. A function with a parameter `completions` is called
-    as TRL calls its reward functions, with lists of one element (`prompts`, `completions` in the form of the row, and
-    the columns), and returns a list of one score. None leaves a sample unscored.
+    `function` may also be a name, `module:function` or `file.py:function`. The function receives the row's columns
+    that match its parameters, or all columns if it takes `**kwargs`. `prompt` has the row's format; `completion` is
+    the text, or the list of messages for a completion of several turns. A function with a parameter `completions` is
+    called like a reward function of TRL, with lists of one element (`prompts`, `completions` in the row's format, and
+    the columns), and returns a list of one score. If the function returns None, the sample has no score.
 
-    Raises ValueError for a name that cannot be resolved. While scoring, naming the row: `RewardFunctionError`
-    where the function raises, ValueError where it returns anything but a finite number or None.
+    Raises ValueError for a name that cannot be resolved. While scoring it raises `RewardFunctionError` if the function
+    raises and ValueError if it returns anything but a finite number or None; both name the row.
     """
 
     def __init__(self, function: str | Function):
@@ -116,12 +116,12 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 
 def resolve_function(name: str) -> Function:
-    """The function that `module:function` or `file.py:function` names. Raises ValueError where there is none."""
+    """Import the function `module:function` or `file.py:function`. Raises ValueError if it does not exist."""
     return _resolve(name)[0]
 
 
 def _resolve(name: str) -> tuple[Function, str | None]:
-    """The function, and the file that its module stands in."""
+    """The function, and the file of its module."""
     place, _, attribute = name.rpartition(":")
     if not place or not attribute.isidentifier():
         raise ValueError(
@@ -141,9 +141,9 @@ def _resolve(name: str) -> tuple[Function, str | None]:
 def _from_file(path: str, name: str) -> ModuleType:
     if not Path(path).is_file():
         raise ValueError(f"The function is {name!r}, but there is no file {path}.")
-    # Under its own name, so that the file can define dataclasses and be imported by what it starts.
+    # Registered under its name, so that the file can define dataclasses and be imported by child processes.
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None  # a `.py` file has both
+    assert spec is not None and spec.loader is not None  # always set for a `.py` file
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)
     _find_modules_in(Path(path).parent)
@@ -168,7 +168,7 @@ def _from_module(module: str, name: str) -> ModuleType:
 
 
 def _find_modules_in(folder: Path) -> None:
-    """As `python file.py` does; also later, when the function is called."""
+    """Add a folder to the import path, as `python file.py` does; it stays there for calls of the function."""
     if str(folder.resolve()) not in sys.path:
         sys.path.insert(0, str(folder.resolve()))
 
@@ -188,7 +188,7 @@ def _parameters(function: Function, name: str) -> dict[str, inspect.Parameter]:
 
 
 def _digest(source: str | None) -> str | None:
-    """Of the file, so that scores of a changed function are not taken for those of this one."""
+    """Hash of the file, so that scores of a changed function are not reused."""
     if source is None or not Path(source).is_file():
         return None
     return hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Scores from a language model behind an HTTP interface of OpenAI's form (`POST <base URL>/chat/completions`)."""
+"""Scores from a language model behind an OpenAI-compatible HTTP API (`POST <base URL>/chat/completions`)."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ Score: <a number from 0 (useless) to 10 (could not be better)>
 PATTERN = r"(?i)\bscore\b[*_:=\s]*(-?\d+(?:\.\d+)?)"
 """Finds the score in a reply: its first group in the last place that matches."""
 
-_BOUNDS = (0.0, 10.0)  # of the scores that TEMPLATE asks for
+_BOUNDS = (0.0, 10.0)  # range of the scores that TEMPLATE asks for
 _NUMBER_ALONE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_REFUSALS = 10  # in a row and without any reply before: no single sample's fault
+_REFUSALS = 10  # so many refusals before the first reply are not due to single samples
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """What the judge is asked, and how its reply is read.
+    """The judge's prompt template and the pattern that finds the score in its reply.
 
-    `{prompt}`, `{completion}` and `{<column>}` in `template` are replaced by the sample's texts, any other braces are
-    left alone. `pattern` is a regular expression whose first group is the score. Raises ValueError for a template
-    without `{completion}` and a pattern without group.
+    `{prompt}`, `{completion}` and `{<column>}` in `template` are replaced by the sample's texts; other braces are left
+    unchanged. `pattern` is a regular expression whose first group is the score. Raises ValueError for a template
+    without `{completion}` and for a pattern without a group.
     """
 
     template: str = TEMPLATE
@@ -68,7 +68,7 @@ class JudgePrompt:
         return _PLACEHOLDER.sub(lambda m: _as_text(values[m[1]]) if m[1] in values else m[0], self.template)
 
     def score(self, reply: str | None) -> float | None:
-        """The score in a reply; None where there is none, or one that the built-in template does not allow."""
+        """The score in a reply; None if there is none, or if it is outside the range of the built-in template."""
         found = [match[1] for match in re.finditer(self.pattern, reply or "")]
         alone = _NUMBER_ALONE.fullmatch(reply or "") if self.pattern == PATTERN else None
         try:
@@ -80,7 +80,7 @@ class JudgePrompt:
 
 
 def _as_text(value: Any) -> str:
-    """Messages as the judge reads them: a single turn as its text, several with the role before each."""
+    """Messages as text for the judge: the content of a single turn, or several turns each preceded by its role."""
     if not (isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value)):
         return str(value)
     texts = [str(turn.get("content") or "") for turn in value]
@@ -91,11 +91,11 @@ def _as_text(value: Any) -> str:
 
 @dataclass
 class JudgeScorer:
-    """Asks a judge about each sample, `concurrency` at a time, and yields the verdicts as they come.
+    """Asks a judge about each sample, with `concurrency` parallel requests, and yields verdicts as replies arrive.
 
-    A reply without a readable score leaves its sample unscored, and so does a request that the server refuses for
-    what it holds (status 400, 413 or 422), unless it refuses the first ten or all. Raises ValueError where the server
-    cannot be used; what was answered until then, and the requests under way, have been yielded before.
+    A sample has no score if the reply contains none or if the server rejects the request's content (status 400, 413 or
+    422). Raises ValueError if the server rejects the first ten requests or all of them, or cannot be used; replies
+    received until then, including those to pending requests, are yielded first.
     """
 
     client: ChatClient
@@ -112,7 +112,7 @@ class JudgeScorer:
         return self.client.settings | {"judge_template": self.prompt.template, "judge_pattern": self.prompt.pattern}
 
     def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
-        refused: list[Verdict] = []  # held back until the server has answered one request
+        refused: list[Verdict] = []  # held back until the server has answered a request
         answered = False
         for verdict, is_refusal in self._answers(iter(todo)):
             answered = answered or not is_refusal
@@ -129,7 +129,7 @@ class JudgeScorer:
             )
 
     def _answers(self, todo: Iterator[tuple[int, Sample]]) -> Iterator[tuple[Verdict, bool]]:
-        """Verdicts, and whether each is the server's refusal. Requests under way are waited for before an error."""
+        """Verdicts, and whether the server refused the request. Waits for pending requests before raising an error."""
         failure: BaseException | None = None
         pending: set[Future[tuple[Verdict, bool]]] = set()
         self.client.start()

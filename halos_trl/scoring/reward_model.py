@@ -1,4 +1,4 @@
-"""Scores from a reward model, batch by batch."""
+"""Scores from a reward model, computed in batches."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ logger = get_logger(__name__)
 
 
 class RewardModelScorer:
-    """Scores with an `AutoModelForSequenceClassification` of one label, or of HALOs' two: then the second.
+    """Scores with an `AutoModelForSequenceClassification` of one label, or of HALOs' two (the second is the score).
 
     Parameters:
         name_or_path: Hub id or folder of the model (or of an adapter) and its tokenizer.
         batch_size: Samples in one forward pass.
-        max_length: Longer samples are cut to that many tokens at their end, counted and warned of; by default what the
-            model takes.
+        max_length: Longer samples are truncated at the end to this many tokens, with a warning that counts them. The
+            default is the model's limit.
         dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`.
 
-    Raises ValueError for a model that cannot be loaded, is no reward model, or has another number of labels.
+    Raises ValueError for a model that cannot be loaded, is not a reward model, or has another number of labels.
     """
 
     def __init__(self, name_or_path: str, batch_size: int = 16, max_length: int | None = None, dtype: str = "auto"):
@@ -36,7 +36,7 @@ class RewardModelScorer:
         try:
             model = load_reward_model(name_or_path, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except OSError as error:  # no such model, no access, no network: in the words of huggingface_hub
+        except OSError as error:  # missing model, no access or no network; the message of huggingface_hub says which
             raise ValueError(f"The reward model {name_or_path!r} cannot be loaded: {error}") from error
         if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is not None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -49,7 +49,7 @@ class RewardModelScorer:
     def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
         size = self._scores.batch_size
         longer = 0
-        # In the order of the input: the samples of a prompt come into one batch and share its tokens.
+        # Keeps the input order, so that samples of the same prompt are in one batch and share its tokens.
         for start in range(0, len(todo), size):
             batch = todo[start : start + size]
             ids = [self._ids(sample) for _, sample in batch]

@@ -1,4 +1,4 @@
-"""Samples: a prompt, one completion, and where they stand, read from items of a file or rows of a dataset."""
+"""Samples, each a prompt with one completion and its location, read from items of files or rows of datasets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sample:
 
     @property
     def text(self) -> Any:
-        """The completion as a text; as messages where it has several turns or parts."""
+        """The completion as text, or as messages if it has several turns or parts."""
         if isinstance(self.completion, str):
             return self.completion
         content = self.completion[0].get("content")
@@ -39,26 +39,27 @@ class Sample:
 
     @property
     def given_score(self) -> Any:
-        """What the item holds as its `reward` or `score`; None without them."""
+        """The item's `reward` or `score`; None if it has neither."""
         return next((self.columns[name] for name in _SCORES if self.columns.get(name) is not None), None)
 
 
 @dataclass
 class Samples:
-    """The samples of one input, in order, and how many were left out because the completion is empty."""
+    """The samples of one input, in order, and the number left out because of an empty completion."""
 
     samples: list[Sample]
     empty: int = 0
 
 
 def read_samples(rows: Iterable[tuple[str, Row]]) -> Samples:
-    """The samples of rows, each with its place.
+    """Read samples from rows that are passed with their location.
 
-    A row holds `prompt` (or `instruction`, as HALOs' samples for AlpacaEval) with `completion`, `output` (HALOs) or
-    the list `completions`. A text `output` of a prompt of messages becomes a turn of the assistant.
+    A row contains `prompt` (or `instruction`, as in HALOs' samples for AlpacaEval) with `completion`, `output`
+    (HALOs) or the list `completions`. If the prompt is a list of messages, a text `output` becomes an assistant
+    message.
 
-    Raises ValueError, naming the row, for missing or malformed fields, for a `prompt_id` of different prompts, and for
-    a pair of `prompt_id` and `sample_id` that occurs twice.
+    Raises ValueError, naming the row, for missing or malformed fields, for different prompts with the same
+    `prompt_id`, and for a repeated combination of `prompt_id` and `sample_id`.
     """
     found = Samples([])
     prompts: dict[Hashable, tuple[str, Sample]] = {}
@@ -139,7 +140,7 @@ def _completion(where: str, prompt: Any, column: str, value: Any) -> Any:
 
 
 def _own(columns: Row, number: int, values: list[Any]) -> Row:
-    """The columns of one of several completions: its score of a list of `scores`, and what a sampler stored of it."""
+    """The columns of one completion in a list: its entry of `scores`, and of the values that a sampler stored."""
     lists = {name: columns.get(name) for name in SAMPLER_COLUMNS}
     if all(isinstance(found, list) and len(found) == len(values) for found in lists.values()):
         columns = columns | {name: found[number] for name, found in lists.items()}  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What a scorer says of a sample."""
+"""The interface of scorers and their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .samples import Sample
 
 
 class Verdict(NamedTuple):
-    """Of one sample, by its position in the input."""
+    """A scorer's result for one sample, which is identified by its position in the input."""
 
     position: int
     score: float | None
@@ -21,15 +21,15 @@ class Verdict(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Scores samples one after the other or several at a time."""
+    """Scores samples one by one, in batches or concurrently."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the scores depend on, as JSON values; no secrets."""
+        """The settings that affect scores, as JSON values without secrets."""
         ...
 
     def __call__(self, todo: Sequence[tuple[int, Sample]]) -> Iterator[Verdict]:
-        """A verdict for each of the positions and samples, as they come."""
+        """Yield a verdict for each (position, sample), in any order."""
         ...
 
 

@@ -1,13 +1,13 @@
-"""The embedded default: a task with a verifiable answer, a small model that is mediocre at it, and feedback on it.
+"""The embedded task: a task with verifiable answers, a small model of limited accuracy, and feedback on its samples.
 
-The task is to put four to six different letters in order: ``"Sort fatbm"`` -> ``"abfmt"``. A causal LM of about a
-million parameters learns it on this machine from a careless demonstrator, who has one habit (in longer answers he
-leaves out the last letter more often than not) and makes one kind of slip (two neighbours swapped). The model inherits
-both: the habit is its most likely answer wherever it applies, the slip is spread thinly over its samples. Preference
-alignment on its own samples, judged by the verifier, has to undo them.
+The task is to sort four to six different letters: ``"Sort fatbm"`` -> ``"abfmt"``. A causal LM of about a million
+parameters is trained locally on demonstrations with two kinds of errors: a systematic one (in longer answers the last
+letter is omitted more often than not) and a random one (two neighbouring letters are swapped). The model learns both:
+the systematic error is its most likely answer wherever it applies, and the random one occurs in some of its samples.
+Preference alignment on its own samples, judged by the verifier, has to remove them.
 
-Everything is made here and cached on disk; nothing is downloaded. One seed gives the same weights and the same rows on
-the same machine, library versions and number of threads.
+Everything is generated locally and cached on disk; nothing is downloaded. For the same machine, library versions and
+number of threads, a seed determines the weights and the rows.
 
     python -m halos_trl.toy        # train the model if needed, show some samples and the held-out accuracy
 """

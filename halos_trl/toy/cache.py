@@ -1,4 +1,4 @@
-"""Directories of a cache on disk, each named by what decides its content."""
+"""A disk cache whose directories are named by a hash of the settings that determine their content."""
 
 import hashlib
 import json
@@ -16,18 +16,18 @@ from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # raise it with any change that alters the weights or the rows, so that older caches are not read
+VERSION = 3  # increment with any change of the weights or the rows, so that older caches are not used
 
 
 def cached(
     name: str, cache_dir: Any, build: Callable[[Path], None], files: Sequence[str] = (), **determinants: Any
 ) -> Path:
-    """The directory of the cache that belongs to the determinants, filled by `build` when it is not there.
+    """The cache directory for the determinants, created with `build` if it does not exist.
 
-    It is filled anew, with a warning, when one of `files` is missing or cannot be read.
+    It is created again, with a warning, if one of `files` is missing or cannot be read.
     """
     root = Path(cache_dir or os.environ.get("HALOS_TRL_CACHE") or "~/.cache/halos_trl").expanduser()
-    # other library versions may give other numbers, or write files that this one cannot read
+    # other library versions may give different numbers, or write files that this one cannot read
     determinants |= {"version": VERSION, "torch": torch.__version__, "transformers": transformers.__version__}
     key = hashlib.sha256(json.dumps(determinants, sort_keys=True).encode()).hexdigest()[:16]
     target, partial = root / f"{name}-{key}", root / f"{name}-{key}.partial"
@@ -40,7 +40,7 @@ def cached(
             logger.warning(f"The cache of the toy task is damaged ({damage}). {target} is made again.")
             shutil.rmtree(target)
         if not target.is_dir():
-            # a directory gets its final name only when complete, so an interrupted run leaves nothing that is read
+            # a directory gets its final name only when complete, so an interrupted run leaves nothing that is used
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             build(partial)
@@ -49,7 +49,7 @@ def cached(
 
 
 def _damage(directory: Path, files: Sequence[str]) -> str | None:
-    """What is wrong with a directory of the cache, which has to hold these files; None where they can be read."""
+    """The problem with a cache directory that must contain these files; None if all can be read."""
     for path in (directory / name for name in files):
         try:
             if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""Samples of a model, the share of right ones, and feedback on them."""
+"""Sampling from a model, its accuracy, and feedback on its samples."""
 
 import json
 import math
@@ -23,10 +23,10 @@ SAMPLES_PER_PROMPT = {"unpaired": 2, "paired": 4, "scored": 8}
 
 
 def accuracy(model: Any, tokenizer: Any, n: int = 500, seed: int = 0, temperature: float = 1.0) -> float:
-    """Share of right completions, one for each of `n` held-out prompts.
+    """Fraction of correct completions, one for each of `n` held-out prompts.
 
-    `temperature` 1 samples from the model as it is, 0 takes the most likely token at each step. Works on any device
-    and with a `PeftModel`. The model's train or eval mode and the global random state are left as they were.
+    `temperature` 1 samples from the unmodified distribution, 0 takes the most likely token at each step. Works on any
+    device and with a `PeftModel`. The model's train or eval mode and the global random state are restored.
     """
     prompts = make_prompts(n, seed, "test")
     completions = sample(model, tokenizer, prompts, seed, temperature)
@@ -44,14 +44,14 @@ def load_feedback_data(
 ) -> DatasetDict:
     """Feedback on samples (temperature 1) of the supervised model of the same seed; cached like the model.
 
-    Split "train" has `n` rows, on prompts the model was not trained on. Split "test" has an eighth of that, on
-    held-out prompts. Both are conversational: a prompt is a user message, a completion an assistant message.
-    Prompts with an empty sample (one in thousands) are left out.
+    Split "train" has `n` rows, on prompts that the model was not trained on. Split "test" has an eighth of that, on
+    held-out prompts. Both are conversational: a prompt is a user message, a completion an assistant message. Prompts
+    with an empty sample (one in thousands) are left out.
 
-    - "unpaired": prompt, completion, label (bool: right). Two samples for each prompt.
-    - "paired": prompt, chosen (right), rejected (wrong). Prompts whose four samples are all right or all wrong give
-      no pair and are left out.
-    - "scored": prompt, completion, score (1.0 right, 0.0 wrong), prompt_id (int). Eight neighbouring rows for each
+    - "unpaired": prompt, completion, label (bool: correct). Two samples for each prompt.
+    - "paired": prompt, chosen (correct), rejected (wrong). Prompts whose four samples are all correct or all wrong
+      give no pair and are left out.
+    - "scored": prompt, completion, score (1.0 correct, 0.0 wrong), prompt_id (int). Eight consecutive rows for each
       prompt; the number of rows is rounded up to whole groups.
     """
     if kind not in get_args(Kind):
@@ -72,10 +72,10 @@ def load_feedback_data(
 
 
 def _feedback_rows(kind: Kind, model: Any, tokenizer: Any, seed: int, split: Split, size: int, progress: bool) -> Rows:
-    """Sample prompt after prompt until there are `size` rows."""
+    """Sample completions of further prompts until there are `size` rows."""
     per_prompt = SAMPLES_PER_PROMPT[kind]
     size = math.ceil(size / per_prompt) * per_prompt if kind == "scored" else size
-    # a bound, so that a model which is always wrong gives an error and not an endless search for pairs
+    # an upper bound, so that a model which is always wrong gives an error instead of an endless search for pairs
     prompts = make_prompts(4 * size + 64, seed, split)
     rows: Rows = []
     with tqdm(total=size, desc=f"toy feedback: {kind}, {split} prompts", disable=not progress) as bar:
@@ -84,7 +84,7 @@ def _feedback_rows(kind: Kind, model: Any, tokenizer: Any, seed: int, split: Spl
             repeated = [prompt for prompt in chunk for _ in range(per_prompt)]
             samples = list(chunks(sample(model, tokenizer, repeated, seed * 1_000_003 + first, 1.0), per_prompt))
             for prompt_id, (prompt, group) in enumerate(zip(chunk, samples, strict=True), start=first):
-                # the model ends one sample in thousands at once; trainers refuse a completion without a token
+                # one sample in thousands is empty, and trainers refuse completions without a token
                 if all(group):
                     rows += _rows_of(kind, prompt, group, prompt_id)
             bar.update(min(len(rows), size) - bar.n)
@@ -116,7 +116,7 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], seed: int, temperatur
     model.eval()
     completions: list[str] = []
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        # `torch.manual_seed` also seeds the generators of devices which are not restored here
+        # `torch.manual_seed` would also seed the generators of devices that are not restored here
         (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
         for texts in chunks(render(prompts, tokenizer), 1024):
             batch = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")

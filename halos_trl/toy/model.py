@@ -1,4 +1,4 @@
-"""The task's tokenizer, and its model: built, trained by supervision, cached."""
+"""The task's tokenizer and its model: construction, supervised training, cache."""
 
 import math
 import os
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Recipe:
-    """The supervised training. Part of the cache key."""
+    """Settings of the supervised training, which are part of the cache key."""
 
     steps: int = 350
     batch_size: int = 128
@@ -43,11 +43,11 @@ RECIPE = Recipe()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer: any text survives encoding and decoding, a letter of the task is one token.
+    """A byte-level tokenizer: decoding restores any encoded text, and each letter of the task is one token.
 
-    Its chat template knows the roles system, user and assistant. Each turn starts with a token of its own, and only
-    the assistant's ends with the end token, so the tokens of a prompt (with generation prompt) are a prefix of the
-    tokens of prompt and completion. There is no beginning-of-sequence token.
+    Its chat template has the roles system, user and assistant. Each turn starts with a special token, and only the
+    assistant's ends with the EOS token, so the tokens of a prompt (with generation prompt) are a prefix of the tokens
+    of prompt and completion. There is no BOS token.
     """
     special = [PAD, END, SYSTEM, USER, ASSISTANT]
     merges = [("S", "o"), ("r", "t"), ("So", "rt")]
@@ -73,7 +73,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained Llama of about 25,000 parameters, for tests that need a model but no ability."""
+    """An untrained Llama of about 25,000 parameters, for tests that need any model."""
     return _llama(tokenizer, seed, hidden_size=32, intermediate_size=48, num_attention_heads=2)
 
 
@@ -100,11 +100,11 @@ def load_model_path(
     *,
     _recipe: Recipe = RECIPE,
 ) -> str:
-    """A directory with the supervised model and its tokenizer, for `from_pretrained`. Trained when not cached.
+    """A directory with the supervised model and its tokenizer, for `from_pretrained`. The model is trained if needed.
 
-    The cache is `cache_dir`, else `$HALOS_TRL_CACHE`, else `~/.cache/halos_trl`. Of several processes that ask at the
-    same time one trains and the others wait. A directory with missing or damaged files is made again, with a warning.
-    `progress` shows a bar meanwhile.
+    The cache is in `cache_dir`, else `$HALOS_TRL_CACHE`, else `~/.cache/halos_trl`. If several processes call this at
+    the same time, one trains and the others wait. A directory with missing or damaged files is created again, with a
+    warning. `progress` shows a progress bar.
     """
 
     def build(directory: Path) -> None:
@@ -120,7 +120,7 @@ def load_model_path(
 def train_supervised(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, recipe: Recipe, progress: bool
 ) -> None:
-    """One pass over fresh demonstrations."""
+    """Train on newly generated demonstrations, each used once."""
     rng = random.Random(f"slips-{seed}")
     prompts = make_prompts(recipe.steps * recipe.batch_size, seed, "sft")
     fit(model, tokenizer, prompts, [careless_answer(prompt, rng) for prompt in prompts], recipe, progress)
@@ -129,7 +129,7 @@ def train_supervised(
 def fit(
     model: LlamaForCausalLM, tokenizer: Any, prompts: list[str], answers: list[str], recipe: Recipe, progress: bool
 ) -> None:
-    """AdamW with warm-up and cosine decay on the tokens of the answers, a batch after the other."""
+    """Train with AdamW, warm-up and cosine decay on the tokens of the answers."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / recipe.warmup_steps, 0.5 + 0.5 * math.cos(math.pi * i / recipe.steps))

@@ -1,4 +1,4 @@
-"""The task: letters to put in order, their right answer, and a careless demonstrator's."""
+"""The task of sorting letters: prompts, correct answers, and demonstrations with errors."""
 
 import random
 import zlib
@@ -10,18 +10,18 @@ Split = Literal["sft", "feedback", "test"]
 
 ALPHABET = "abcdefghijklmnopqrst"
 LENGTHS = range(4, 7)
-LONG = 5  # letters from which on the demonstrator's habit applies
-LEAVE_OUT_LAST = 0.6  # how often he gives in to it
-SWAP_NEIGHBOURS = 0.25  # how often he swaps two neighbours, in any answer
+LONG = 5  # minimum number of letters for which demonstrations may omit the last letter
+LEAVE_OUT_LAST = 0.6  # probability of omitting the last letter in long answers
+SWAP_NEIGHBOURS = 0.25  # probability of swapping two neighbouring letters, in any answer
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 
 
 def make_prompts(n: int, seed: int, split: Split) -> list[str]:
-    """`n` different prompts of one split, always the same for the same arguments.
+    """`n` different prompts of one split, deterministic for given arguments.
 
-    The split of a prompt follows from its answer, so a set of letters seen in one split never occurs in another one,
-    not even in another order. With the same seed, a larger `n` continues the list of a smaller one.
+    The split of a prompt is determined by its answer, so a set of letters in one split never occurs in another split,
+    in any order. With the same seed, a larger `n` extends the list of a smaller one.
     """
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {get_args(Split)}, got {split!r}.")
@@ -29,7 +29,7 @@ def make_prompts(n: int, seed: int, split: Split) -> list[str]:
 
 
 def answer(prompt: str) -> str:
-    """The right completion of a prompt: its letters in order."""
+    """The correct completion of a prompt: its letters in alphabetical order."""
     instruction, _, letters = prompt.strip().partition(" ")
     if instruction != "Sort" or not letters.isalpha():
         raise ValueError(f"A prompt of this task reads like 'Sort fatbm', got {prompt!r}.")
@@ -37,14 +37,14 @@ def answer(prompt: str) -> str:
 
 
 def verify(prompt: str, completion: str) -> bool:
-    """Whether a completion is right. White space around it, end and padding tokens do not count."""
+    """Whether a completion is correct, ignoring surrounding white space, EOS and padding tokens."""
     return completion.replace(END, "").replace(PAD, "").strip() == answer(prompt)
 
 
 def reward(prompt: str | list[dict[str, str]], completion: str) -> float:
-    """1 for a right completion, 0 for any other; for `halos-trl label --reward_function halos_trl.toy:reward`.
+    """1 for a correct completion, else 0; for `halos-trl label --reward_function halos_trl.toy:reward`.
 
-    `prompt` is the text, or the messages whose last one holds it.
+    `prompt` is the text, or messages whose last one contains it.
     """
     return float(verify(prompt if isinstance(prompt, str) else prompt[-1]["content"], completion))
 
