@@ -175,7 +175,9 @@ def _statistics(state: Any) -> dict[str, Tensor]:
 
 
 def _stream(model: Any, device: torch.device) -> nn.Module:
-    weights = {name: tensor.detach().to("cpu") for name, tensor in model.state_dict().items()}
+    # The whole model first, so that tied weights stay one tensor, and the hooks note where each one belongs.
+    nn.Module.to(model, "cpu")
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     kept = {name: weights[name] for name in parameters_by_name(model)}
     model = cpu_offload(model, device, state_dict=weights)
     setattr(model, _STREAMED, kept)

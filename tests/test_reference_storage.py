@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import paired_rows, perturbed, unpaired_rows, weights
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from halos_trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SimPOConfig
 from halos_trl._trl import score_tokens
@@ -185,6 +185,26 @@ def test_a_checkpoint_of_another_storage_is_refused(make, tmp_path):
     other = make("same", humanline=True, save_strategy="steps", save_steps=2)
     with pytest.raises(ValueError, match="reference_storage"):
         other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+def test_a_model_from_another_device_follows_in_all_of_its_parts(tokenizer, monkeypatch):
+    """Where moving to the CPU copies, as from a GPU, tied weights stay tied and no module keeps a copy of its own."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tied = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size)).eval()
+    stored, to = copy.deepcopy(tied), torch.Tensor.to
+
+    def as_from_a_gpu(tensor, *args, **kwargs):
+        moved = to(tensor, *args, **kwargs)
+        return moved.clone() if args == ("cpu",) else moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", as_from_a_gpu)
+        store(stored, "cpu", CPU)
+    for name, parameter in tied.named_parameters():
+        parameter.data = parameter.data + 1
+        parameters_of(stored)[name].copy_(parameter.data)
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(stored(ids).logits, tied(ids).logits, rtol=0, atol=0)
 
 
 def test_tr_dpo_mixes_into_what_is_rounded_or_streamed(make):

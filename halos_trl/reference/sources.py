@@ -240,7 +240,7 @@ def _move_layer(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
             torch._foreach_copy_(own, theirs)
         else:
             torch._foreach_mul_(own, 1.0 - mix)
-            torch._foreach_add_(own, [s.to(t.dtype) for s, t in zip(theirs, own, strict=True)], alpha=mix)
+            torch._foreach_add_(own, [s.to(t) for s, t in zip(theirs, own, strict=True)], alpha=mix)
 
 
 __all__ = ["AdapterOff", "ForwardContext", "FrozenAdapter", "FrozenCopy", "NoReference", "Reference"]
