@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from halos_trl import BradleyTerryConfig, BradleyTerryTrainer, PPOConfig, PPOTrainer
-from halos_trl._trl.zero import give_own_groups
+from halos_trl._trl.zero import OwnLimit, give_own_groups
 from halos_trl.advantages import gae
 from halos_trl.trainers.reward import load_reward_model
 from halos_trl.trainers.rollout import last_token_rewards, roll_out
@@ -269,6 +270,20 @@ def test_head_has_its_own_gradient_limit(fit):
     assert norms.seen == pytest.approx([0.2, 0.05], rel=1e-3)
     ((logged_norm,),) = logged(trainer, "v_head_grad_norm")
     assert logged_norm > 0.2
+
+
+@pytest.mark.parametrize(("overflow", "norms"), [(True, []), (True, [3.0]), (False, [3.0, -1.0]), (False, [3.0, 4.0])])
+def test_norm_of_a_step_that_deepspeed_skips_is_infinite(overflow, norms):
+    """It marks a norm that is not finite by -1, and computes none under fp16 where it finds an overflow before."""
+    groups = [[torch.nn.Parameter(torch.ones(1))] for _ in norms] or [[torch.nn.Parameter(torch.ones(1))]]
+    zero = SimpleNamespace(
+        bit16_groups=groups, overflow=overflow, unscale_and_clip_grads=None,
+        get_grad_norm_direct=lambda gradients, parameters: torch.tensor(gradients),
+    )  # fmt: skip
+    limit = OwnLimit(zero, [p for group in groups for p in group], 0.1)
+    for norm, group in zip(norms, groups, strict=False):
+        zero.get_grad_norm_direct(norm, group)
+    assert limit.norm == (5.0 if norms == [3.0, 4.0] else torch.inf)
 
 
 def test_critic_learns_a_constant_reward(fit):

@@ -52,8 +52,14 @@ class OwnLimit:
 
     @property
     def norm(self) -> torch.Tensor:
-        """Norm of the last step's gradient before clipping, multiplied by fp16's loss scale."""
-        return torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+        """Norm of the last step's gradient before clipping, multiplied by fp16's loss scale.
+
+        Infinite if the gradient is not finite: under fp16 DeepSpeed skips such a step before computing norms.
+        """
+        if self.zero.overflow or not self._norms:
+            return torch.tensor(torch.inf)
+        norms = torch.stack(list(self._norms.values()))
+        return torch.linalg.vector_norm(norms.where(norms >= 0, torch.inf))
 
     def _kept_out(self, norm_of: Any) -> Any:
         def norm(*gradients_and_parameters: Any) -> torch.Tensor:
