@@ -59,6 +59,8 @@ class SavesPolicy:
         path = os.path.join(self._get_output_dir(trial=trial), folder)
         with _explained(path):
             self.before_checkpoint(path)
+            # It removes files of an older checkpoint, of every process, which must not be those of this one.
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
