@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset
 
 QUANTILES = {"min": 0.0, "10%": 0.1, "median": 0.5, "90%": 0.9, "max": 1.0}
@@ -97,9 +98,9 @@ def _keys(data: Dataset, columns: list[str]) -> Iterator[bytes]:
 
 def _list_column(table: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Where the lists of a column begin and end, and the values of all."""
-    column = table[name].combine_chunks()
-    offsets = column.offsets.to_numpy()
-    return offsets - offsets[0], column.flatten().to_numpy().astype(np.int64)
+    # Functions that take lists of any kind: a user's tokenized rows may have a fixed length.
+    lengths = pc.list_value_length(table[name]).to_numpy()
+    return np.append(0, np.cumsum(lengths)), pc.list_flatten(table[name]).to_numpy().astype(np.int64)
 
 
 __all__ = ["data_summary", "overlap", "quantiles"]

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from .. import model_card
+from ..sharded import shape_of
 from .data_summary import data_summary
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def run_summary(trainer: TrainingRun) -> dict[str, Any]:
     """Method, model, settings, sizes and versions of a run."""
     args = trainer.args
     settings = {name: value for name, value in args.to_dict().items() if name not in _LEFT_OUT}
-    sizes = [(p.numel(), p.requires_grad) for p in trainer.accelerator.unwrap_model(trainer.model).parameters()]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    sizes = [(shape_of(p).numel(), p.requires_grad) for p in model.parameters()]
     return {
         "status": "running",
         "started": _now(),
