@@ -175,6 +175,8 @@ def _statistics(state: Any) -> dict[str, Tensor]:
 
 
 def _stream(model: Any, device: torch.device) -> nn.Module:
+    if hasattr(model, _STREAMED):  # an earlier trainer had it as its `ref_model`
+        return model
     # The whole model first, so that tied weights stay one tensor, and the hooks note where each one belongs.
     nn.Module.to(model, "cpu")
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -136,6 +136,7 @@ def test_streamed_weights_are_there_one_module_at_a_time(model):
     assert head is not None and all(len(names - heads) <= 1 for names in present)
     assert all(p.device.type == "meta" for p in streamed.parameters())
     assert streamed.to("cpu", torch.float64) is streamed
+    assert store(streamed, "cpu", CPU) is streamed, "a second trainer may have the same `ref_model`"
 
 
 # -- training ------------------------------------------------------------------------------------------------------
