@@ -1,6 +1,6 @@
-"""What is wrong with the prompt or a completion of a row, in words.
+"""Checks of a row's prompt and completions, with error texts.
 
-Each check returns the end of a sentence that begins with "Row 3 of the train dataset", and what to do; or None.
+Each check returns None, or the end of a sentence that starts with "Row 3 of the train dataset", with advice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _EMPTY = "There is no token to learn from."
 
 
 def prompt_problem(prompt: Any) -> Problem:
-    """Of a prompt: a text, or a list of messages with at least one."""
+    """The problem of a prompt, which must be text or a nonempty list of messages."""
     if not isinstance(prompt, str | list):
         return (
             f"has prompt {shown(prompt)} of type {type(prompt).__name__}; a prompt is a text or a list of messages. "
@@ -29,15 +29,15 @@ def prompt_problem(prompt: Any) -> Problem:
 
 
 def completion_problem(row: Row, column: str, *, takes_empty_turns: bool = False) -> Problem:
-    """Of a completion: of the form of the prompt, and not empty.
+    """The problem of a completion, which must have the prompt's format and not be empty.
 
-    `takes_empty_turns`: a message without content counts, as the completion of a model that ended its turn at once.
+    `takes_empty_turns`: accept a message without content, which a model generates if it ends its turn immediately.
     """
     return side_problem(row.get(column), row["prompt"], column, takes_empty_turns)
 
 
 def side_problem(value: Any, prompt: Any, column: str, takes_empty_turns: bool) -> Problem:
-    """Of the value of a completion."""
+    """The problem of a completion's value."""
     if value is None or (isinstance(value, str | list) and not value):
         return f"has an empty `{column}`: {value!r}. {_EMPTY} Fill it in."
     if not isinstance(value, str | list):
@@ -58,7 +58,7 @@ def side_problem(value: Any, prompt: Any, column: str, takes_empty_turns: bool) 
 
 
 def messages_problem(messages: Any, column: str) -> Problem:
-    """Of a conversation; None for a text."""
+    """The problem of a conversation; None for text."""
     if isinstance(messages, str):
         return None
     return next(filter(None, (_message_problem(message, column) for message in messages)), None)
@@ -88,26 +88,26 @@ def _message_problem(message: Any, column: str) -> Problem:
 
 
 def is_empty(completion: str | list[Row]) -> bool:
-    """Whether a completion holds no text, tool call or anything else besides roles."""
+    """Whether a completion contains nothing but roles: no text, tool calls or other values."""
     if isinstance(completion, str):
         return not completion
     return not any(any(_held(message)) for message in completion)
 
 
 def _held(message: Row) -> Iterable[Any]:
-    """What a message holds besides its role."""
+    """The values of a message, except its role."""
     for key, value in message.items():
         if key not in ("role", "name"):
             yield any(map(_part, value)) if isinstance(value, list) else value
 
 
 def _part(part: Any) -> Any:
-    """What a part of a message's content holds; parts of a type other than text count as they are."""
+    """The text of a part of a message's content; parts of other types are returned unchanged."""
     return part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
 
 
 def pair_with_text_prompt_problem(row: Row) -> Problem:
-    """Of a pair whose prompt is a text while its sides are conversations that begin with it."""
+    """The problem of a pair whose prompt is text but whose sides are conversations that start with it."""
     chosen = row.get("chosen")
     if not isinstance(row["prompt"], str) or not isinstance(chosen, list) or len(chosen) < 2:
         return None
@@ -121,10 +121,10 @@ def pair_with_text_prompt_problem(row: Row) -> Problem:
 
 
 def split_prompt(row: Row) -> Row:
-    """`prompt`, `chosen` and `rejected` of a pair without `prompt`: the common start, and what is left of each side.
+    """`prompt`, `chosen` and `rejected` of a pair without `prompt`: the common start, and the rest of each side.
 
-    As `trl.extract_prompt`, which takes equal turns for different ones where a field that only rows of one side have
-    was filled up with None.
+    Like `trl.extract_prompt`, but equal turns are recognized even if `datasets` has filled a field of one of them with
+    None.
     """
     chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str):
@@ -134,13 +134,13 @@ def split_prompt(row: Row) -> Row:
 
 
 def prompt_length(chosen: list[Row], rejected: list[Row]) -> int:
-    """Number of turns that both sides begin with; the last is left out where one side is the start of the other."""
+    """Number of turns that both sides start with, minus one if one side is the start of the other."""
     turns = min(len(chosen), len(rejected))
     return next((i for i in range(turns) if not same_turn(chosen[i], rejected[i])), turns - 1)
 
 
 def same_turn(turn: Row, other: Row) -> bool:
-    """Whether two messages are equal in all fields that are set."""
+    """Whether two messages are equal in all fields that are not None."""
     return turn == other or _set_only(turn) == _set_only(other)
 
 
@@ -151,7 +151,7 @@ def _set_only(value: Any) -> Any:
 
 
 def implicit_pair_problem(row: Row, splits: bool) -> Problem:
-    """Of a pair without `prompt`; `splits` says that the method takes the common start of both sides for it."""
+    """The problem of a pair without `prompt`; `splits`: whether the method uses the common start as the prompt."""
     chosen: Any = row.get("chosen")
     rejected: Any = row.get("rejected")
     problem = side_problem(chosen, chosen, "chosen", False) or side_problem(rejected, chosen, "rejected", False)
@@ -164,7 +164,7 @@ def implicit_pair_problem(row: Row, splits: bool) -> Problem:
 
 def _no_common_text(chosen: str, rejected: str) -> Problem:
     same = chosen[0] == rejected[0] and min(len(chosen), len(rejected)) > 1
-    # A single space in front is not left to the prompt.
+    # A single leading space is not part of the prompt.
     if same and not (chosen[0] == " " and chosen[1] != rejected[1]):
         return None
     return _no_prompt(chosen, rejected)

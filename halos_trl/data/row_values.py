@@ -1,6 +1,6 @@
-"""What is wrong with a score, a label, an id, or with what a row hands to the chat template, in words.
+"""Checks of a row's scores, labels, ids and arguments of the chat template, with error texts.
 
-Each check returns the end of a sentence that begins with "Row 3 of the train dataset", and what to do; or None.
+Each check returns None, or the end of a sentence that starts with "Row 3 of the train dataset", with advice.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _short.maxlist = _short.maxdict = 3
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: its `repr`, shortened."""
+    """A value for an error message: its `repr`, shortened."""
     return _short.repr(value)
 
 
 def score_problem(score: Any) -> Problem:
-    """Of a score: a finite number."""
+    """The problem of a score, which must be a finite number."""
     is_number = isinstance(score, Real) and not isinstance(score, bool) and score == score
     if is_number and abs(score) <= LARGEST_SCORE:
         return None
@@ -55,7 +55,7 @@ SAMPLER_COLUMNS = ("token_ids", "logprobs")
 
 
 def sampler_problem(token_ids: Any, logprobs: Any) -> Problem:
-    """Of the tokens of a sampled completion, and a log-prob for each: a finite number, 0 or less."""
+    """The problem of a sampled completion's tokens and log-probs: one finite number, 0 or less, per token."""
     remedy = "Sample with `halos-trl sample --logprobs`, or remove both columns."
     if not (isinstance(token_ids, list) and token_ids and all(map(_is_token_id, token_ids))):
         return f"has `token_ids` {shown(token_ids)}; expected the list of the completion's token ids. {remedy}"
@@ -79,7 +79,7 @@ def _is_token_id(value: Any) -> bool:
 
 
 def label_problem(label: Any) -> Problem:
-    """Of a label: a boolean, or the number 0 or 1."""
+    """The problem of a label, which must be a boolean, or the number 0 or 1."""
     if isinstance(label, bool | np.bool_) or (isinstance(label, Integral) and label in (0, 1)):
         return None
     return (
@@ -91,7 +91,7 @@ def label_problem(label: Any) -> Problem:
 
 
 def prompt_id_problem(row: Row) -> Problem:
-    """Of a `prompt_id`, where the row has one: a text or a number that equals itself."""
+    """The problem of a row's `prompt_id`, if it has one, which must be text or a number other than NaN."""
     if "prompt_id" not in row:
         return None
     value = row["prompt_id"]
@@ -106,11 +106,11 @@ def prompt_id_problem(row: Row) -> Problem:
     return f"{fault}. Fill it in in every row, or remove the column: then rows with equal prompts form a group."
 
 
-# -- what else reaches the chat template -----------------------------------------------------------------------------
+# -- arguments of the chat template ----------------------------------------------------------------------------------
 
 
 def _arguments_of_template() -> frozenset[str]:
-    """Names that a row's `chat_template_kwargs` may not hold: arguments of the call, not variables of the template."""
+    """Keys not allowed in `chat_template_kwargs`: arguments of `apply_chat_template`, not template variables."""
     methods = (PreTrainedTokenizerBase.apply_chat_template, ProcessorMixin.apply_chat_template)
     names = {name for method in methods for name in inspect.signature(method).parameters}
     variables = {"documents", "kwargs"}
@@ -121,7 +121,7 @@ _RESERVED = _arguments_of_template()
 
 
 def template_problem(row: Row) -> Problem:
-    """Of `tools` and `chat_template_kwargs`, where the row has them."""
+    """The problem of a row's `tools` or `chat_template_kwargs`, if it has them."""
     problem = tools_problem(row["tools"]) if row.get("tools") is not None else None
     if problem is None and row.get("chat_template_kwargs") is not None:
         problem = template_kwargs_problem(row["chat_template_kwargs"])
@@ -129,7 +129,7 @@ def template_problem(row: Row) -> Problem:
 
 
 def tools_problem(tools: Any) -> Problem:
-    """Of a row's tools: a list of JSON schemas, or its JSON text."""
+    """The problem of a row's tools, which must be a list of JSON schemas, or such a list as JSON text."""
     try:
         schemas = json.loads(tools) if isinstance(tools, str) else tools
     except (ValueError, RecursionError) as error:
@@ -148,13 +148,13 @@ def tools_problem(tools: Any) -> Problem:
 
 
 def template_kwargs_problem(kwargs: Any) -> Problem:
-    """Of a row's variables of the chat template: a dict that replaces no argument of the call."""
+    """The problem of a row's template variables, which must be a dict without arguments of the call."""
     if not isinstance(kwargs, dict):
         return (
             f"has `chat_template_kwargs` {shown(kwargs)} of type {type(kwargs).__name__}; it is a dict of variables "
             "of the chat template, e.g. {'enable_thinking': False}. Leave it null where there are none."
         )
-    # A missing key of a column of dicts is filled with None.
+    # `datasets` fills missing keys in a column of dicts with None.
     reserved = sorted(str(key) for key, value in kwargs.items() if key in _RESERVED and value is not None)
     if not reserved:
         return None

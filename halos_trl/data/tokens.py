@@ -1,7 +1,7 @@
-"""From a row to token ids, for every trainer: rendered, tokenized and checked in one place, before training.
+"""Tokenization of rows for all trainers: rendering, tokenization and checks, before training.
 
-Token ids are those of TRL's trainers, except where the prompt is repeated in the completion, the prompt ends in a turn
-of the assistant, or the tokenizer adds a special token that is there already.
+Token ids are the same as with TRL's trainers, except if the completion repeats the prompt, if the prompt ends with an
+assistant turn, or if the tokenizer adds a special token that the text already contains.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROW_NUMBER = "row_number"
 NOTES = "row_notes"
 """Column with what was noted about a row, a line for each note, until it is counted."""
 
-# What is noted about a row, besides its turns.
+# Notes about a row, in addition to those of `turns`.
 REPEATED_TEXT = "repeated text"
 DOUBLE_BOS = "two BOS"
 BOUNDARY = "boundary"
@@ -47,7 +47,7 @@ _CODE = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name
 
 
 class TokenLimits(NamedTuple):
-    """How many different token ids and how many positions a model takes; None: not known, or no limit."""
+    """A model's vocabulary size and maximum number of positions; None: unknown, or no limit."""
 
     vocabulary: int | None = None
     positions: int | None = None
@@ -57,10 +57,10 @@ NO_LIMITS = TokenLimits()
 
 
 class TextTokens:
-    """Token ids of texts that say themselves where they end: special tokens that the tokenizer adds stand once.
+    """Tokenizes texts without duplicating special tokens that the tokenizer adds.
 
-    A BOS that it puts in front is left out where the text begins with one. An EOS that it puts behind is always left
-    out, since a completion is given its own.
+    A BOS added by the tokenizer is omitted if the text already starts with one. An EOS added by the tokenizer is
+    always omitted, because completions receive their EOS separately.
     """
 
     def __init__(self, processing_class: Processing):
@@ -71,7 +71,7 @@ class TextTokens:
         self.adds_eos = len(probe) > 1 and probe[-1] == self.tokenizer.eos_token_id
 
     def repeats_bos(self, text: str) -> bool:
-        """Whether the tokenizer would put a second BOS in front."""
+        """Whether the tokenizer would add a second BOS."""
         return self.adds_bos and text.startswith(self.tokenizer.bos_token)
 
     def __call__(self, text: str) -> list[int]:
@@ -84,19 +84,19 @@ class TextTokens:
 
 
 def prompt_tokens(processing_class: Any, row: dict[str, Any], where: str) -> list[int]:
-    """The token ids of a row's `prompt`. The chat template is applied once, and a BOS stands once."""
+    """The token ids of a row's `prompt`, with the chat template applied and without a duplicate BOS."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return TextTokens(processing_class)(prompt)
     if len(prompt) > 1 and prompt[-1]["role"] == "assistant" and not prompt[-1].get("content"):
-        prompt = prompt[:-1]  # begun without a word
+        prompt = prompt[:-1]  # an assistant turn without content
     begun = len(prompt) > 1 and prompt[-1]["role"] == "assistant"
     options = {**template_options(row), "continue_final_message": begun, "add_generation_prompt": not begun}
     return list(chat_tokens(processing_class, prompt, options, where)["input_ids"])
 
 
 class Tokens(NamedTuple):
-    """A side of a row with its prompt."""
+    """Token ids of one side of a row and of its prompt."""
 
     prompt_ids: list[int]
     ids: list[int]
@@ -107,15 +107,15 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class RowTokenizer:
-    """Gives a row `prompt_ids`, and `<side>_ids` for each of its sides. For `dataset.map(..., with_indices=True)`.
+    """Adds `prompt_ids`, and `<side>_ids` for each side, to a row. For `dataset.map(..., with_indices=True)`.
 
-    With `assistant_only`, `<side>_mask` says which tokens of a completion the assistant wrote. With `whole`, as reward
-    models need it, `<side>_ids` holds prompt and completion, and there is no `prompt_ids`. With `sampled`, the ids of
-    a completion are the row's `token_ids`, behind its prompt as it was sampled from; its text is only compared with
-    them. What is worth counting goes into the column `NOTES`.
+    With `assistant_only`, `<side>_mask` marks the tokens of a completion that the assistant wrote. With `whole`, which
+    reward models need, `<side>_ids` contains prompt and completion, and there is no `prompt_ids`. With `sampled`, the
+    ids of a completion are the row's `token_ids`, after its prompt as used for sampling; its text is only compared
+    with them. The column `NOTES` lists what to count about the row.
 
-    Raises ValueError, naming the row, where it cannot be tokenized or leaves nothing to train on; with `drop_invalid`
-    that is noted instead.
+    Raises ValueError, naming the row, if a row cannot be tokenized or has nothing to train on; with `drop_invalid`
+    this is noted instead.
     """
 
     processing_class: Processing
@@ -174,7 +174,7 @@ class RowTokenizer:
     # -- one side ----------------------------------------------------------------------------------------------
 
     def _tokens(self, row: Row, side: str, where: str, notes: set[str], prompts: dict) -> Tokens:
-        """`prompts` keeps rendered prompts, since the sides of a row have the same one."""
+        """Tokenize one side. `prompts` caches rendered prompts, because the sides of a row share theirs."""
         if self.sampled:
             return self._of_sampler(row, row[side], where)
         if isinstance(row[side], str):
@@ -188,7 +188,7 @@ class RowTokenizer:
         return self._of_turns(turns, template_options(row), where, prompts)
 
     def _opens_elsewhere(self, row: Row) -> bool:
-        """Whether a completion opens with a turn of the other side, which no generation prompt precedes."""
+        """Whether a completion starts with a turn of a role other than the assistant, without generation prompt."""
         return any(not isinstance(row[side], str) and row[side][0]["role"] != "assistant" for side in self.sides)
 
     def _of_text(self, prompt: str, completion: str, where: str, notes: set[str]) -> Tokens:
@@ -226,7 +226,7 @@ class RowTokenizer:
             return chat_tokens(self.processing_class, messages, {**options, **how}, where)
 
         how = "continue_final_message" if turns.continues else "add_generation_prompt"
-        # A reward model may have whole conversations without a prompt.
+        # Rows for reward models may be whole conversations without a prompt.
         prompt = turns.continues, len(turns.prompt)
         if prompt not in prompts:
             prompts[prompt] = encode(turns.prompt, **{how: True})["input_ids"] if turns.prompt else []
@@ -243,7 +243,7 @@ class RowTokenizer:
 
     @cached_property
     def text_tokens(self) -> TextTokens:
-        """For rows that are text."""
+        """The tokenizer for rows of text."""
         return TextTokens(self.processing_class)
 
     # -- checks ------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def _text_of(turn: dict[str, Any]) -> str:
 
 
 def _without_blanks(text: str) -> str:
-    """Engines differ in the blanks around special tokens."""
+    """The text without white space, because engines differ in the white space around special tokens."""
     return "".join(text.split())
 
 

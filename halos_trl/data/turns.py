@@ -1,4 +1,4 @@
-"""Conversations: what a row's prompt and completion are as turns, how they are rendered, and who wrote which token."""
+"""Conversations: a row's prompt and completion as turns, their rendering, and masks of the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Row: TypeAlias = dict[str, Any]
 Messages: TypeAlias = list[dict[str, Any]]
 Processing: TypeAlias = PreTrainedTokenizerBase | ProcessorMixin
 
-# What is noted about a row.
+# Notes about a row.
 REPEATED = "repeated"
 CONTINUED = "continued"
 OTHER_TURNS = "other turns"
 
 
 class Turns(NamedTuple):
-    """A prompt and its completion."""
+    """The turns of a prompt and of its completion."""
 
     prompt: Messages
     completion: Messages
@@ -31,7 +31,7 @@ class Turns(NamedTuple):
 
     @property
     def whole(self) -> Messages:
-        """All turns, the one that was begun in the prompt as one."""
+        """All turns, where a turn that starts in the prompt and continues in the completion is one turn."""
         if not self.continues:
             return self.prompt + self.completion
         begun, rest = self.prompt[-1], self.completion[0]
@@ -40,16 +40,16 @@ class Turns(NamedTuple):
 
     @property
     def first_completed(self) -> int:
-        """Index in `whole` of the first turn that the completion writes to."""
+        """Index in `whole` of the first turn that contains text of the completion."""
         return len(self.prompt) - self.continues
 
 
 def turns_of(prompt: Messages, completion: Messages, *, prompt_is_explicit: bool = True) -> Turns:
-    """The turns of a row, without the prompt where the completion repeats it exactly.
+    """The turns of a row. If the completion repeats the prompt exactly, the repetition is removed.
 
-    A prompt that ends in a turn of the assistant is continued by a completion that begins with one, as
-    `continue_final_message` means it; not so where the prompt was only found as the common start of two conversations,
-    whose turns are whole.
+    If the prompt ends with an assistant turn and the completion starts with one, the completion continues that turn,
+    as with `continue_final_message`. This does not apply to prompts that were extracted as the common start of two
+    conversations (`prompt_is_explicit=False`), because their turns are complete.
     """
     notes = set()
     if [_held(turn) for turn in completion[: len(prompt)]] == [_held(turn) for turn in prompt] and prompt:
@@ -69,17 +69,17 @@ def _may_continue(prompt: Messages, first: dict[str, Any]) -> bool:
     return (
         len(prompt) > 1
         and prompt[-1]["role"] == first["role"] == "assistant"
-        and not prompt[-1].get("tool_calls")  # called for, and so complete
+        and not prompt[-1].get("tool_calls")  # a turn with tool calls is complete
     )
 
 
 def _begun(prompt: Messages) -> bool:
-    """Whether the last turn says anything yet."""
+    """Whether the last turn has content."""
     return bool(prompt[-1].get("content"))
 
 
 def _held(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn without the keys that `datasets` fills with None where other rows have them."""
+    """A turn without keys whose value is None, which `datasets` adds if other rows have them."""
     return {key: value for key, value in turn.items() if value is not None}
 
 
@@ -97,15 +97,15 @@ def _parts(content: Any) -> list[Any]:
 
 
 def template_options(row: Row) -> dict[str, Any]:
-    """What a row hands to its chat template besides the turns: `tools` and `chat_template_kwargs`."""
+    """A row's additional arguments for the chat template: `tools` and `chat_template_kwargs`."""
     tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools  # as TRL reads them
+    tools = json.loads(tools) if isinstance(tools, str) else tools  # as in TRL
     return {"tools": tools, **_held(row.get("chat_template_kwargs") or {})}
 
 
 def chat_tokens(processing_class: Processing, messages: Messages, options: dict[str, Any], where: str) -> Row:
-    """What `apply_chat_template` makes of a conversation: `input_ids`, and what else was asked for. Names the row in
-    the error where the template fails.
+    """Result of `apply_chat_template` for a conversation: `input_ids`, and other requested outputs. Raises ValueError,
+    naming the row, if the template fails.
     """
     is_processor = isinstance(processing_class, ProcessorMixin)
     try:
@@ -115,7 +115,7 @@ def chat_tokens(processing_class: Processing, messages: Messages, options: dict[
             return_dict=True,
             **options,
         )
-    except Exception as error:  # a template is a program of its own
+    except Exception as error:  # a template may raise anything
         if not getattr(processing_class, "chat_template", None):
             raise ValueError(
                 f"{where} is a conversation, and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
@@ -129,7 +129,7 @@ def chat_tokens(processing_class: Processing, messages: Messages, options: dict[
     return {key: value[0] for key, value in made.items()} if is_processor else dict(made)
 
 
-# -- who wrote which token -----------------------------------------------------------------------------------------
+# -- masks of the assistant's tokens -------------------------------------------------------------------------------
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -137,21 +137,21 @@ Encode: TypeAlias = Callable[..., list[int]]
 
 
 def has_generation_markers(processing_class: Processing, options: dict[str, Any]) -> bool:
-    """Whether the chat template says with `{% generation %}` what the assistant writes."""
+    """Whether the chat template marks the assistant's text with `{% generation %}`."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     template = processing_class.chat_template
     if isinstance(template, dict):
         template = template.get("tool_use" if options.get("tools") else "default") or template.get("default")
-    # The mask is found through character offsets, which only fast tokenizers know.
+    # The mask is computed from character offsets, which only fast tokenizers provide.
     return bool(tokenizer.is_fast and _MARKER.search(template or ""))
 
 
 def mask_by_boundaries(encode: Encode, turns: Turns, ids: list[int], where: str) -> list[bool]:
-    """Which of `ids`, the tokens of `turns.whole`, belong to turns of the assistant, the end of a turn included.
+    """A mask of `ids`, the tokens of `turns.whole`, that is True in assistant turns, including their end tokens.
 
-    For templates without generation markers. A turn of the assistant reaches from the end of what is rendered before
-    it, with the generation prompt, to the end of what is rendered up to it. `encode` gives the ids of a conversation.
-    Tokens of the prompt are marked too, up to the first turn of the completion.
+    For templates without generation markers. An assistant turn starts where the rendered preceding turns with the
+    generation prompt end, and ends where the rendered turns up to and including it end. `encode` returns the ids of a
+    conversation. Tokens of the prompt are marked too, up to the first turn of the completion.
     """
     messages, first = turns.whole, turns.first_completed
     mask = [False] * len(ids)
@@ -167,7 +167,7 @@ def mask_by_boundaries(encode: Encode, turns: Turns, ids: list[int], where: str)
 
 def _end_of(rendered: list[int], ids: list[int], where: str) -> int:
     end = common_prefix(rendered, ids)
-    if end < len(rendered) - 1:  # the very last token may merge with what follows
+    if end < len(rendered) - 1:  # the last token may merge with the following text
         raise ValueError(
             f"{where} has turns of the other side in its completion, and the chat template renders the turns before "
             "them in another way when they follow, so the tokens of the assistant cannot be told apart. Use a "
@@ -178,5 +178,5 @@ def _end_of(rendered: list[int], ids: list[int], where: str) -> int:
 
 
 def common_prefix(ids: list[int], other: list[int]) -> int:
-    """How many tokens two sequences have in common at their start."""
+    """Length of the common prefix of two token sequences."""
     return next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), min(len(ids), len(other)))

@@ -1,4 +1,4 @@
-"""Feedback files, as HALOs and `halos-trl label` write them, as the rows that the trainers take."""
+"""Loading feedback files, as written by HALOs and `halos-trl label`, as rows for trainers."""
 
 from .load import CONTROL_TOKENS, feedback_splits, is_feedback_file, load_feedback
 

@@ -1,6 +1,6 @@
-"""Files of JSON objects, read one at a time: an array as HALOs writes it, or JSON Lines.
+"""Reading JSON objects one at a time from a JSON array, as written by HALOs, or from JSON Lines.
 
-No file is held in memory: an item is parsed, handed over, and can be read again from its position.
+Files are not kept in memory. Each item is parsed and returned with its position, from which it can be read again.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ Object = dict[str, Any]
 
 _CHUNK = 1 << 16  # bytes
 _SPACE = " \t\r\n"
-_LONGEST_TOKEN = 16  # characters; what a chunk may cut in two outside of strings: `-Infinity`, a pair of \u escapes
+_LONGEST_TOKEN = 16  # characters; tokens outside of strings that a chunk may split: `-Infinity`, a pair of \u escapes
 _decoder = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One object of a file, and where it stands."""
+    """One object of a file, and its position."""
 
     value: Object
     file: str
@@ -37,16 +37,16 @@ class Item:
 
     @property
     def where(self) -> str:
-        """As an error names the item."""
+        """The item's file and index, for error messages."""
         line = f" (line {self.line})" if self.line else ""
         return f"{self.file}, item {self.index}{line}"
 
 
 def read_items(path: str | Path) -> Iterator[Item]:
-    """The objects of a JSON array or of JSON Lines, in order; the first character of the file says which it is.
+    """The objects of a JSON array or of JSON Lines, in order. The first character of the file determines the format.
 
-    Raises ValueError for what is no readable file, an empty one, text that is not UTF-8, and JSON that is invalid,
-    cut off, or not made of objects; the error names the file and the item.
+    Raises ValueError, naming file and item, for a file that is unreadable, empty or not UTF-8, and for JSON that is
+    invalid, truncated, or contains anything other than objects.
     """
     name = str(path)
     with open_file(path) as file:
@@ -68,7 +68,7 @@ def read_items(path: str | Path) -> Iterator[Item]:
 
 
 def open_file(path: str | Path) -> IO[bytes]:
-    """The file, opened for reading bytes. Raises ValueError where there is none."""
+    """Open a file for reading bytes. Raises ValueError if there is no such file."""
     try:
         return open(path, "rb")
     except OSError as error:
@@ -76,7 +76,7 @@ def open_file(path: str | Path) -> IO[bytes]:
 
 
 def item_at(file: IO[bytes], offset: int, size: int) -> Object:
-    """The item of an open file at a position that `read_items` gave."""
+    """The item of an open file at a position returned by `read_items`."""
     file.seek(offset)
     return json.loads(file.read(size))
 
@@ -131,7 +131,7 @@ def _object(text: _Text, name: str, index: int) -> Item:
         raise _fault(text, name, index, None if at_end else f"{error.msg} (line {text.line_of(error.pos)})") from None
     except RecursionError:
         raise _fault(text, name, index, "it is nested too deeply") from None
-    except ValueError as error:  # a number of more digits than Python reads
+    except ValueError as error:  # a number with more digits than Python parses
         raise _fault(text, name, index, str(error)) from None
     return Item(value, name, index, line, offset, text.offset - offset)
 
@@ -148,7 +148,7 @@ def _fault(text: _Text, name: str, index: int, problem: str | None) -> ValueErro
 
 
 class _Text:
-    """The text of a file, of which only the part that is being read is held."""
+    """The text of a file, of which only the part being read is kept in memory."""
 
     def __init__(self, file: IO[bytes], name: str):
         self.file, self.name = file, name
@@ -163,7 +163,7 @@ class _Text:
             file.seek(0)
 
     def fill(self, size: int = _CHUNK) -> bool:
-        """Read more of the file; whether there was any. Forgets what was taken."""
+        """Drop consumed text and read more of the file. Returns whether there was more."""
         if self.at_end:
             return False
         data = self.file.read(size)
@@ -179,7 +179,7 @@ class _Text:
         return bool(data)
 
     def take(self, what: str | int) -> None:
-        """Go on behind a text, or a number of characters."""
+        """Consume a text, or a number of characters."""
         end = self.at + (what if isinstance(what, int) else len(what))
         taken = self.buffer[self.at : end]
         self.offset += len(taken) if taken.isascii() else len(taken.encode("utf-8"))
@@ -187,7 +187,7 @@ class _Text:
         self.at = end
 
     def skip_space(self) -> str:
-        """Go to the next character that is no space, and return it; "" at the end of the file."""
+        """Skip white space and return the next character; "" at the end of the file."""
         while True:
             rest = self.at
             while rest < len(self.buffer) and self.buffer[rest] in _SPACE:
@@ -199,7 +199,7 @@ class _Text:
                 return ""
 
     def take_object(self) -> Object:
-        """The object that begins here. Raises `json.JSONDecodeError`."""
+        """Consume the object that starts here. Raises `json.JSONDecodeError`."""
         size = _CHUNK
         while True:
             try:
@@ -208,13 +208,13 @@ class _Text:
                 is_cut = error.msg.startswith("Unterminated") or error.pos > len(self.buffer) - _LONGEST_TOKEN
                 if not is_cut or not self.fill(size):
                     raise
-                size *= 2  # so that a long object is not parsed once for each of its chunks
+                size *= 2  # so that a long object is not parsed again after every chunk
             else:
                 self.take(end - self.at)
                 return value
 
     def line_of(self, position: int) -> int:
-        """The line of a position in the buffer."""
+        """The line number of a position in the buffer."""
         return self.line + self.buffer.count("\n", self.at, position)
 
 

@@ -1,4 +1,4 @@
-"""The formats of feedback items: which one an item has, and what it says, in one form for all of them."""
+"""The formats of feedback items: detecting them, and parsing all of them into one representation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Text = str | list[dict[str, Any]]
 
 
 class Completion(NamedTuple):
-    """One completion, and what its item says about it alone."""
+    """One completion, with the score, label and other values that its item has for it."""
 
     text: Text
     score: float | None = None
@@ -26,7 +26,7 @@ class Completion(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What an item says: completions of a prompt, and pairs of them (positions; the first is preferred)."""
+    """A parsed item: completions of a prompt, and pairs of them (positions; the first is preferred)."""
 
     prompt: Text
     completions: tuple[Completion, ...]
@@ -36,7 +36,7 @@ class Judged(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A kind of item: its keys, and how to read it."""
+    """A format of items: its keys, and its parser."""
 
     name: str
     needs: tuple[str, ...]
@@ -51,7 +51,7 @@ class Format(NamedTuple):
 
 
 def _sample(value: Object) -> Judged:
-    """HALOs stores the text of a sample; `instruction` is the prompt in files for AlpacaEval."""
+    """HALOs stores a sample as text; `instruction` is the prompt in files for AlpacaEval."""
     prompt = value["prompt"] if "prompt" in value else [{"role": "user", "content": value["instruction"]}]
     return Judged(prompt, (Completion(_turns(value["output"]), None, None, _sample_id(value)),))
 
@@ -72,7 +72,7 @@ def _scalar(value: Object) -> Judged:
 
 
 def _pairwise(value: Object) -> Judged:
-    """`label` 1: A is preferred. HALOs' labels give 0 to a pair of equal scores, which is no preference."""
+    """`label` 1: A is preferred. HALOs also assigns 0 to pairs with equal scores, which express no preference."""
     label = bool(_checked(value["label"], label_problem))
     scores = [_score(value, key) for key in ("reward_A", "reward_B")]
     sides = tuple(
@@ -168,7 +168,7 @@ _BY_KEYS = (
 
 
 def format_of(item: Item) -> Format:
-    """The format of an item: by its `type` where it has one, else by its keys. Raises ValueError for no known one."""
+    """The format of an item, from its `type` if it has one, else from its keys. Raises ValueError if unknown."""
     value = item.value
     if "type" in value:
         known = _BY_TYPE.get(value["type"]) if isinstance(value["type"], str) else None
@@ -188,7 +188,7 @@ def format_of(item: Item) -> Format:
 
 
 def judged(item: Item, form: Format) -> Judged:
-    """What an item of a format says. Raises ValueError, with the item named, for what it lacks or cannot mean."""
+    """Parse an item. Raises ValueError, naming the item, for missing, invalid or contradictory fields."""
     value = item.value
     missing = [key for key in form.needs if key not in value]
     if form.name == "sample" and not {"prompt", "instruction"} & value.keys():
@@ -223,7 +223,7 @@ def _score(value: Object, key: str) -> float | None:
 
 
 def _sample_id(value: Object, key: str = "sample_id", position: int = 0) -> str | None:
-    """Rows of `load_feedback` hold a list of them."""
+    """The id of a sample; rows of `load_feedback` have a list of them."""
     found, ids = value.get(key), value.get("sample_ids")
     if found is None and isinstance(ids, list) and len(ids) > position:
         found = ids[position]
@@ -231,7 +231,7 @@ def _sample_id(value: Object, key: str = "sample_id", position: int = 0) -> str 
 
 
 def _sampled(value: Object) -> tuple[list[int], list[float]] | None:
-    """What `halos-trl sample --logprobs` stored of a completion."""
+    """Token ids and log-probs of a completion, as stored by `halos-trl sample --logprobs`."""
     ids: Any = value.get("token_ids")
     logps: Any = value.get("logprobs")
     if logps is None:
@@ -242,7 +242,7 @@ def _sampled(value: Object) -> tuple[list[int], list[float]] | None:
 
 
 def _sampled_each(value: Object, count: int) -> list[tuple[list[int], list[float]] | None]:
-    """The same of a list of completions."""
+    """`_sampled` for each of a list of completions."""
     columns = [value.get(column) for column in SAMPLER_COLUMNS]
     if columns[1] is None:
         return [None] * count
@@ -259,7 +259,7 @@ def _turns(output: Any) -> Any:
 
 
 def is_list_of_completions(value: Any) -> bool:
-    """Of several rejected completions, where a list of turns is a single one."""
+    """Whether a value is a list of completions; a list of turns is a single completion."""
     return isinstance(value, list) and bool(value) and all(isinstance(part, str | list) for part in value)
 
 
@@ -276,7 +276,7 @@ def _check_texts(found: Judged, form: Format) -> None:
 
 
 def _contradiction(found: Judged, better: int, worse: int) -> Problem:
-    """Of a pair: one text that has two scores."""
+    """The problem of a pair in which the same text has two scores."""
     a, b = found.completions[better], found.completions[worse]
     if a.text != b.text or a.score == b.score:
         return None
@@ -301,7 +301,7 @@ def _user_problem(prompt: Text, is_chat: bool) -> Problem:
 
 
 def _turns_problem(text: Text) -> Problem:
-    """Turns are of text here; every other field has to be text as well, so that all rows have one schema."""
+    """The problem of turns with a field that is not text; all rows of a dataset need the same schema."""
     if isinstance(text, str):
         return _encoding_problem(text)
     for turn in text:
@@ -328,13 +328,13 @@ def _encoding_problem(text: str) -> Problem:
 
 
 def split_of(value: Object) -> str | None:
-    """The split that an item belongs to; None for every split."""
+    """The split of an item; None if it belongs to every split."""
     split = value.get("split")
     return None if split is None else str(split)
 
 
 def known_types() -> Sequence[str]:
-    """The values of `type` that HALOs' files have."""
+    """The values of `type` in HALOs' files."""
     return tuple(_BY_TYPE)
 
 

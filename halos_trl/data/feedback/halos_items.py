@@ -1,4 +1,4 @@
-"""Feedback in any format as items of HALOs' files."""
+"""Conversion of feedback in any format to items of HALOs' files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PURPOSES_OF = {
 
 
 def halos_items(item: Item, form: Format, found: Judged, prompt_id: int) -> Iterator[Object]:
-    """The items that one item becomes: of samples, labels, pairs or scores, as it holds them.
+    """Convert an item to HALOs' items: samples, labels, pairs or scores, depending on its content.
 
-    Items of HALOs keep their own keys. HALOs cannot read feedback without rewards: where there are none, +1 and -1
-    stand for them, as in HALOs' own data sets without scores. Raises ValueError for a prompt of text.
+    Items in HALOs' format keep their keys. HALOs cannot read feedback without rewards, so missing rewards are replaced
+    by +1 and -1, as in HALOs' datasets without scores. Raises ValueError for a prompt that is text.
     """
     if "type" in item.value:
         yield item.value
@@ -64,7 +64,7 @@ def _single(completion: Completion, purpose: str) -> dict[str, Any]:
 
 
 def _only_text(completion: Text) -> Any:
-    """HALOs' samples hold the text of a single turn."""
+    """The text of a single-turn completion, as in HALOs' samples."""
     return completion if isinstance(completion, str) or len(completion) > 1 else completion[0]["content"]
 
 

@@ -1,4 +1,4 @@
-"""`load_feedback`: from files of feedback to a dataset of rows."""
+"""`load_feedback`: from feedback files to a dataset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONTROL_TOKENS = ("<|good|>", "<|bad|>")
 """HALOs' control tokens for conditional SFT: before desirable and undesirable completions."""
 
 _BATCH = 1000  # rows
-_LAYOUT = 1  # of the rows; part of the name under which `datasets` keeps them
+_LAYOUT = 1  # version of the row format; part of the name of the cached dataset
 
 
 def load_feedback(
@@ -47,32 +47,33 @@ def load_feedback(
     control_tokens: tuple[str, str] = CONTROL_TOKENS,
     cache_dir: str | Path | None = None,
 ) -> Dataset:
-    """Rows for a trainer from files of feedback: HALOs' formats, or rows of TRL, as a JSON array or JSON Lines.
+    """Load rows for a trainer from feedback files: HALOs' formats or TRL's rows, as a JSON array or JSON Lines.
 
-    Items of equal prompts (roles and contents) are merged over all files; prompts keep the order in which they first
-    appear. `for_` says what the rows are:
+    Items with equal prompts (roles and contents) are merged over all files. Prompts keep the order in which they first
+    appear. `for_` determines the rows:
 
-    - "paired": `prompt`, `chosen`, `rejected`. The pairs of the files, and pairs by score of completions in none.
-    - "unpaired": `prompt`, `completion`, `label`. Labelled completions; the sides of each pair; labels by score.
-    - "group": `prompt` with the lists `completions` and `scores`. Without scores, labels and pairs count +1 and -1.
-      Where the files have what `halos-trl sample --logprobs` stored, also `token_ids` and `logprobs`, a list of each
-      completion (None without).
-    - "sft": `prompt`, `completion`. The first desirable completion, else the best one by score, else the one that is
-      preferred most often; of samples without judgement, all.
-    - "csft": as "unpaired", with a control token before each completion and no `label`.
+    - "paired": `prompt`, `chosen`, `rejected`. The pairs in the files, and pairs by score of the other completions.
+    - "unpaired": `prompt`, `completion`, `label`. Labelled completions, both sides of each pair, and labels by score.
+    - "group": `prompt` with the lists `completions` and `scores`. Without scores, labels and pairs count as +1 and -1.
+      Also `token_ids` and `logprobs` if the files contain the output of `halos-trl sample --logprobs`: a list for each
+      completion (None if it has none).
+    - "sft": `prompt`, `completion`. The first desirable completion, else the one with the best score, else the one
+      that is preferred most often; all samples if none is judged.
+    - "csft": as "unpaired", with a control token before each completion and without `label`.
 
-    Every row has `sample_ids` (None where the file has none) and `sources` ("file#item", items counted from 0), one
-    for each completion; pairs also `score_chosen` and `score_rejected`, labelled rows `score`, where the files have
-    scores.
+    Every row has `sample_ids` (None if the file has none) and `sources` ("file#item", items counted from 0), one for
+    each completion. If the files have scores, pairs also have `score_chosen` and `score_rejected`, and labelled rows
+    have `score`.
 
-    `split`: only items of this `split` and those without one. `pair_mode`, `pair_threshold` and `label_threshold` are
-    those of `halos_trl.data.labelling`, for completions that have only scores. `max_per_prompt`: at most so many rows
-    of a prompt (completions of a group), drawn with `seed`. `frac_unique_desirable` and `frac_unique_undesirable`:
-    such a part of the different completions with that label, each once. `duplicates`: what happens to an item that
-    repeats another one in all fields: "error", "drop" or "keep". `control_tokens`: before desirable and undesirable
-    completions. `cache_dir`: where `datasets` keeps the rows, which are memory-mapped (its own cache).
+    `split`: use only items with this `split` and those without one. `pair_mode`, `pair_threshold` and
+    `label_threshold` are those of `halos_trl.data.labelling`, for completions that have only scores. `max_per_prompt`:
+    maximum number of rows per prompt (of completions per group), drawn with `seed`. `frac_unique_desirable` and
+    `frac_unique_undesirable`: keep this fraction of the distinct completions with that label, each once.
+    `duplicates`: treatment of items that equal another one in all fields: "error", "drop" or "keep".
+    `control_tokens`: texts to put before desirable and undesirable completions. `cache_dir`: where `datasets` stores
+    the memory-mapped rows (default: its own cache).
 
-    Raises ValueError, before any row is made, for what cannot be read or meant; it names the file and the item.
+    Raises ValueError, naming file and item, for invalid input before any row is created.
     """
     paths = [path_or_paths] if isinstance(path_or_paths, str | Path) else list(path_or_paths)
     _check_arguments(paths, for_, duplicates)
@@ -93,8 +94,8 @@ def load_feedback(
 
 
 def is_feedback_file(path: str | Path) -> bool:
-    """Whether a file is for `load_feedback` rather than for `datasets.load_dataset`, by its first item: of a format of
-    HALOs, or with a list of rejected completions.
+    """Whether a file needs `load_feedback` instead of `datasets.load_dataset`: its first item is in one of HALOs'
+    formats or has a list of rejected completions.
     """
     if Path(path).suffix not in (".json", ".jsonl") or not Path(path).is_file():
         return False
@@ -102,13 +103,13 @@ def is_feedback_file(path: str | Path) -> bool:
         value = next(read_items(path)).value
     except ValueError:
         return False
-    # A `type` that is unknown beside HALOs' other keys is an error that `load_feedback` explains.
+    # Also for an unknown `type` with HALOs' other keys, for which `load_feedback` raises a helpful error.
     is_halos = value.get("type") in known_types() or ("type" in value and bool({"output", "output_A"} & value.keys()))
     return is_halos or ({"prompt", "chosen"} <= value.keys() and is_list_of_completions(value.get("rejected")))
 
 
 def feedback_splits(path: str | Path) -> set[str]:
-    """The values of `split` in a file of feedback."""
+    """The values of `split` in a feedback file."""
     return {split for item in read_items(path) if (split := split_of(item.value)) is not None}
 
 
@@ -154,7 +155,7 @@ def _ordered(turn_keys: set[str]) -> list[str]:
 def _rows(
     index: FeedbackIndex, plan: Plan, columns: tuple[str, ...], control_tokens: tuple[str, str] | None
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a plan, with their texts read from the files."""
+    """Yield the rows of a plan, reading their texts from the files."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open_file(path)) for path in index.files]
         for row in range(len(plan)):
@@ -194,7 +195,7 @@ def _values(first: Judged, found: list[Completion], scores: Sequence[float], lab
 
 
 def _write(path: Path, rows: Iterator[dict[str, Any]], count: int, features: Features) -> None:
-    """Write rows to an Arrow file, which is there as a whole or not at all."""
+    """Write rows to an Arrow file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / "rows"
@@ -208,7 +209,7 @@ def _write(path: Path, rows: Iterator[dict[str, Any]], count: int, features: Fea
 
 
 def _with_control_token(completion: Text, token: str) -> Text:
-    """HALOs puts it before the content of the last turn."""
+    """The completion with the token before the content of its last turn, as in HALOs."""
     if isinstance(completion, str):
         return token + completion
     *before, last = completion
@@ -216,7 +217,7 @@ def _with_control_token(completion: Text, token: str) -> Text:
 
 
 def _with_keys(value: Any, keys: set[str]) -> Any:
-    """Turns with all keys that the turns of any row have, which the columns of a dataset need; None for the others."""
+    """Turns with all keys that occur in any row, as a dataset's columns need them; missing values are None."""
     if len(keys) <= 2 or not isinstance(value, list):
         return value
     if all(isinstance(part, dict) for part in value):
@@ -225,10 +226,10 @@ def _with_keys(value: Any, keys: set[str]) -> Any:
 
 
 def _fingerprint(index: FeedbackIndex, plan: Plan, features: Features, control_tokens: tuple[str, str] | None) -> str:
-    """The same for the same rows only: `datasets` loads rows of a known fingerprint from its cache."""
+    """Fingerprint of the rows; `datasets` loads rows with a known fingerprint from its cache."""
     seen = hashlib.blake2b(digest_size=16)
     seen.update(json.dumps([_LAYOUT, index.files, str(features), control_tokens]).encode())
-    places = (index.item_digest, index.item_file, index.item_index)  # the last two are in `sources`
+    places = (index.item_digest, index.item_file, index.item_index)  # the last two determine `sources`
     for column in (*places, plan.label, plan.first, plan.completion, plan.score):
         seen.update(column.tobytes())
     return seen.hexdigest()

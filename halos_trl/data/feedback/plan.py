@@ -1,4 +1,4 @@
-"""Which rows the feedback on prompts becomes: completions by number, with scores and labels. No texts, no files."""
+"""Planning rows from feedback: completions by number, with scores and labels, without reading texts or files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 class Rules(NamedTuple):
-    """How scores become pairs and labels."""
+    """Rules for deriving pairs and labels from scores."""
 
     pair_mode: PairMode = "max"
     pair_threshold: float | str = 0.0
@@ -29,13 +29,13 @@ class Rules(NamedTuple):
 
 
 def check_rules(rules: Rules) -> None:
-    """Raise ValueError for rules that cannot work, whether or not the files need them."""
+    """Raise ValueError for invalid rules, even if the files do not need them."""
     binary_labels([0.0], rules.label_threshold)
     preferences([0.0], [0], rules.pair_mode, rules.pair_threshold, rules.seed)
 
 
 class Row(NamedTuple):
-    """One row: its prompt, its completions (of a pair, the preferred one first), and its label where it has one."""
+    """One row: its prompt, its completions (in a pair, the preferred one first), and its label if it has one."""
 
     prompt: int
     entries: tuple[Entry, ...]
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 class Plan:
-    """Rows, in order, in a few bytes each."""
+    """The planned rows in order, stored in a few bytes each."""
 
     def __init__(self, rows: Iterable[Row] = ()):
         self.prompt, self.label = array("q"), array("b")
@@ -88,7 +88,7 @@ class Plan:
 
 
 def plan_rows(index: FeedbackIndex, for_: Purpose, rules: Rules) -> Plan:
-    """The rows that the feedback becomes, prompt by prompt. Warns of prompts that give none, raises if all do."""
+    """Plan the rows, prompt by prompt. Warns about prompts without rows, raises ValueError if there are no rows."""
     plan = {"paired": _pairs, "unpaired": _labelled, "group": _groups, "sft": _best, "csft": _labelled}[for_](
         index, rules
     )
@@ -121,7 +121,7 @@ def _report(index: FeedbackIndex, plan: Plan, for_: Purpose) -> None:
 
 
 def _pairs(index: FeedbackIndex, rules: Rules) -> Plan:
-    """The pairs of the files; and pairs of the completions that are in none, by their scores (labels: +1 and -1)."""
+    """The pairs in the files, and pairs of the other completions by score (labels count as +1 and -1)."""
     plan = Plan()
     free: list[Entry] = []
     prompts: list[int] = []
@@ -141,8 +141,8 @@ def _pairs(index: FeedbackIndex, rules: Rules) -> Plan:
 
 
 def _labelled(index: FeedbackIndex, rules: Rules) -> Plan:
-    """A row for each labelled completion; two for each pair, unless its sides have labels; and of other completions,
-    labels by their scores.
+    """A row for each labelled completion, two for each pair without labels, and labels by score for other
+    completions.
     """
     plan = Plan()
     unlabelled: list[int] = []
@@ -167,7 +167,7 @@ def _labelled(index: FeedbackIndex, rules: Rules) -> Plan:
 
 
 def _groups(index: FeedbackIndex, rules: Rules) -> Plan:
-    """All completions of a prompt, each once, with scores: given, else +1 and -1 by label, else by the pairs."""
+    """All completions of a prompt, each once, with scores: as given, else +1 and -1 by label, else from pairs."""
     plan = Plan()
     for number, prompt in enumerate(index.prompts()):
         if any(entry.score is not None for entry in prompt.entries):
@@ -180,8 +180,8 @@ def _groups(index: FeedbackIndex, rules: Rules) -> Plan:
 
 
 def _best(index: FeedbackIndex, rules: Rules) -> Plan:
-    """As HALOs: the first desirable completion, else the one of the highest score, the first on ties; without scores
-    the one that is preferred most often. Samples that nothing judges all become rows.
+    """As in HALOs: the first desirable completion, else the first one with the highest score, else the one that is
+    preferred most often. If no sample is judged, all of them become rows.
     """
     plan = Plan()
     for number, prompt in enumerate(index.prompts()):
@@ -203,11 +203,11 @@ def _best_of(prompt: Prompt) -> list[Entry]:
     return [entry for entry in prompt.entries if entry.label is None]
 
 
-# -- what the functions share ----------------------------------------------------------------------------------------
+# -- shared helpers --------------------------------------------------------------------------------------------------
 
 
 def _outside_of_pairs(prompt: Prompt) -> list[Entry]:
-    """Completions that are judged on their own and are in no pair."""
+    """Completions with a judgement of their own that are in no pair."""
     inside = {side for pair in prompt.pairs for side in pair}
     return [entry for i, entry in enumerate(prompt.entries) if entry.alone and i not in inside]
 
@@ -219,7 +219,7 @@ def _score(entry: Entry, otherwise: float | None = None) -> float | None:
 
 
 def _scores_of_pairs(prompt: Prompt) -> dict[int, float]:
-    """By position: preferred in how many of its pairs, minus rejected in how many, over their number."""
+    """By position: (number of pairs that prefer the completion - number that reject it) / number of its pairs."""
     results: dict[int, list[float]] = {}
     for better, worse in prompt.pairs:
         results.setdefault(better, []).append(1.0)

@@ -1,7 +1,7 @@
-"""What feedback files say about each prompt, merged over items and files.
+"""The feedback on each prompt, merged over items and files.
 
-Only positions, hashes, scores and labels are held in memory, a few dozen bytes for each completion; texts stay in the
-files. The first reading checks each item, so that nothing is made of files that hold a fault.
+Only positions, hashes, scores and labels are kept in memory, a few dozen bytes per completion; texts remain in the
+files. The first pass over the files checks every item, so that no rows are created from invalid files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Duplicates = Literal["error", "drop", "keep"]
 
 
 class Entry(NamedTuple):
-    """A completion of a prompt, and what the items say about it."""
+    """A completion of a prompt, with its scores and labels."""
 
     completion: int
     """Its number in the `FeedbackIndex`."""
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt with all that the files say about it."""
+    """A prompt with all of its completions and pairs."""
 
     entries: tuple[Entry, ...]
     pairs: tuple[tuple[int, int], ...]
@@ -46,7 +46,7 @@ class Prompt(NamedTuple):
 
 
 class FeedbackIndex:
-    """The items of several files by prompt: built by `index_feedback`."""
+    """An index of the items of several files by prompt, built by `index_feedback`."""
 
     def __init__(self, files: Sequence[str]):
         self.files = tuple(files)
@@ -62,7 +62,7 @@ class FeedbackIndex:
         self.item_file, self.item_index = array("l"), array("q")
         self.item_offset, self.item_size = array("q"), array("q")
         self.item_prompt, self.item_digest = array("q"), array("q")
-        self.item_completions, self.item_pairs = array("q"), array("q")  # where its own begin
+        self.item_completions, self.item_pairs = array("q"), array("q")  # start of the item's own
         self.item_has_pairs = array("b")
         # By completion: its item, position in the item, hash of its text, score (NaN: none), label (-1: none).
         self.completion_item, self.completion_slot = array("q"), array("b")
@@ -72,10 +72,10 @@ class FeedbackIndex:
         self.better, self.worse = array("q"), array("q")
         self._prompts: dict[bytes, int] = {}
 
-    # -- built by one reading ------------------------------------------------------------------------------------
+    # -- building, in one pass -----------------------------------------------------------------------------------
 
     def add(self, file: int, item: Item, found: Judged) -> None:
-        """Add what an item says."""
+        """Add a parsed item."""
         number = len(self.item_file)
         key = _digest(found.prompt, 16)
         digests = [_number(completion.text) for completion in found.completions]
@@ -101,13 +101,13 @@ class FeedbackIndex:
             self.worse.append(first + worse)
         self.ties += found.ties
 
-    # -- read by prompt ------------------------------------------------------------------------------------------
+    # -- reading by prompt ---------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.item_file)
 
     def where(self, item: int) -> str:
-        """An item as errors and rows name it."""
+        """File and number of an item, as used in errors and rows."""
         return f"{self.files[self.item_file[item]]}#{self.item_index[item]}"
 
     def kept(self) -> np.ndarray:
@@ -115,21 +115,21 @@ class FeedbackIndex:
         return np.delete(np.arange(len(self)), self.dropped)
 
     def item(self, files: Sequence[IO[bytes]], item: int) -> tuple[Item, Format, Judged]:
-        """An item with its format and what it says, read again from the opened `files`."""
+        """Read an item from the opened `files` again, and return it with its format and parsed content."""
         form, value = self.formats[self.item_file[item]], self.value(files, item)
         name, position = self.files[self.item_file[item]], self.item_index[item]
         found = Item(value, name, position, 0, self.item_offset[item], self.item_size[item])
         return found, form, form.read(value)
 
     def value(self, files: Sequence[IO[bytes]], item: int) -> Object:
-        """An item, read again from the opened `files`."""
+        """Read an item from the opened `files` again."""
         return item_at(files[self.item_file[item]], self.item_offset[item], self.item_size[item])
 
     def prompts(self) -> Iterator[Prompt]:
         """Every prompt, in the order of first appearance.
 
-        Equal completions of a prompt are one where they stand in pairs or in files of different formats. In files of
-        one format they stay apart, for a model may give the same text twice.
+        Equal completions of a prompt are merged if they are in pairs or in files of different formats. Within files of
+        one format they are kept separate, because a model may generate the same text twice.
         """
         items = self.kept()
         of_prompt = np.asarray(self.item_prompt)[items]
@@ -151,10 +151,10 @@ class FeedbackIndex:
 
     def _merged(self, items: list[int]) -> Prompt:
         entries: list[Entry] = []
-        judged_by: list[set[str]] = []  # for each entry, the formats of the items that judge it on its own
-        equal: dict[int, list[int]] = {}  # positions of the entries of one text
+        judged_by: list[set[str]] = []  # for each entry, the formats of the items that judge it individually
+        equal: dict[int, list[int]] = {}  # positions of the entries with the same text
         position: dict[int, int] = {}
-        # Completions on their own come first, so that those of pairs find them.
+        # Individual completions come first, so that those in pairs can be merged with them.
         for item in sorted(items, key=lambda item: self.item_has_pairs[item]):
             form = self.formats[self.item_file[item]].name
             for number in self._completions_of(item):
@@ -180,7 +180,7 @@ class FeedbackIndex:
 
 
 def _joined(entry: Entry, other: Entry) -> Entry:
-    """What two items say about one completion; the first has the say where both do."""
+    """Merge the values that two items have for a completion; those of the first take precedence."""
     return entry._replace(
         score=other.score if entry.score is None else entry.score,
         label=other.label if entry.label is None else entry.label,
@@ -190,12 +190,12 @@ def _joined(entry: Entry, other: Entry) -> Entry:
 def index_feedback(
     paths: Sequence[str | Path], split: str | None = None, duplicates: Duplicates = "error"
 ) -> FeedbackIndex:
-    """Read files of feedback and check each item.
+    """Read feedback files and check each item.
 
-    `split`: only items of this `split`, and those without one. `duplicates` says what happens to an item that equals
-    an earlier one in all its fields: "error", "drop" or "keep".
+    `split`: use only items with this `split` and those without one. `duplicates`: treatment of items that equal an
+    earlier one in all fields: "error", "drop" or "keep".
 
-    Raises ValueError that names file and item for what cannot be read.
+    Raises ValueError, naming file and item, for invalid input.
     """
     index = FeedbackIndex([str(path) for path in paths])
     sizes = [_size(path) for path in paths]
@@ -229,7 +229,7 @@ def _size(path: str | Path) -> int:
 
 
 def _checked_items(path: str | Path) -> Iterator[tuple[Item, Format, Judged]]:
-    """The items of a file, all of one format, and either all with scores or all without."""
+    """The items of a file. Raises ValueError unless all have the same format, and all or none have scores."""
     form: Format | None = None
     first_scored: bool | None = None
     for item in read_items(path):
@@ -254,7 +254,7 @@ def _checked_items(path: str | Path) -> Iterator[tuple[Item, Format, Judged]]:
 
 
 def _check_schema(index: FeedbackIndex, item: Item, found: Judged) -> None:
-    """All rows have prompts of text, or all have conversations."""
+    """Raise ValueError if some prompts are text and others are conversations."""
     is_chat = not isinstance(found.prompt, str)
     if index.is_chat is None:
         index.is_chat = is_chat
@@ -292,14 +292,14 @@ def _drop_duplicates(index: FeedbackIndex, is_error: bool) -> None:
 
 
 def _digest(text: Text, size: int) -> bytes:
-    """Of a text, or of the roles and contents (and whatever else is set) of a conversation."""
+    """Hash of a text, or of the roles, contents and other set fields of a conversation."""
     if not isinstance(text, str):
         text = "".join(map(_turn, text))
     return hashlib.blake2b(text.encode(), digest_size=size).digest()
 
 
 def _turn(turn: dict[str, Any]) -> str:
-    """Lengths say where a field ends, so that different turns have different texts."""
+    """A turn as text. Fields are preceded by their lengths, so that different turns have different texts."""
     fields = sorted(key for key in turn if turn[key] is not None)
     return "".join([f"{len(fields)}:", *(f"{key}:{len(turn[key])}:{turn[key]}" for key in fields)])
 

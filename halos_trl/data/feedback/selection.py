@@ -1,4 +1,4 @@
-"""Fewer rows than the files give: so many per prompt, such a part of the different completions."""
+"""Selecting a subset of the rows: a maximum per prompt, or a fraction of the distinct completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .prompts import FeedbackIndex
 
 
 class Selection(NamedTuple):
-    """What to keep. None: everything."""
+    """Limits on the rows to keep. None: no limit."""
 
     max_per_prompt: int | None = None
     frac_unique_desirable: float | None = None
@@ -22,7 +22,7 @@ class Selection(NamedTuple):
 
 
 def check_selection(selection: Selection, for_: Purpose) -> None:
-    """Raise ValueError for numbers that select nothing, and for parts of labels where there are none."""
+    """Raise ValueError for limits that select nothing, and for fractions of labels if rows have no labels."""
     limit = selection.max_per_prompt
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(
@@ -42,7 +42,7 @@ def check_selection(selection: Selection, for_: Purpose) -> None:
 
 
 def select_rows(plan: Plan, index: FeedbackIndex, selection: Selection, for_: Purpose) -> Plan:
-    """The rows that `selection` keeps, in their order. Draws depend on its seed only."""
+    """The rows that `selection` keeps, in order. Random choices depend only on its seed."""
     draws = random.Random(selection.seed)
     if selection.max_per_prompt is not None:
         plan = (_shorter_groups if for_ == "group" else _fewer_rows)(plan, selection.max_per_prompt, draws)
@@ -75,7 +75,7 @@ def _shorter_groups(plan: Plan, limit: int, draws: random.Random) -> Plan:
 def _unique_part(
     plan: Plan, index: FeedbackIndex, fractions: tuple[float | None, float | None], draws: random.Random
 ) -> list[int]:
-    """Rows to keep: for each label with a fraction, that part of the different completions, each of them once."""
+    """Rows to keep: for each label with a fraction, that fraction of the distinct completions, each once."""
     kept: list[int] = []
     for label, fraction in enumerate(fractions):
         rows = np.flatnonzero(np.asarray(plan.label) == label).tolist()

@@ -1,4 +1,4 @@
-"""HALOs' own batches: its flat list, order, deal and truncation, for a run that repeats one of HALOs."""
+"""HALOs' batches: its flat list, shuffling, distribution over processes and truncation, to reproduce runs of HALOs."""
 
 from .batches import HalosBatches, HalosGroupBatches, HalosPairedBatches, HalosPartners, HalosUnpairedBatches
 from .order import flat_rows, microbatches

@@ -1,4 +1,4 @@
-"""HALOs' batches for a trainer: samplers over the rows of its dataset, and KTO's KL partners inside a micro-batch."""
+"""Samplers that produce HALOs' batches for a trainer, and KTO's KL partners within a micro-batch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Rows = list[dict[str, Any]]
 
 
 class HalosBatches(Sampler[list[int]]):
-    """Micro-batches of one process in HALOs' order: a list of row indices for each. Base of the three below.
+    """Micro-batches of one process in HALOs' order, each a list of row indices. Base of the three samplers below.
 
-    The rows of the dataset are HALOs' flat list: rows of a prompt one after the other, prompts in the order in which
-    they first appear. The order of an epoch depends on `seed` and its number alone; it is the one that HALOs'
-    generator `random.Random(seed)` gives it.
+    The rows of the dataset must be in the order of HALOs' flat list: all rows of a prompt together, and prompts in the
+    order in which they first appear. The order of an epoch depends only on `seed` and the epoch's number, and is the
+    one that HALOs' generator `random.Random(seed)` produces.
 
     Args:
-        prompts: the prompt of each row, as anything that tells prompts apart.
+        prompts: the prompt of each row, as any value that identifies the prompt.
         microbatch_size: examples of a micro-batch on one process.
         microbatches: micro-batches of an optimizer step on one process (gradient accumulation).
-        num_processes, process_index: of the run.
-        seed: of the order, the same on all processes.
-        repeats: how often each optimizer step comes in a row (epochs of PPO over one batch); above 1, a last step
-            with fewer micro-batches is left out.
+        num_processes, process_index: number of processes, and this process's index.
+        seed: seed of the order, the same on all processes.
+        repeats: how many times in a row each batch of an optimizer step is used (PPO's epochs over a batch); above 1,
+            a last step with fewer micro-batches is left out.
     """
 
     keeps_partial = False
@@ -62,7 +62,7 @@ class HalosBatches(Sampler[list[int]]):
         self._groups = list(groups.values())
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Set the epoch that determines the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class HalosBatches(Sampler[list[int]]):
 
     @property
     def left_out(self) -> int:
-        """Rows that an epoch does not use, on all processes together; others in each epoch."""
+        """Number of rows that an epoch does not use, over all processes; each epoch leaves out different rows."""
         return self.rows - self._size[1] * self.num_processes // self.repeats
 
     @cached_property
@@ -111,20 +111,20 @@ class HalosBatches(Sampler[list[int]]):
 
 
 class HalosPairedBatches(HalosBatches):
-    """Batches of pairs. Several processes share whole global batches only; one process uses every pair."""
+    """Batches of pairs. With several processes, incomplete global batches are dropped; one process uses every pair."""
 
     keeps_partial = True
 
 
 class HalosUnpairedBatches(HalosBatches):
-    """Batches of single completions. The last micro-batch is dropped where it is not full."""
+    """Batches of single completions. An incomplete last micro-batch is dropped."""
 
 
 class HalosGroupBatches(HalosBatches):
-    """Batches of groups: prompts are shuffled, their completions dealt one by one over the processes.
+    """Batches of groups: prompts are shuffled, and their completions are distributed round-robin over processes.
 
-    Unlike HALOs, whose processes may hold different numbers of micro-batches and then wait for each other for ever,
-    all stop with the one that has the fewest.
+    In HALOs processes may have different numbers of micro-batches and then wait for each other forever. Here all
+    processes stop with the one that has the fewest.
     """
 
     def share(self, rng: random.Random) -> list[int]:
@@ -141,10 +141,10 @@ class HalosGroupBatches(HalosBatches):
 
 
 class HalosPartners:
-    """Adds HALOs' KL sequences to what another collator makes of a micro-batch: prompt i with completion i+1.
+    """Wraps a collator and adds HALOs' KL sequences to each micro-batch: prompt i with completion i + 1.
 
-    The last prompt gets the first completion; a micro-batch of one row its own. Prompt and completion are rendered and
-    cut together, as `tokenize` does it for rows. Adds `KL_input_ids`, `KL_attention_mask` and `KL_completion_mask`,
+    The last prompt gets the first completion; with a single row, its own. Prompt and completion are rendered and
+    truncated together by `tokenize`, as for rows. Adds `KL_input_ids`, `KL_attention_mask` and `KL_completion_mask`,
     all `(B, S)`.
     """
 

@@ -1,4 +1,4 @@
-"""HALOs' micro-batches: the flat list of examples, its order, the deal to processes, and what is left out."""
+"""HALOs' micro-batches: the flat list of examples, its shuffling, distribution over processes, and left-out rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOADERS: tuple[Loader, ...] = ("paired", "unpaired", "group")
 ExampleT = TypeVar("ExampleT")
 
 
-# -- the deal ------------------------------------------------------------------------------------------------------
+# -- distribution over processes -----------------------------------------------------------------------------------
 
 
 def shuffled_share(
@@ -31,7 +31,8 @@ def shuffled_share(
 ) -> list[ExampleT]:
     """A process's examples of one epoch, for pairs and single completions.
 
-    The list is shuffled, cut to whole global batches where there is more than one process, and dealt one by one.
+    The list is shuffled, truncated to whole global batches if there are several processes, and distributed
+    round-robin.
     """
     order = list(examples)
     rng.shuffle(order)
@@ -47,9 +48,9 @@ def grouped_share(
     num_processes: int = 1,
     process_index: int = 0,
 ) -> list[ExampleT]:
-    """A process's examples of one epoch, for groups: prompts are shuffled, and their examples dealt one by one.
+    """A process's examples of one epoch, for groups: prompts are shuffled, and examples distributed round-robin.
 
-    Each process keeps as many as fill its micro-batches, so processes may hold different numbers of them.
+    Each process keeps only full micro-batches, so processes may have different numbers of them.
     """
     order = list(groups)
     rng.shuffle(order)
@@ -61,7 +62,7 @@ def grouped_share(
 
 
 class Caps(NamedTuple):
-    """What limits the flat list; None: no limit."""
+    """Limits on the flat list; None: no limit."""
 
     max_prompt_count: int | None = None
     """Most pairs of a prompt, drawn at random; binary feedback is not limited."""
@@ -72,7 +73,7 @@ class Caps(NamedTuple):
 
 @dataclass(frozen=True)
 class Single:
-    """A judged completion of the flat list."""
+    """A judged completion in the flat list."""
 
     prompt: HalosPrompt
     completion: int
@@ -81,7 +82,7 @@ class Single:
 
     @property
     def score(self) -> float:
-        """That of the generation, else +1 or -1."""
+        """The score of the generation, else +1 or -1."""
         if self.completion < len(self.prompt.scores):
             return self.prompt.scores[self.completion]
         return 1 if self.status == "chosen" else -1
@@ -93,9 +94,9 @@ def flat_pairs(prompts: list[HalosPrompt]) -> list[tuple[HalosPrompt, tuple[int,
 
 
 def flat_singles(prompts: list[HalosPrompt], caps: Caps) -> list[Single]:
-    """All judged completions, in loading order: of each pair the better one and then the worse one, else by label.
+    """All judged completions, in loading order: for each pair the better one and then the worse one, else by label.
 
-    Raises ValueError for a prompt without pairs and labels.
+    Raises ValueError for a prompt that has neither pairs nor labels.
     """
     limit = math.inf if caps.max_prompt_count is None else caps.max_prompt_count
     generations = sum(min(limit, len(prompt.generations)) for prompt in prompts)
@@ -134,10 +135,10 @@ def flat_rows(
     frac_unique_desirable: float | None = None,
     frac_unique_undesirable: float | None = None,
 ) -> Dataset:
-    """HALOs' flat list of a feedback file as rows for the trainers, with HALOs' caps, which `microbatches` explains.
+    """HALOs' flat list of a feedback file as rows for trainers. The arguments are those of `microbatches`.
 
-    `prompt`, `chosen` and `rejected` for `"paired"`, else `prompt`, `completion`, `label` and `score`. Raises
-    ValueError as `microbatches` does.
+    Rows have `prompt`, `chosen` and `rejected` for `"paired"`, else `prompt`, `completion`, `label` and `score`.
+    Raises ValueError as `microbatches` does.
     """
     _check_loader(loader)
     prompts = load_prompts(source, split)
@@ -183,32 +184,32 @@ def microbatches(
     frac_unique_undesirable: float | None = None,
     num_skip: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The micro-batches that HALOs' loaders make of a feedback file on one process, in order.
+    """The micro-batches that HALOs' data loaders produce from a feedback file on one process, in order.
 
-    An example is a dict: `prompt` (the file's `prompt_id`), and `chosen` and `rejected` for pairs; else `completion`,
-    `status` (`"chosen"` or `"rejected"`), `score` and `kl_completion` (`[prompt, index]`, the next completion of the
-    micro-batch, which KTO's KL term pairs with the prompt). Completions are indices into the generations of the
-    prompt, as `load_prompts` has them.
+    An example is a dict with `prompt` (the file's `prompt_id`), and `chosen` and `rejected` for pairs; else
+    `completion`, `status` (`"chosen"` or `"rejected"`), `score` and `kl_completion` (`[prompt, index]`, the next
+    completion of the micro-batch, which KTO's KL term pairs with the prompt). Completions are indices into the
+    prompt's generations, as returned by `load_prompts`.
 
     Args:
         source: path of a HALOs feedback file, or prompts loaded by `load_prompts`.
         loader: `"paired"` (DPO and its relatives), `"unpaired"` (KTO, PPO) or `"group"` (GRPO).
-        split: leave out prompts of other splits.
+        split: skip prompts of other splits.
         microbatch_size: examples of a micro-batch on one process.
-        global_batch_size: examples of an optimizer step on all processes; with several of them an epoch is cut to a
-            multiple of it. Defaults to `microbatch_size * num_processes`.
-        num_processes, process_index: of the run.
-        seed: of the order, the same on all processes; each epoch has another order.
-        n_epochs, n_examples: where to stop, whichever comes first. At least one of them; without `n_epochs` the data
-            are repeated. `n_examples` counts those of all processes.
-        max_prompt_count: most pairs of a prompt, drawn once.
-        frac_unique_desirable, frac_unique_undesirable: most desirable and undesirable examples, as a fraction of the
-            number of generations; the first ones are kept. HALOs' `launch.py` passes 1.0.
-        num_skip: examples to skip, of all processes.
+        global_batch_size: examples of an optimizer step on all processes; with several processes an epoch is truncated
+            to a multiple of it. Defaults to `microbatch_size * num_processes`.
+        num_processes, process_index: number of processes, and this process's index.
+        seed: seed of the order, the same on all processes; each epoch has a different order.
+        n_epochs, n_examples: when to stop, whichever comes first. At least one is needed; without `n_epochs` the data
+            are repeated. `n_examples` counts the examples of all processes.
+        max_prompt_count: maximum number of pairs per prompt, drawn once.
+        frac_unique_desirable, frac_unique_undesirable: maximum number of desirable and undesirable examples, as a
+            fraction of the number of generations; the first ones are kept. HALOs' `launch.py` passes 1.0.
+        num_skip: number of examples to skip, over all processes.
 
-    Raises ValueError for settings that cannot work, where no micro-batch would ever be full (HALOs repeats the data
-    without end), and where the file has no feedback of the loader's kind. Groups may leave processes with different
-    numbers of micro-batches, as in HALOs; `HalosGroupBatches` evens them out for training.
+    Raises ValueError for invalid settings, if no micro-batch would ever be full (HALOs repeats the data endlessly),
+    and if the file has no feedback of the loader's kind. With groups, processes may have different numbers of
+    micro-batches, as in HALOs; `HalosGroupBatches` avoids this in training.
     """
     _check_loader(loader)
     if global_batch_size is None:
@@ -268,7 +269,7 @@ def _check_run(loader: str, microbatch: int, global_batch: int, processes: int, 
 
 @dataclass(frozen=True)
 class _Run:
-    """The prompts and settings of a run, on one process."""
+    """The prompts and settings of a run on one process."""
 
     prompts: list[HalosPrompt]
     loader: str
@@ -279,7 +280,7 @@ class _Run:
     caps: Caps
 
     def refuse_without_batch(self, *, can_end: bool) -> None:
-        """Raise where the run would repeat its data without ever filling a micro-batch."""
+        """Raise ValueError if the run would repeat its data without ever filling a micro-batch."""
         _, own = self.share(self.prompts, random.Random(0))
         if not can_end and len(own) < self.microbatch_size:
             raise ValueError(
@@ -289,7 +290,7 @@ class _Run:
             )
 
     def share(self, prompts: list[HalosPrompt], rng: random.Random) -> tuple[list[HalosPrompt], list[Any]]:
-        """The prompts, their pairs drawn where that is asked for, and this process's examples of the next epoch."""
+        """The prompts, with pairs drawn under `max_prompt_count`, and this process's examples of the next epoch."""
         limit = self.caps.max_prompt_count
         if limit is not None:
             prompts = [

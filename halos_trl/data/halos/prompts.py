@@ -16,7 +16,7 @@ Item: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class HalosPrompt:
-    """A prompt with everything that a file says about it; HALOs' `Example`."""
+    """A prompt with all feedback that a file contains about it; HALOs' `Example`."""
 
     key: str
     """The file's `prompt_id`."""
@@ -34,7 +34,7 @@ class HalosPrompt:
 
     @property
     def prompt_id(self) -> str:
-        """HALOs' id of the prompt: SHA-256 of the contents of its turns, one after the other."""
+        """HALOs' id of the prompt: SHA-256 of the concatenated contents of its turns."""
         contents = self.prompt if isinstance(self.prompt, str) else "".join(turn["content"] for turn in self.prompt)
         return hashlib.sha256(contents.encode()).hexdigest()
 
@@ -45,12 +45,12 @@ Source: TypeAlias = str | Path | Sequence[HalosPrompt | Mapping[str, Any]]
 def load_prompts(source: Source, split: str = "train") -> list[HalosPrompt]:
     """The prompts of a HALOs feedback file, in order of first appearance, as HALOs loads them.
 
-    Items are grouped by their `prompt_id`. A prompt whose first item names another `split` is left out; items without
-    one belong to every split. Prompts that are loaded already (`HalosPrompt`, or mappings with its fields) are
-    returned as they are.
+    Items are grouped by `prompt_id`. A prompt whose first item has another `split` is skipped; items without a `split`
+    belong to every split. Prompts that are already loaded (`HalosPrompt`, or mappings with its fields) are returned
+    unchanged.
 
-    Raises ValueError for a file that is no JSON array (or JSON Lines) of feedback items, and for an item that lacks a
-    field or is of another type than the first item of its prompt.
+    Raises ValueError for a file that is not a JSON array (or JSON Lines) of feedback items, and for an item with a
+    missing field or another type than the first item of its prompt.
     """
     if not isinstance(source, str | Path):
         return [prompt if isinstance(prompt, HalosPrompt) else _of_mapping(prompt) for prompt in source]

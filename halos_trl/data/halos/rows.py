@@ -1,4 +1,4 @@
-"""Rows of a dataset as HALOs would have loaded them: its tokenization, and the order of its flat list."""
+"""Rows of a dataset with HALOs' tokenization, in the order of HALOs' flat list."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _CODE = zlib.crc32(
 
 @dataclass(frozen=True)
 class HalosRowTokenizer(RowTokenizer):
-    """Gives a row the token ids that HALOs trains on: conversations, cut within HALOs' two budgets.
+    """Tokenizes rows as HALOs does: conversations, truncated to HALOs' two length limits.
 
-    Raises ValueError, naming the row, for text that is no conversation, and where nothing of a completion is left.
+    Raises ValueError, naming the row, for rows that are not conversations, and if truncation removes a completion.
     """
 
     max_prompt_length: int | None = None
@@ -44,13 +44,13 @@ class HalosRowTokenizer(RowTokenizer):
 
     @cached_property
     def render(self) -> HalosTokenizer:
-        """Of one prompt and completion."""
+        """The tokenizer of a prompt and its completion."""
         return HalosTokenizer(
             self.processing_class, max_prompt_length=self.max_prompt_length, max_length=self.max_length
         )
 
     def tokens(self, row: Row, side: str, where: str, notes: set[str] | None = None) -> Tokens:
-        """The prompt of a row with one of its completions. Notes what was cut."""
+        """Token ids of a row's prompt with one of its completions. Adds truncations to `notes`."""
         turns = {column: _plain_turns(row[column], column, where) for column in ("prompt", side)}
         made = self.render(turns["prompt"], turns[side], where, **template_options(row))
         if notes is not None:
@@ -74,7 +74,7 @@ class HalosRowTokenizer(RowTokenizer):
 
 
 def _plain_turns(turns: Any, column: str, where: str) -> list[dict[str, Any]]:
-    """Turns without the keys that `datasets` fills with None where other rows have them."""
+    """Turns without keys whose value is None, which `datasets` adds if other rows have them."""
     if isinstance(turns, str):
         raise ValueError(
             f"{where} has text as `{column}`. `batch_order='halos'` cuts turn by turn, so it needs conversations: "
@@ -94,15 +94,15 @@ def _plain_turns(turns: Any, column: str, where: str) -> list[dict[str, Any]]:
 
 
 def with_positions(dataset: Dataset) -> Dataset:
-    """The rows with their numbers, which they keep when a row becomes several."""
+    """Add each row's number, which is kept when a row is split into several."""
     dataset = dataset.remove_columns([column for column in (POSITION, PROMPT) if column in dataset.column_names])
     return dataset.add_column(POSITION, list(range(len(dataset))))
 
 
 def in_flat_order(dataset: Dataset, name: str) -> Dataset:
-    """The rows as HALOs lists them: those of a prompt together, prompts in the order in which they first appear.
+    """Sort the rows as in HALOs' flat list: all rows of a prompt together, prompts in order of first appearance.
 
-    Within a prompt they keep the order in which they were passed in, of a pair the better completion first.
+    Within a prompt, rows keep their order in the dataset; in a pair the better completion comes first.
     """
     positions = list(dataset[POSITION])
     given = dataset.select(sorted(range(len(dataset)), key=positions.__getitem__))  # a stable sort

@@ -1,4 +1,4 @@
-"""HALOs' tokenization of a prompt and its completion: what is cut where they are too long, and which tokens count."""
+"""HALOs' tokenization of a prompt and its completion, with its truncation and its choice of trained tokens."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class HalosTokens(NamedTuple):
 
 
 class HalosTokenizer:
-    """Renders and tokenizes prompt and completion as HALOs does, within its two budgets.
+    """Renders and tokenizes prompt and completion as HALOs does, with its two length limits.
 
-    Each turn of the prompt is charged its length when it is templated alone, generation prompt included. The first
-    one that does not fit into what is left of `max_prompt_length` loses as many tokens from its end, and all turns
-    after it are dropped. The completion continues from what the prompt was charged, up to `max_length`. Turns are
-    charged more than they need, so text may be cut that would fit.
+    Each turn of the prompt counts with its length when rendered alone, including the generation prompt. The first turn
+    that exceeds the remainder of `max_prompt_length` loses the excess tokens at its end, and all turns after it are
+    dropped. The completion is counted likewise on top of the prompt, up to `max_length`. Since turns count with more
+    tokens than they need, text may be truncated that would fit.
 
-    Unlike HALOs' own, the turns that are passed in are not edited: HALOs shortens the stored prompt itself, so what
-    its second completion sees depends on the first.
+    Unlike in HALOs, the given turns are not modified. HALOs truncates the stored prompt itself, so the prompt of a
+    second completion depends on the first.
 
     Args:
-        tokenizer: with a chat template.
-        max_prompt_length: budget of the prompt, in tokens; None: no limit.
-        max_length: budget of prompt and completion, in tokens; None: no limit.
+        tokenizer: a tokenizer with a chat template.
+        max_prompt_length: limit of the prompt, in tokens; None: no limit.
+        max_length: limit of prompt and completion together, in tokens; None: no limit.
     """
 
     def __init__(self, tokenizer: Processing, *, max_prompt_length: int | None = None, max_length: int | None = None):
@@ -57,9 +57,10 @@ class HalosTokenizer:
         self.max_length = max_length
 
     def __call__(self, prompt: Turns, completion: Turns, where: str = "The row", **options: Any) -> HalosTokens:
-        """`options` go to the chat template; `where` names the row in errors.
+        """Tokenize a prompt with its completion.
 
-        Raises ValueError for a prompt or completion without a turn, and where the chat template fails.
+        `options` are passed to the chat template; `where` names the row in errors. Raises ValueError for a prompt or
+        completion without a turn, and if the chat template fails.
         """
         for name, turns in (("prompt", prompt), ("completion", completion)):
             if not turns:
@@ -70,7 +71,7 @@ class HalosTokenizer:
         prompt_ids = self._ids(cut_prompt, where, options, add_generation_prompt=True)
         whole = cut_prompt + cut_completion
         ids = self._ids(whole, where, options)
-        # A last EOS or PAD of the prompt is trained on: it may be what ends a turn of the assistant.
+        # A final EOS or PAD of the prompt is trained on, because it may end an assistant turn.
         start = len(prompt_ids) - (prompt_ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id))
         return HalosTokens(
             cut_prompt,
@@ -88,7 +89,7 @@ class HalosTokenizer:
     def _within(
         self, turns: Turns, charged: int, limit: int | None, where: str, options: dict[str, Any], *, is_prompt: bool
     ) -> tuple[Turns, int]:
-        """The turns that fit into `limit`, the last of them maybe cut, and what has been charged in all."""
+        """The turns that fit into `limit`, the last one possibly truncated, and the total length counted so far."""
         if limit is None:
             return turns, charged
         kept: Turns = []
@@ -102,7 +103,7 @@ class HalosTokenizer:
         return kept, charged
 
     def _cut(self, content: str, overflow: int) -> str:
-        """The text without its last `overflow` tokens and without special tokens."""
+        """The text without its last `overflow` tokens, and without special tokens."""
         tokenizer = self.tokenizer
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         ids = [token for token in tokenizer.encode(content) if token not in special]
@@ -118,10 +119,10 @@ class HalosTokenizer:
 def padded(
     rows: Sequence[HalosTokens], *, pad_token_id: int, max_prompt_length: int, max_length: int
 ) -> dict[str, torch.Tensor]:
-    """A batch of HALOs' fixed widths.
+    """A batch with HALOs' fixed widths.
 
-    `combined_input_ids`, `combined_attention_mask`, `labels`: `(B, max_length)`, padded or cut on the right;
-    `prompt_input_ids`, `prompt_attention_mask`: `(B, max_prompt_length)`, padded or cut on the left.
+    `combined_input_ids`, `combined_attention_mask`, `labels`: `(B, max_length)`, padded or truncated on the right;
+    `prompt_input_ids`, `prompt_attention_mask`: `(B, max_prompt_length)`, padded or truncated on the left.
     """
     combined = [row.combined_input_ids for row in rows]
     prompts = [row.prompt_input_ids[::-1] for row in rows]
