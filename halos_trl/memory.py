@@ -1,6 +1,6 @@
-"""What a training run keeps in the memory of each device: arithmetic on the numbers of a model and its engine.
+"""Estimates of a training run's memory on each device, computed from the sizes of the model and the engine's settings.
 
-All results are bytes. Nothing here loads or runs a model.
+All results are in bytes. No model is loaded or run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TILE = (4096, 32768)
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers of a decoder-only model."""
+    """Sizes of a decoder-only model."""
 
     parameters: int
     quantizable: int
@@ -49,7 +49,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Run:
-    """Numbers of a training run. `tokens` are those of a micro-batch, with padding, on one device."""
+    """Settings of a training run. `tokens`: tokens in a micro-batch on one device, including padding."""
 
     engine: Engine = "one_device"
     devices: int = 1
@@ -70,15 +70,15 @@ class Run:
 
     @property
     def weight(self) -> int:
-        """Bytes of a weight while training."""
+        """Bytes per weight during training."""
         return 2 if self.half_engine else self.weight_bytes
 
 
 def state(shape: Shape, run: Run, tuning: Tuning) -> dict[str, float]:
-    """Policy, gradients and AdamW's state on each device, by part.
+    """Memory of policy, gradients and AdamW's state on each device, by part.
 
-    Under ZeRO in 16 bits the engine holds weights and gradients in 16 bits, and float32 weights beside the two numbers
-    of AdamW. Adapters are float32, with float32 gradients.
+    Under ZeRO in 16 bits the engine keeps 16-bit weights and gradients, and per weight a float32 copy and AdamW's two
+    moments. Adapters and their gradients are float32.
     """
     sharded = {"one_device": "", "ddp": "", "zero2": "go", "zero3": "pgo", "fsdp2": "pgo"}[run.engine]
     parts = {"p": 1, "g": 1, "o": 1} | dict.fromkeys(sharded, run.devices)
@@ -103,7 +103,8 @@ def state(shape: Shape, run: Run, tuning: Tuning) -> dict[str, float]:
 def cast_weights(shape: Shape, run: Run, tuning: Tuning) -> float:
     """The 16-bit copies of float32 weights that autocast keeps from the forward to the backward pass.
 
-    Of all linear layers; with checkpointing those of a layer and the head at a time. Frozen weights are not kept.
+    These exist for all linear layers; with gradient checkpointing, for one layer at a time and the head. There are no
+    copies of frozen weights.
     """
     if tuning != "full" or run.compute_bytes >= run.weight:
         return 0
@@ -112,13 +113,13 @@ def cast_weights(shape: Shape, run: Run, tuning: Tuning) -> float:
 
 
 def quantized(shape: Shape, storage: str) -> float:
-    """A whole model with its linear layers in `"8bit"` or `"4bit"` and the rest in bfloat16."""
+    """A complete model with its linear layers in `"8bit"` or `"4bit"` and the rest in bfloat16."""
     linear = shape.quantizable * FOUR_BITS if storage == "4bit" else shape.quantizable + 4 * shape.quantizable_rows
     return linear + 2 * (shape.parameters - shape.quantizable)
 
 
 def references(shape: Shape, run: Run, tuning: Tuning) -> dict[str, float | None]:
-    """The reference on each device by `reference_storage`, and stored with the data; None for what is refused."""
+    """The reference on each device by `reference_storage`, and with precomputed log-probs; None if unsupported."""
     if tuning != "full":
         adapter = run.lora_rank * shape.adapter_per_rank * 4 if run.moves else 0
         return {"the policy's base model": adapter}
@@ -137,12 +138,12 @@ def references(shape: Shape, run: Run, tuning: Tuning) -> dict[str, float | None
 
 
 def activations(shape: Shape, run: Run) -> float:
-    """What the forward pass of a micro-batch keeps for the backward pass, without the LM head.
+    """Tensors that the forward pass of a micro-batch keeps for the backward pass, without the LM head.
 
-    A layer of Llama's kind keeps of each token: three vectors of the hidden width for each of its two norms (the input
-    in float32, the normalized one, the one that the linear layers read), queries, keys, values and the result of the
-    attention, and four vectors of the MLP's width. With checkpointing each layer keeps its input, and one layer at a
-    time the rest.
+    For each token a Llama-like layer keeps three vectors of the hidden width for each of its two norms (the input in
+    float32, the normalized vector, the input of the linear layers), queries, keys, values and the attention's result,
+    and four vectors of the MLP's width. With gradient checkpointing each layer keeps its input, and only one layer at
+    a time keeps the rest.
     """
     norm = shape.hidden * (4 + run.weight + run.compute_bytes)
     per_layer = (
@@ -156,17 +157,17 @@ def activations(shape: Shape, run: Run) -> float:
 
 
 def logits(shape: Shape, run: Run) -> float:
-    """The tile of float32 logits that the fused LM head holds at a time."""
+    """The tile of float32 logits that the fused LM head has in memory at a time."""
     return 4.0 * min(run.tokens, TILE[0]) * min(shape.vocabulary, TILE[1])
 
 
 def unfused_logits(shape: Shape, run: Run) -> float:
-    """All float32 logits of a micro-batch, which are never held at once."""
+    """All float32 logits of a micro-batch, which are never in memory at once."""
     return 4.0 * run.tokens * shape.vocabulary
 
 
 def total(shape: Shape, run: Run, tuning: Tuning, reference: float) -> float:
-    """Everything on a device at the end of a forward pass, where it is most."""
+    """Total memory on a device at its peak, the end of a forward pass."""
     return (
         sum(state(shape, run, tuning).values())
         + cast_weights(shape, run, tuning)

@@ -1,4 +1,4 @@
-"""Storage of a reference's weights: rounded to fewer bits, or in CPU memory and streamed to the device."""
+"""Storage of a reference's weights: in lower precision, or in CPU memory and streamed to the device."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:
     Args:
         model: a causal LM of transformers.
         storage: `"same"` changes nothing. `"bf16"` rounds all parameters. `"8bit"` (LLM.int8) and `"4bit"` (NF4 with
-            double quantization, as in QLoRA) quantize the linear layers except the LM head by bitsandbytes, and round
-            what remains to bfloat16. `"cpu"` keeps the parameters in CPU memory, and each module's on `device` only
-            while it runs.
+            double quantization, as in QLoRA) quantize the linear layers except the LM head with bitsandbytes, and
+            round the rest to bfloat16. `"cpu"` keeps the parameters in CPU memory and copies those of a module to
+            `device` only while it runs.
 
     Raises ValueError if bitsandbytes is missing.
     """
@@ -37,7 +37,7 @@ def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:
         _quantize(model, storage)
     if storage != "same":
         for parameter in model.parameters():
-            # Parameters alone: rounding the frequencies of rotary embeddings would move every position.
+            # Parameters only, not buffers: rounding the frequencies of rotary embeddings would shift every position.
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -56,13 +56,13 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """`parameters_by_name`, of a streamed model the tensors in CPU memory."""
+    """`parameters_by_name`; for a streamed model, the tensors in CPU memory."""
     streamed = getattr(model, _STREAMED, None)
     return dict(parameters_by_name(model)) if streamed is None else dict(streamed)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The quantized layers by the name of their weight."""
+    """The quantized layers, by the name of their weight."""
     layers = (
         (f"{name}.weight", module)
         for name, module in model.named_modules()
@@ -73,14 +73,14 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def write_quantized(layer: nn.Linear, weight: Tensor) -> None:
-    """layer := the whole tensor `weight`, quantized again, in place."""
+    """Replace the layer's weight in place by `weight`, a full tensor, which is quantized."""
     packed = _packed(layer, weight.to(_parts(layer)[""].device))
     for part, tensor in _parts(layer).items():
         tensor.copy_(packed[part])
 
 
 def bytes_of(model: nn.Module, device: torch.device | None = None) -> int:
-    """Bytes of the weights, each storage counted once; those on `device` alone where one is given."""
+    """Bytes of the weights, with each storage counted once; only of those on `device` if given."""
     storages = {}
     for tensor in weights_of(model).values():
         if device is None or tensor.device == device:
@@ -106,12 +106,12 @@ def _quantize(model: nn.Module, storage: str) -> None:
 
 
 def _is_no_cast_warning(record: logging.LogRecord) -> bool:
-    """8-bit layers compute in float16, and say so of each input that comes in another dtype."""
+    """Log filter that drops bitsandbytes' warning about inputs of 8-bit layers being cast to float16."""
     return "inputs will be cast" not in record.getMessage()
 
 
 def _quantized(layer: nn.Linear, storage: str) -> nn.Linear:
-    """The layer with its weight quantized where it lies; its bias is shared."""
+    """A copy of the layer with its weight quantized on the same device; the bias is shared."""
     import bitsandbytes as bnb
 
     shape = (layer.in_features, layer.out_features, layer.bias is not None)
@@ -127,7 +127,7 @@ def _quantized(layer: nn.Linear, storage: str) -> nn.Linear:
         made = bnb.nn.Linear4bit(
             *shape, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4", device="meta"
         )
-        # Some CPUs would repack the weights for good, in a form that cannot be written to.
+        # On some CPUs the weights would be repacked permanently, in a format that cannot be updated.
         made.support_avx512bf16_for_cpu = False
         values, state = _four_bits(layer.weight.detach())
         made.weight = bnb.nn.Params4bit(
@@ -140,7 +140,7 @@ def _quantized(layer: nn.Linear, storage: str) -> nn.Linear:
 
 
 def _packed(layer: Any, weight: Tensor) -> dict[str, Tensor]:
-    """A weight in the form of the layer, by the names of `_parts`."""
+    """Quantize a weight in the layer's format; tensors by the names of `_parts`."""
     import bitsandbytes as bnb
 
     if isinstance(layer, bnb.nn.Linear8bitLt):
@@ -158,11 +158,11 @@ def _four_bits(weight: Tensor) -> tuple[Tensor, Any]:
 
 
 def _parts(layer: Any) -> dict[str, Tensor]:
-    """Packed values of a quantized layer under the empty name, and their statistics."""
+    """The packed values of a quantized layer (under the empty name) and their statistics."""
     weight = layer.weight
     if type(layer).__name__ == "Linear4bit":
         return {"": weight.data, **_statistics(weight.quant_state)}
-    # The layer takes both over from its weight in its first forward pass.
+    # The layer moves both from its weight to its state in the first forward pass.
     moved = weight.CB is None
     return {"": layer.state.CB, "SCB": layer.state.SCB} if moved else {"": weight.CB, "SCB": weight.SCB}
 
@@ -183,7 +183,7 @@ def _stream(model: Any, device: torch.device) -> nn.Module:
     kept = {name: weights[name] for name in parameters_by_name(model)}
     model = cpu_offload(model, device, state_dict=weights)
     setattr(model, _STREAMED, kept)
-    # Engines move models to the device. This one's parameters are elsewhere and come when they are needed.
+    # Engines move models to the device, but this model's parameters are moved there only when needed.
     model.to = lambda *args, **kwargs: model
     head = model.get_output_embeddings()
     if head is not None:
@@ -192,7 +192,7 @@ def _stream(model: Any, device: torch.device) -> nn.Module:
 
 
 def _bring_with(model: nn.Module, head: nn.Module, device: torch.device) -> None:
-    """Have the head's weight while the model runs: the fused LM head reads it without calling the head."""
+    """Keep the head's weight on the device while the model runs, because the fused LM head does not call the head."""
     remove_hook_from_module(head)
     weights = {name: parameter.detach() for name, parameter in head.named_parameters()}
     hook = AlignDevicesHook(device, offload=True, weights_map=weights)

@@ -1,1 +1,1 @@
-"""A page about runs: what they were given, what happened, what stands out."""
+"""An HTML report on training runs: settings, data, metrics and notable findings."""

@@ -1,7 +1,7 @@
-"""What stands out in a run, in plain language, each with the figures that say so.
+"""Findings: notable properties of a run in plain language, with the numbers that support them.
 
-A finding is a pure function of a `Run`: text or None. The thresholds are the constants below, which `docs/report.md`
-explains. A "start" or "end" is the mean of the first or last fifth of a metric's log lines.
+Each finding is a pure function of a `Run` that returns a `Finding` or None. The thresholds are the constants below,
+which `docs/report.md` explains. "Start" and "end" are means of the first and last fifth of a metric's log lines.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ WIN_RATE_LOW = 0.45
 
 
 class Finding(NamedTuple):
-    """Something that stands out."""
+    """A notable property of a run."""
 
     title: str
     text: str
@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
 
 def _ends(run: Run, metric: str) -> tuple[float, float] | None:
-    """Start and end of a metric; None with fewer than `MIN_LINES` finite values."""
+    """Start and end of a metric; None if it has fewer than `MIN_LINES` finite values."""
     values = series(run, metric).finite.values
     if len(values) < MIN_LINES:
         return None
@@ -72,7 +72,7 @@ def _reference_moves(run: Run) -> bool:
 
 
 def loss_not_finite(run: Run) -> Finding | None:
-    """A loss that is NaN or infinite, or a run that was stopped because of one."""
+    """The loss is NaN or infinite, or the run was stopped for that reason."""
     steps, values = run.series("loss")
     bad = [step for step, value in zip(steps, values, strict=True) if not math.isfinite(value)]
     error = str(run.summary.get("error", ""))
@@ -84,8 +84,8 @@ def loss_not_finite(run: Run) -> Finding | None:
 
 
 def loss_rises(run: Run) -> Finding | None:
-    """A loss that ends above where it began. Losses that may be negative have no ratio and are left out, and so are
-    those against a reference that moves: each time it is copied, the loss begins anew.
+    """The loss is higher at the end than at the start. Not checked for losses that may be negative, which have no
+    meaningful ratio, or with a moving reference, because the loss starts over with each sync.
     """
     ends = None if _reference_moves(run) else _ends(run, "loss")
     if ends is None or ends[0] <= 0 or ends[1] < LOSS_RISE * ends[0]:
@@ -95,7 +95,7 @@ def loss_rises(run: Run) -> Finding | None:
 
 
 def chosen_logps_fall(run: Run) -> Finding | None:
-    """The policy gives the completions that it should prefer less probability than before."""
+    """The log-probs of chosen completions decrease."""
     ends = _ends(run, "logps/chosen")
     if ends is None:
         return None
@@ -111,7 +111,7 @@ def chosen_logps_fall(run: Run) -> Finding | None:
 
 
 def rewards_saturated(run: Run) -> Finding | None:
-    """Pairs that are told apart by so much that they give no gradient any more."""
+    """The reward margins are so large that pairs hardly contribute gradient any more."""
     ends = _ends(run, "rewards/margins") if run.method in ("", "DPO", "KTO", "CDPO") else None
     if ends is None or ends[1] < SATURATED_MARGIN:
         return None
@@ -123,7 +123,7 @@ def rewards_saturated(run: Run) -> Finding | None:
 
 
 def kl_at_zero(run: Run) -> Finding | None:
-    """KTO's reference point, which is clamped at 0, while desirable completions have rewards below it."""
+    """KTO's reference point is mostly 0, its lower bound, and rewards of desirable completions are negative."""
     values = series(run, "kl").finite.values if run.method in ("", "KTO") else []
     values = values[len(values) // 10 :]
     zeros = sum(value == 0 for value in values)
@@ -140,7 +140,7 @@ def kl_at_zero(run: Run) -> Finding | None:
 
 
 def clip_holds_most(run: Run) -> Finding | None:
-    """GRPO and PPO: tokens whose ratio is beyond the clip give no gradient."""
+    """GRPO and PPO: most ratios are clipped; clipped tokens give no gradient."""
     ends = _ends(run, "clip_fraction")
     if ends is None or ends[1] < CLIPPED_SHARE:
         return None
@@ -152,7 +152,7 @@ def clip_holds_most(run: Run) -> Finding | None:
 
 
 def unclamped_extreme(run: Run) -> Finding | None:
-    """Humanline: nearly every token, or hardly any, inside of the bounds."""
+    """Humanline: nearly all tokens, or hardly any, are within the bounds."""
     values = series(run, "unclamped").finite.values
     if len(values) < MIN_LINES:
         return None
@@ -174,7 +174,7 @@ def unclamped_extreme(run: Run) -> Finding | None:
 
 
 def length_drifts(run: Run) -> Finding | None:
-    """Samples that become longer or shorter."""
+    """Samples become longer or shorter."""
     values = series(run, "eval_generation_length").finite.values
     if len(values) < 2 or min(values[0], values[-1]) <= 0:
         return None
@@ -189,7 +189,7 @@ def length_drifts(run: Run) -> Finding | None:
 
 
 def gradient_at_limit(run: Run) -> Finding | None:
-    """Most updates are scaled down by gradient clipping."""
+    """Gradient clipping scales down most updates."""
     limit = run.settings.get("max_grad_norm")
     values = series(run, "grad_norm").finite.values
     if not isinstance(limit, int | float) or limit <= 0 or len(values) < MIN_LINES:
@@ -207,7 +207,7 @@ def gradient_at_limit(run: Run) -> Finding | None:
 
 
 def evaluation_overlaps(run: Run) -> Finding | None:
-    """Prompts of an evaluation set that are trained on."""
+    """Prompts of an evaluation dataset also occur in the training data."""
     for name, counts in run.data.get("overlap", {}).items():
         what = "prompts" if counts.get("prompts") else "rows"
         number, shared = counts.get(what, 0), counts.get(f"shared_{what}", 0)
@@ -225,7 +225,7 @@ def evaluation_overlaps(run: Run) -> Finding | None:
 
 
 def overfits(run: Run) -> Finding | None:
-    """An evaluation loss that has been lower, against the same reference."""
+    """The evaluation loss was lower earlier in the run, with the same reference."""
     steps, values = run.series("eval_loss").finite
     if len(values) < 3 or min(values) <= 0 or _reference_moves(run):
         return None
@@ -240,7 +240,7 @@ def overfits(run: Run) -> Finding | None:
 
 
 def samples_worse(run: Run) -> Finding | None:
-    """Samples that lose against those of the start."""
+    """Samples lose against those from the start of the run."""
     rate = series(run, "eval_win_rate").finite.values
     if not rate or rate[-1] >= WIN_RATE_LOW:
         return None
@@ -251,7 +251,7 @@ def samples_worse(run: Run) -> Finding | None:
 
 
 def learning_rate_too_high(run: Run) -> Finding | None:
-    """The likely cause, where at least two signs of a run that has been thrown off come together."""
+    """The learning rate is probably too high: at least two signs of an unstable run occur together."""
     signs = [sign for sign in (find(run) for find in _SIGNS) if sign]
     rates = run.series("learning_rate").finite.values
     if len(signs) < 2 or not rates:
@@ -324,7 +324,7 @@ FINDINGS: tuple[Callable[[Run], Finding | None], ...] = (
 
 
 def findings(run: Run) -> list[Finding]:
-    """All that stands out in a run, the likely cause first."""
+    """All findings of a run, the likely cause first."""
     return [finding for find in FINDINGS if (finding := find(run)) is not None]
 
 

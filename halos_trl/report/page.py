@@ -1,4 +1,4 @@
-"""The page: one HTML file that loads nothing, for a screen or paper."""
+"""The report as one self-contained HTML file, for screen and print."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _FINAL = (
 
 
 def page(runs: Sequence[Run], pictures: dict[str, str]) -> str:
-    """The page of one run, or of several that are compared. `pictures` holds SVG by the key of its panel."""
+    """The HTML page of one run, or of several runs for comparison. `pictures` maps panel keys to SVG."""
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     sections = [
         ("findings", "Findings", "".join(map(_findings, _named(runs)))),
@@ -123,7 +123,7 @@ def _finding(finding: Finding) -> str:
 
 
 def _code(text: str) -> str:
-    """Text whose parts between backticks are code."""
+    """Convert text to HTML, with parts in backticks as code."""
     parts = _text(text).split("`")
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
@@ -150,7 +150,7 @@ def _setting_rows(settings: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _differing(runs: Sequence[Run]) -> str:
-    """The settings in which the runs differ, or their method."""
+    """A table of the settings in which the runs differ, including their method."""
     tables = [{"trainer": r.summary.get("trainer"), "base_model": r.summary.get("base_model")} for r in runs]
     tables = [
         table | run.settings | (run.summary.get("adapter") or {}) for table, run in zip(tables, runs, strict=True)
@@ -288,7 +288,7 @@ def _versions(runs: Sequence[Run]) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """Cells are HTML, headers are text. `numbers`: the columns that are set to the right."""
+    """An HTML table. Cells are HTML, headers are text. `numbers`: indices of right-aligned columns."""
     right = set(numbers)
 
     def cells(tag: str, row: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which metrics are shown together, in which unit, and the ones that are computed from others."""
+"""Grouping of metrics into panels, with units, and metrics computed from others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS_PER_SECOND, MEMORY = "tokens_per_second", "memory_gib"
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a run."""
+    """One chart: its metrics, title and unit."""
 
     key: str
     """The name of its file and anchor."""
@@ -62,7 +62,7 @@ PANELS = (
 
 
 def series(run: Run, metric: str) -> Series:
-    """A metric of a run, as logged or computed from its log lines."""
+    """A metric of a run, logged or computed from its log lines."""
     if metric == TOKENS_PER_SECOND:
         return _tokens_per_second(run)
     if metric == MEMORY:
@@ -74,7 +74,7 @@ def series(run: Run, metric: str) -> Series:
 
 
 def _mean_of_generations(run: Run, field_name: str) -> Series:
-    """By step, from the file of generations: it also holds those before the first step, which no log line does."""
+    """Mean by step from the generations file, which, unlike the log, also covers step 0."""
     found: dict[int, dict[str, float]] = {}
     for row in run.generations:
         if isinstance(row.get(field_name), int | float):
@@ -83,7 +83,7 @@ def _mean_of_generations(run: Run, field_name: str) -> Series:
 
 
 def _tokens_per_second(run: Run) -> Series:
-    """Of the tokens and the training time between two log lines. `num_tokens` begins at 0 again after a resume."""
+    """Tokens divided by training time, between consecutive log lines. `num_tokens` may restart at 0 after a resume."""
     rows = [row for row in run.history if {"loss", "num_tokens", "seconds", "step"} <= row.keys()]
     rates = [
         (late["step"], (late["num_tokens"] - early["num_tokens"]) / (late["seconds"] - early["seconds"]))
@@ -94,7 +94,7 @@ def _tokens_per_second(run: Run) -> Series:
 
 
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
-    """The panels of which at least one run has a finite value. For several runs each has one metric only."""
+    """The panels for which at least one run has a finite value. With several runs, each panel has one metric."""
     found = []
     for panel in PANELS:
         present = {
@@ -120,7 +120,7 @@ def _split(panel: Panel, present: dict[str, str], *, several: bool) -> list[Pane
 
 
 def thinned(values: Series, most: int = 400) -> Series:
-    """At most `most` points: means over neighbours. Steps are those in the middle of each stretch."""
+    """Reduce a series to at most `most` points, each the mean of consecutive values at their middle step."""
     values = values.finite
     size = math.ceil(len(values.steps) / most)
     if size <= 1:

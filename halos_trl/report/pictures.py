@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib."""
+"""The charts of a report, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STYLE: Any = {
 
 
 def check_matplotlib() -> None:
-    """Raise ValueError, saying how to install it, where matplotlib is missing."""
+    """Raise ValueError with installation advice if matplotlib is missing."""
     if not find_spec("matplotlib"):
         raise ValueError(
             "The pictures need matplotlib, which is not installed. Install it with `pip install matplotlib`, or "
@@ -45,7 +45,7 @@ def check_matplotlib() -> None:
 
 
 def draw(panel: Panel, runs: Sequence[Run]) -> Any:
-    """The figure of a panel: one run's metrics, or one metric of several runs. Evaluation is dashed."""
+    """The figure of a panel: the metrics of one run, or one metric of several runs. Evaluation lines are dashed."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,7 +96,7 @@ def _scale(axes: Any, panel: Panel) -> None:
         axes.set_ylim(-0.03, 1.03)
     elif panel.from_zero:
         axes.set_ylim(0, 1.1 * high)
-    elif high - low < 1e-9 * max(1.0, abs(high)):  # a constant, in the middle of some room
+    elif high - low < 1e-9 * max(1.0, abs(high)):  # center a constant line
         room = 0.5 * abs(high) or 1.0
         axes.set_ylim(high - room, high + room)
     if axes.get_yscale() == "linear":
@@ -110,12 +110,12 @@ def _legend(axes: Any) -> None:
         return
     if len(labels) <= 4 and max(map(len, labels)) <= 28:
         axes.legend(fontsize=8.5, loc="best")
-    else:  # beside the lines there is no room
+    else:  # no room next to the lines
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
 
 
 def as_svg(figure: Any) -> str:
-    """The figure as SVG, with its letters as outlines, so that it looks the same without a font."""
+    """The figure as SVG, with text as outlines, so that it does not depend on installed fonts."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -132,7 +132,7 @@ def as_png(figure: Any) -> bytes:
 
 
 def as_array(figure: Any) -> np.ndarray:
-    """The figure as pixels: (height, width, 3), bytes."""
+    """The figure as an array of pixels `(height, width, 3)`, uint8."""
     figure.set_dpi(130)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -1,4 +1,4 @@
-"""What a run left behind, read from its output directory."""
+"""Reading the files in a run's output directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRAIN_LOG, TRAINER_STATE, GENERATIONS = "train_log.jsonl", "trainer_state.json",
 
 
 class Series(NamedTuple):
-    """A metric over a run's optimizer steps. Values may be NaN or infinite."""
+    """The values of a metric at a run's optimizer steps. Values may be NaN or infinite."""
 
     steps: list[int]
     values: list[float]
@@ -28,7 +28,7 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its log lines in order, and what its other files say; empty where a file is missing."""
+    """A run: its log lines in order, and the contents of its other files, which are empty if a file is missing."""
 
     name: str
     history: list[Row]
@@ -40,7 +40,7 @@ class Run:
     """What the reader of the page has to know about the files."""
 
     def series(self, metric: str) -> Series:
-        """A metric's values, one for each step that logs it; the last one where a step logs it twice."""
+        """A metric's values, one for each step that logs it; if a step logs it twice, the last one."""
         found = {row["step"]: row[metric] for row in self.history if metric in row and "step" in row}
         kept = {step: float(value) for step, value in found.items() if isinstance(value, int | float)}
         return Series(list(kept), list(kept.values()))
@@ -59,7 +59,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """The runs of several folders, under names that differ. Raises ValueError for a folder that holds no run."""
+    """The runs in several folders, with distinct names. Raises ValueError for a folder without a run."""
     paths = [Path(folder) for folder in folders]
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(resolved):
@@ -69,7 +69,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as long as it takes to tell them apart."""
+    """The shortest trailing parts of the paths that are distinct."""
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(names)) == len(names):
@@ -78,9 +78,9 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """The run of a folder: the `output_dir` of a trainer, or one of its checkpoints.
+    """The run in a folder, which is the `output_dir` of a trainer or one of its checkpoints.
 
-    Raises ValueError where there is no such folder, where it holds no run, or where nothing was logged.
+    Raises ValueError if the folder does not exist, contains no run, or nothing was logged.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -101,10 +101,10 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 
 
 def _history(path: Path) -> tuple[list[Row] | None, str | None]:
-    """The log lines and a remark on where they are from; None without any file of them."""
+    """The log lines, and a remark on their source; None if no file contains log lines."""
     own, state = read_lines(path / TRAIN_LOG), _state_history(path)
     if own and _last_step(own) >= _last_step(state or []):
-        # Evaluations after training are in one of the two only.
+        # Evaluations after training are in only one of the two files.
         missing = [row for row in state or [] if _last_step(own) <= row.get("step", 0) and not _is_in(row, own)]
         return own + missing, None
     if state is not None:
@@ -158,7 +158,7 @@ def _status_notes(summary: Row) -> list[str]:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The objects of a JSON Lines file; none where there is no file. A line that is still being written ends it."""
+    """The objects of a JSON Lines file, empty if it does not exist. Stops at an incomplete line."""
     found: list[Row] = []
     if path.is_file():
         for line in path.read_text("utf-8", errors="replace").splitlines():
@@ -171,7 +171,7 @@ def read_lines(path: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> Row:
-    """Raises ValueError, naming the file, where it is not a JSON object."""
+    """Read a JSON object from a file. Raises ValueError, naming the file, if it contains anything else."""
     if not path.is_file():
         return {}
     try:

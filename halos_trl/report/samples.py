@@ -1,4 +1,4 @@
-"""Samples of a run's first and last evaluation, side by side."""
+"""Comparison of the samples of a run's first and last evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .runs import Row
 
 
 class Pair(NamedTuple):
-    """What the policy wrote for a prompt at the first and at the last evaluation."""
+    """The policy's completions of a prompt at the first and at the last evaluation."""
 
     prompt: str
     before: str
@@ -19,12 +19,12 @@ class Pair(NamedTuple):
 
     @property
     def change(self) -> float:
-        """How much the score changed; 0 where one is missing."""
+        """Absolute change of the score; 0 if one is missing."""
         return 0.0 if None in (self.score_before, self.score_after) else abs(self.score_after - self.score_before)  # type: ignore[operator]
 
 
 class Pairs(NamedTuple):
-    """Some of the pairs, and what holds of all."""
+    """A selection of the pairs, and figures for all of them."""
 
     rows: list[Pair]
     total: int
@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
 
 
 def before_and_after(generations: Sequence[Row], most: int = 12) -> Pairs:
-    """The prompts that the first and last evaluation share; of more than `most`, those whose score changed most."""
+    """Prompts that occur in the first and in the last evaluation; at most `most`, with the largest score changes."""
     steps = sorted({row["step"] for row in generations if "step" in row})
     if not steps:
         return Pairs([], 0, 0, 0, None, None)
@@ -57,12 +57,12 @@ def before_and_after(generations: Sequence[Row], most: int = 12) -> Pairs:
 
 
 def _by_prompt(generations: Sequence[Row], step: int) -> dict[str, Row]:
-    """The rows of a step; the last one where an evaluation was repeated."""
+    """The rows of a step by prompt; if an evaluation was repeated, the last one."""
     return {as_text(row.get("prompt", "")): row for row in generations if row.get("step") == step}
 
 
 def as_text(prompt: Any) -> str:
-    """A prompt as it is shown: a text, or the turns with their roles where there are several."""
+    """A prompt as text; several turns are shown with their roles."""
     if not isinstance(prompt, list):
         return str(prompt)
     if len(prompt) == 1:
