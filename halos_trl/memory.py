@@ -19,7 +19,7 @@ FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in NF4: half a byte, a byte for 64 of them, and a float32 for 256 of those."""
 
 TILE = (4096, 32768)
-"""Tokens and entries of the vocabulary whose logits TRL's fused LM head holds at a time."""
+"""Numbers of tokens and vocabulary entries in a tile of TRL's fused LM head."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Shape:
     quantizable: int
     """Parameters of the linear layers without the LM head."""
     quantizable_rows: int
-    """Rows of their weights; 8-bit layers have a scale for each."""
+    """Number of rows of their weights; 8-bit layers have one scale per row."""
     head: int
-    """Parameters of the LM head, also where it is tied to the embeddings."""
+    """Parameters of the LM head, even if it is tied to the embeddings."""
     largest_module: int
     layers: int
     hidden: int
     intermediate: int
-    """Width of the MLP that a token goes through; of a mixture of experts, of all experts that it is sent to."""
+    """Width of the MLP; in a mixture of experts, the total width of all experts that process a token."""
     attention: int
     """Width of the queries of all heads."""
     key_value: int

@@ -16,7 +16,7 @@ from .sharded import parameters_by_name
 _STREAMED = "halos_streamed_weights"
 
 OUTLIERS = 6.0
-"""Activations above this are multiplied in 16 bits by 8-bit layers: the threshold of LLM.int8 (arXiv:2208.07339)."""
+"""8-bit layers multiply activations above this in 16 bits: the threshold of LLM.int8 (arXiv:2208.07339)."""
 
 
 def store(model: nn.Module, storage: str, device: torch.device) -> nn.Module:

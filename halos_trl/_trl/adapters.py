@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 REFERENCE_ADAPTER = "ref"
-"""Name of the frozen adapter that holds the reference; TRL uses the same one for pretrained adapters."""
+"""Name of the frozen reference adapter; TRL uses the same name for pretrained adapters."""
 
 POLICY_ADAPTER = "default"
 

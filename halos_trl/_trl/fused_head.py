@@ -51,7 +51,7 @@ def add_copyable_head(model: Any, *args: Any, **kwargs: Any) -> None:
 
 
 TILE = 4 * 2**20
-"""Logits of a tile on a CPU. TRL's hold 4096 tokens and 32768 entries of the vocabulary, a gigabyte with copies."""
+"""Logits per tile on a CPU. TRL's tiles of 4096 tokens and 32768 vocabulary entries take a gigabyte with copies."""
 
 
 def tokens_per_tile(width: int) -> int:

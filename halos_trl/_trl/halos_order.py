@@ -59,7 +59,7 @@ class HalosOrder(_Mixin):
     """Adds HALOs' batches to a trainer, used with `batch_order="halos"`."""
 
     _in_halos_order: bool = False
-    """Whether the config asks for HALOs' batches; set before TRL's constructor prepares data."""
+    """Whether the config has `batch_order="halos"`; set before TRL's constructor prepares data."""
 
     drops_invalid_rows: bool
 

@@ -81,7 +81,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
     method: ClassVar[Method | None] = None
 
     drops_invalid_rows: bool = False
-    """Whether `check_rows` drops and counts what it would refuse; set before TRL's constructor prepares data."""
+    """Whether `check_rows` drops and counts invalid rows instead of raising. Set before TRL's constructor runs."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,7 +157,7 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
 
     needs_reference: ClassVar[bool] = True
     reference_storage: str = "same"
-    """How a reference that is a second model is stored; set before TRL's constructor makes it."""
+    """`reference_storage` of a reference that is a second model; set before TRL's constructor creates it."""
 
     def __init__(
         self,

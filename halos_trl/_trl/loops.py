@@ -20,11 +20,11 @@ class CleanLoops(Mixin):
     """A trainer whose training and evaluation loops start with empty sums and raise an error if there is no step."""
 
     _trained_tokens: int = 0
-    """In batches of training, over all processes. TRL's own count goes on with each call of its loss, and begins at 0
-    when a run is resumed."""
+    """Tokens in training batches, over all processes. TRL's own count grows with every call of its loss, and starts
+    at 0 when a run is resumed."""
 
     _new_tokens: torch.Tensor | None = None
-    """What this process has to add to it."""
+    """Tokens of this process not yet added to it."""
 
     def forget_metrics(self, mode: str) -> None:
         """Drop the metrics recorded for the next log line of a mode."""

@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 STORED_COLUMNS = ("ref_logps", "ref_KL_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 _FORMAT = 2
-"""Raise it when other numbers are stored for the same key."""
+"""Increment it if different numbers are stored for the same key."""
 
 _ARGUMENTS = (
     "max_length", "truncation_mode", "ld_alpha", "pad_to_multiple_of", "loss_type", "tf32", "bf16", "fp16",
@@ -39,10 +39,10 @@ class StoresReference(_Mixin):
 
     trl_class: ClassVar[Any]
     live_reference: Callable[[Any], Any]
-    """Hook: `live_reference(policy)` answers `log_probs(batch)` as the reference of training does."""
+    """Hook: `live_reference(policy)` returns an object with the `log_probs(batch)` of the reference in training."""
 
     _stored: frozenset[str] = frozenset()
-    """Fingerprints of the datasets that hold log-probs of this trainer's reference."""
+    """Fingerprints of the datasets with log-probs of this trainer's reference."""
 
     def reference_table(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         """Reference log-probs `(B, T)` of a collated batch, in at least float32; `model` is the one TRL passes."""

@@ -24,7 +24,7 @@ class NotesRows(_Mixin):
     """Records how many rows of each dataset were dropped or changed, and why."""
 
     row_notes: dict[str, dict[str, int]]
-    """By dataset: how many rows were dropped or changed, by the reason."""
+    """Numbers of dropped and changed rows, by dataset and reason."""
 
     def note_rows(self, name: str, counts: dict[str, int]) -> None:
         self.row_notes = {**getattr(self, "row_notes", {}), name: counts}
@@ -56,12 +56,12 @@ class PreparesRows(SamplesByLength):
 
     _assistant_only: bool
     _is_sampled: bool = False
-    """Whether completions are trained on as the tokens that a sampler stored with them."""
+    """Whether to train on the token ids that a sampler stored with the completions."""
 
     drops_invalid_rows: bool
 
     sides: ClassVar[tuple[str, ...]]
-    """The columns that hold completions, once the rows have the form that they are tokenized in."""
+    """The columns with completions, in the format in which rows are tokenized."""
 
     def _checked_before_trl(self, dataset: Any, name: str) -> Any:
         """Check datasets that TRL's constructor would fail on or would not pass to `_prepare_dataset`."""

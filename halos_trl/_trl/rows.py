@@ -207,7 +207,7 @@ def _limits_of(model: PreTrainedModel) -> TokenLimits:
 
 
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-"""What models call a table of learned positions. Rotary and other computed positions have no hard limit."""
+"""Names of learned position embeddings in models. Rotary and other computed positions have no hard limit."""
 
 
 def check_token_ids(dataset: Any, columns: tuple[str, ...], limits: TokenLimits, name: str) -> Any:

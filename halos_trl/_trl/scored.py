@@ -25,7 +25,7 @@ class ScoredHost(TrainerHost, HostTrainer):
         "prompt_ids", "completion_ids", "completion_mask", "label", "score", "advantage", "logprobs",
         "ref_logps",
     )  # fmt: skip
-    """What a prepared row brings into a batch."""
+    """The columns of a prepared row that are added to a batch."""
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         # The only loss type for which TRL prepares no KL partners.

@@ -19,10 +19,10 @@ Row: TypeAlias = dict[str, Any]
 Problem: TypeAlias = str | None
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns that reach the chat template beside the messages."""
+"""Columns passed to the chat template in addition to the messages."""
 
 LARGEST_SCORE = 1e12
-"""Its square, summed over the tokens of a step, is far from what float32 holds (3e38)."""
+"""Its square, summed over the tokens of a step, is far below the maximum of float32 (3e38)."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -51,7 +51,7 @@ def score_problem(score: Any) -> Problem:
 
 
 SAMPLER_COLUMNS = ("token_ids", "logprobs")
-"""What a sampler stores of a completion, under vLLM's names: its tokens, and their log-probs in nats."""
+"""Columns that a sampler stores for a completion, with vLLM's names: token ids, and their log-probs in nats."""
 
 
 def sampler_problem(token_ids: Any, logprobs: Any) -> Problem:

@@ -29,10 +29,10 @@ from .turns import (
 )
 
 ROW_NUMBER = "row_number"
-"""Column with the number of the user's row, where one row becomes several."""
+"""Column with the number of the user's row, for rows that are split into several."""
 
 NOTES = "row_notes"
-"""Column with what was noted about a row, a line for each note, until it is counted."""
+"""Temporary column with the notes about a row, one per line, which are counted later."""
 
 # Notes about a row, in addition to those of `turns`.
 REPEATED_TEXT = "repeated text"
@@ -41,7 +41,7 @@ BOUNDARY = "boundary"
 CUT = "cut"
 NO_ROOM = "no room"
 INVALID = "invalid: "
-"""Before what is wrong with a row."""
+"""Prefix of a note about an invalid row."""
 
 _CODE = zlib.crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("tokens.py", "turns.py")))
 
@@ -100,9 +100,9 @@ class Tokens(NamedTuple):
 
     prompt_ids: list[int]
     ids: list[int]
-    """Prompt and completion."""
+    """Token ids of prompt and completion."""
     is_trained: list[bool]
-    """Which of `ids` may be trained on, as far as turns decide it; the prompt does not count."""
+    """Mask of the `ids` that may be trained on, based on turns alone; entries of the prompt are ignored."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class RowTokenizer:
 
     processing_class: Processing
     name: str
-    """Of the dataset."""
+    """Name of the dataset."""
     sides: tuple[str, ...]
     assistant_only: bool = False
     whole: bool = False
@@ -131,7 +131,7 @@ class RowTokenizer:
     drop_invalid: bool = False
     sampled: bool = False
     code: int = _CODE
-    """`datasets` finds its cache by the fields, so this one changes with the code."""
+    """`datasets` hashes the fields to find its cache, so a hash of the code invalidates it when the code changes."""
 
     def __call__(self, row: Row, index: int) -> Row:
         try:

@@ -26,7 +26,7 @@ class Turns(NamedTuple):
     prompt: Messages
     completion: Messages
     continues: bool
-    """Whether the completion's first turn goes on with the prompt's last, which the assistant began."""
+    """Whether the completion's first turn continues the prompt's last one, an assistant turn."""
     notes: frozenset[str] = frozenset()
 
     @property

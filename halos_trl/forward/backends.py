@@ -163,7 +163,7 @@ class _Lengths(NamedTuple):
     """Each span as a sequence of queries and a sequence of keys, the latter including its prompt."""
 
     keys: Tensor
-    """Index into the packed row of every key, one span behind the other."""
+    """Indices into the packed row of all keys, concatenated over spans."""
     query_starts: Tensor
     key_starts: Tensor
     most_queries: int
@@ -310,13 +310,13 @@ _CUDA = (
 )
 
 BACKENDS = {"cuda": _CUDA}
-"""The kernels for each type of device, the preferred one first."""
+"""Kernels for each device type, in order of preference."""
 
 _verdicts: dict[object, bool] = {}
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest difference from the spans, relative to the largest result or gradient where that is above 1; 0.05 in half
-precision."""
+"""Tolerance for the difference from the spans, relative to the largest result or gradient if that is above 1; 0.05 in
+half precision."""
 
 
 def _agrees(backend: Backend, call: Call) -> bool:

@@ -56,9 +56,9 @@ class Layout:
         self.spans = spans
         self.wanted = wanted
         self.plans: dict[object, object] = {}
-        """What a back-end of the attention made of the spans, kept for the next layer."""
+        """Data that an attention kernel derived from the spans, cached for the next layers."""
         self.seen_by: set[int] = set()
-        """Attention modules that this layout has reached."""
+        """Attention modules that have used this layout."""
 
 
 class TokenLayout(Layout):
@@ -156,9 +156,9 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 class _Row(NamedTuple):
     number: int
     where: list[int]
-    """Columns of the padded batch that hold the tokens that have to go through the model."""
+    """Columns of the padded batch whose tokens must be computed."""
     shared: int
-    """How many of them the rows of its run have in common."""
+    """Number of these tokens that all rows of the run share."""
 
 
 def _pack(ids: list[list[int]], runs: Iterable[list[_Row]]) -> tuple[_Packed, list[list[int]]]:

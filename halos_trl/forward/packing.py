@@ -20,11 +20,11 @@ from .heads import read_wanted_hidden
 logger = get_logger(__name__)
 
 TOLERANCE = 1e-4
-"""Largest difference between packed and padded rows in float32 and float64: of a token's log-prob, in nats, or of a
-sequence's score, relative to the scores' size where that is above 1."""
+"""Tolerance for the difference between packed and padded rows in float32 and float64: of a token's log-prob, in nats,
+or of a sequence's score, relative to the size of the scores if that is above 1."""
 
 LOW_PRECISION_TOLERANCE = 0.05
-"""The same in half precision, for the mean over the batch: single results differ more by rounding alone."""
+"""The same in half precision, for the mean over the batch, because single results differ more by rounding."""
 
 _INPUTS = {"input_ids", "attention_mask"}
 

@@ -19,7 +19,7 @@ from .layout import TokenLayout, shared_prompt_layout, table
 from .packing import both_ways, language_model, packing_of
 
 STEP_SHARE = "halos_trl_step_share"
-"""Under this name a training batch holds what it has to know about its optimizer step."""
+"""Key of a training batch for information about its optimizer step."""
 
 NOT_MODEL_INPUTS = {
     STEP_SHARE,

@@ -21,10 +21,10 @@ from .sync import ReferenceSync
 logger = get_logger(__name__)
 
 REFERENCE_FILE = "reference.safetensors"
-"""A moving reference lies under this name in every checkpoint."""
+"""File name of a moving reference in checkpoints."""
 
 _MOVED = "halos_trl.moved_reference"
-"""Stands in the trainer state of a checkpoint that holds a moved reference."""
+"""Key in the trainer state of checkpoints that contain a moved reference."""
 
 
 def write_reference(reference: Reference, model: Any, state: TrainerState, folder: str, *, keep: bool) -> None:

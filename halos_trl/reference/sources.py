@@ -31,7 +31,7 @@ class Reference:
 
     can_move: ClassVar[bool] = False
     moved: bool = False
-    """Whether it has left its start, so that a checkpoint has to hold it."""
+    """Whether the reference has been synced, so that checkpoints must contain it."""
 
     def log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
         """Per-token log-probs `(B, T)` in nats of a collated batch, without gradient; 0 outside of completions."""

@@ -14,37 +14,37 @@ from .panels import series
 from .runs import Run
 
 MIN_LINES = 5
-"""Fewer log lines say nothing about a course."""
+"""Minimum number of log lines for a trend."""
 LOSS_RISE = 1.5
-"""The loss at the end over the loss at the start."""
+"""Ratio of the loss at the end to the loss at the start."""
 LOGPS_FALL, LOGPS_FALL_NATS = 0.5, 2.0
-"""How far chosen log-probs fall: as a share of where they began, and in nats per completion."""
+"""Decrease of chosen log-probs: as a fraction of their start, and in nats per completion."""
 COLLAPSE_NATS = 50.0
-"""A fall of chosen log-probs, in nats per completion, after which the policy no longer writes such completions."""
+"""Decrease of chosen log-probs, in nats per completion, beyond which the policy does not generate them any more."""
 SATURATED_MARGIN = 10.0
-"""A margin of rewards at which the sigmoid of the loss gives a pair less than 1/20,000 of its largest gradient."""
+"""Reward margin at which the loss's sigmoid gives a pair less than 1/20,000 of its maximum gradient."""
 KL_ZERO_SHARE = 0.9
-"""The share of log lines, after the first tenth, in which KTO's KL estimate is 0."""
+"""Fraction of log lines, after the first tenth, in which KTO's KL estimate is 0."""
 CLIPPED_SHARE = 0.5
-"""The share of tokens that the clip holds."""
+"""Fraction of clipped tokens."""
 UNCLAMPED_LOW, UNCLAMPED_HIGH = 0.5, 0.999
 """The unclamped fraction."""
 LENGTH_DRIFT = 1.5
-"""The length of samples at the end over that at the start, or the reverse."""
+"""Ratio of the samples' length at the end to that at the start, or its inverse."""
 AT_LIMIT_SHARE = 0.8
-"""The share of log lines with a gradient norm above `max_grad_norm`."""
+"""Fraction of log lines with a gradient norm above `max_grad_norm`."""
 LOSS_BLOWUP = 2.0
-"""The largest loss over the first one."""
+"""Ratio of the largest loss to the first one."""
 NORM_GROWTH, NORM_VANISHED = 20.0, 1e-3
-"""The largest gradient norm over the first one; the norm at the end over the first one."""
+"""Ratio of the largest gradient norm to the first one; ratio of the norm at the end to the first one."""
 KL_PER_TOKEN = 5.0
-"""The KL to the reference of GRPO and PPO, in nats per token."""
+"""KL to the reference in GRPO and PPO, in nats per token."""
 OVERLAP_SHARE = 0.01
-"""The share of an evaluation set's prompts that are in the training set."""
+"""Fraction of an evaluation dataset's prompts that are in the training dataset."""
 OVERFIT_RISE = 0.1
-"""How far the last evaluation loss lies above the lowest one, as a share of the latter."""
+"""Relative increase of the last evaluation loss over the lowest one."""
 WIN_RATE_LOW = 0.45
-"""The win rate of the samples against those of the start."""
+"""Win rate of the samples against those from the start of the run."""
 
 
 class Finding(NamedTuple):
@@ -53,9 +53,9 @@ class Finding(NamedTuple):
     title: str
     text: str
     panel: str
-    """Key of the picture that shows it."""
+    """Key of the panel that shows it."""
     severe: bool = False
-    """Whether the run is of no use as it is."""
+    """Whether the finding makes the run unusable."""
 
 
 def _ends(run: Run, metric: str) -> tuple[float, float] | None:

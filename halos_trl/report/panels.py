@@ -18,19 +18,19 @@ class Panel:
     """One chart: its metrics, title and unit."""
 
     key: str
-    """The name of its file and anchor."""
+    """Name of the chart's file and HTML anchor."""
     title: str
     unit: str
     metrics: dict[str, str] = field(default_factory=dict)
-    """What is drawn, with its label; evaluation adds `eval_` to the name."""
+    """The metrics to draw, with labels; the evaluation metric has the prefix `eval_`."""
     limit: str = ""
-    """A setting that is drawn as a line."""
+    """A setting to draw as a horizontal line."""
     may_be_log: bool = False
-    """Whether a range over more than two orders of magnitude is drawn on a logarithmic axis."""
+    """Whether to use a logarithmic axis if values span more than two orders of magnitude."""
     share: bool = False
-    """Whether values lie between 0 and 1."""
+    """Whether values are between 0 and 1."""
     from_zero: bool = False
-    """Whether the axis begins at 0."""
+    """Whether the axis starts at 0."""
 
 
 _SIDES = {"chosen": "chosen", "rejected": "rejected"}

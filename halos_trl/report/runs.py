@@ -35,9 +35,9 @@ class Run:
     summary: Row = field(default_factory=dict)
     data: Row = field(default_factory=dict)
     generations: list[Row] = field(default_factory=list)
-    """Rows of `step`, `prompt`, `completion`, `score`, `tokens`, in the order in which they were written."""
+    """Rows with `step`, `prompt`, `completion`, `score`, `tokens`, in the order of the file."""
     notes: list[str] = field(default_factory=list)
-    """What the reader of the page has to know about the files."""
+    """Remarks about the files, to be shown on the page."""
 
     def series(self, metric: str) -> Series:
         """A metric's values, one for each step that logs it; if a step logs it twice, the last one."""

@@ -22,7 +22,7 @@ class Rule(NamedTuple):
 
     kind: FeedbackKind = "binary"
     threshold: float | str | None = None
-    """None: the median for labels, 0 for pairs."""
+    """None means the median for labels and 0 for pairs."""
     pair_mode: PairMode = "max"
     seed: int = 0
 

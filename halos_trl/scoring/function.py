@@ -26,7 +26,7 @@ class RewardFunctionError(ValueError):
     """A reward function raised: `__cause__` is its exception."""
 
     keep_traceback = True
-    """The command shows it, rather than the message alone."""
+    """The command prints the traceback and not only the message."""
 
 
 class FunctionScorer:

@@ -33,7 +33,7 @@ Score: <a number from 0 (useless) to 10 (could not be better)>
 """
 
 PATTERN = r"(?i)\bscore\b[*_:=\s]*(-?\d+(?:\.\d+)?)"
-"""Finds the score in a reply: its first group in the last place that matches."""
+"""Pattern of the score in a reply: the first group of the last match."""
 
 _BOUNDS = (0.0, 10.0)  # range of the scores that TEMPLATE asks for
 _NUMBER_ALONE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")

@@ -19,15 +19,15 @@ class Sample:
     """One completion of a prompt."""
 
     where: str
-    """As an error names it: the file and the item, or the dataset and the row."""
+    """Location for error messages: file and item, or dataset and row."""
     prompt: Any
-    """A text, or a list of messages."""
+    """Text, or a list of messages."""
     completion: Any
-    """Of the form of the prompt."""
+    """In the prompt's format."""
     group: Hashable
-    """The samples of a prompt share it: their `prompt_id`; without one, a digest of the prompt."""
+    """Identifies the prompt of a sample: its `prompt_id`, or else a digest of the prompt."""
     columns: Row = field(default_factory=dict)
-    """The item's or row's other columns."""
+    """The other columns of the item or row."""
 
     @property
     def text(self) -> Any:

@@ -13,11 +13,11 @@ class Verdict(NamedTuple):
 
     position: int
     score: float | None
-    """None: the sample was left unscored."""
+    """None if the sample has no score."""
     reason: str | None = None
-    """Why it was."""
+    """The reason why there is no score."""
     reply: str | None = None
-    """The text of a judge."""
+    """The judge's reply."""
 
 
 class Scorer(Protocol):

@@ -27,13 +27,13 @@ class Item:
     value: Object
     file: str
     index: int
-    """Counts the items of the file from 0."""
+    """Index of the item in the file, from 0."""
     line: int
-    """The line on which the item begins, from 1; 0 where it was not counted."""
+    """Line number of the item's start, from 1; 0 if unknown."""
     offset: int
-    """Bytes before the item."""
+    """Byte position of the item in the file."""
     size: int
-    """Bytes of the item."""
+    """Length of the item in bytes."""
 
     @property
     def where(self) -> str:

@@ -22,7 +22,7 @@ class Completion(NamedTuple):
     label: bool | None = None
     sample_id: str | None = None
     sampled: tuple[list[int], list[float]] | None = None
-    """Its tokens and their log-probs (nats) under the model that sampled it."""
+    """Token ids and their log-probs (nats) under the sampling model."""
 
 
 class Judged(NamedTuple):
@@ -32,7 +32,7 @@ class Judged(NamedTuple):
     completions: tuple[Completion, ...]
     pairs: tuple[tuple[int, int], ...] = ()
     ties: int = 0
-    """Pairs of equal scores that are marked as no preference."""
+    """Pairs with equal scores, which express no preference."""
 
 
 class Format(NamedTuple):
@@ -41,10 +41,10 @@ class Format(NamedTuple):
     name: str
     needs: tuple[str, ...]
     sides: tuple[str, ...]
-    """The keys of its completions; the last one holds all that are left."""
+    """Keys of the completions; the last one contains all remaining completions."""
     read: Callable[[Object], Judged]
     scores: tuple[str, ...] = ()
-    """The keys of its scores, which all items of a file have, or none."""
+    """Keys of the scores, which must be in all items of a file or in none."""
 
 
 # -- HALOs' formats --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from .files import Item, Object
 from .formats import Completion, Format, Judged, Text
 
 _KEPT = ("split", "dataset", "generator")
-"""Keys of HALOs' items that say nothing about the completion."""
+"""Keys of HALOs' items that do not describe the completion."""
 
 PURPOSES_OF = {
     "sample": "sft",
@@ -23,7 +23,7 @@ PURPOSES_OF = {
     "scored": "group",
     "groups": "group",
 }
-"""What the items of each format are for, where nothing else is asked for."""
+"""The default purpose of the items of each format."""
 
 
 def halos_items(item: Item, form: Format, found: Judged, prompt_id: int) -> Iterator[Object]:

@@ -30,11 +30,11 @@ class Entry(NamedTuple):
     """A completion of a prompt, with its scores and labels."""
 
     completion: int
-    """Its number in the `FeedbackIndex`."""
+    """Number of the completion in the `FeedbackIndex`."""
     score: float | None
     label: bool | None
     alone: bool
-    """Whether an item judges it on its own, not only beside another completion."""
+    """Whether an item judges the completion individually and not only in a pair."""
 
 
 class Prompt(NamedTuple):
@@ -55,7 +55,7 @@ class FeedbackIndex:
         self.ties = 0
         self.turn_keys: set[str] = set()
         self.is_sampled = False
-        """Whether a completion has the tokens and log-probs of the model that sampled it."""
+        """Whether any completion has token ids and log-probs of the sampling model."""
         self.is_chat: bool | None = None
         self.skipped_splits: set[str] = set()
         # By item.

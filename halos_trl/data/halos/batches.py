@@ -35,7 +35,7 @@ class HalosBatches(Sampler[list[int]]):
     """
 
     keeps_partial = False
-    """Whether a last micro-batch that is not full is used, where there is one process."""
+    """Whether an incomplete last micro-batch is used if there is only one process."""
 
     def __init__(
         self,

@@ -65,9 +65,9 @@ class Caps(NamedTuple):
     """Limits on the flat list; None: no limit."""
 
     max_prompt_count: int | None = None
-    """Most pairs of a prompt, drawn at random; binary feedback is not limited."""
+    """Maximum number of pairs per prompt, drawn at random; does not apply to binary feedback."""
     frac_unique_desirable: float | None = None
-    """Most desirable examples, as a fraction of the number of all generations; the first ones are kept."""
+    """Maximum number of desirable examples, as a fraction of the number of generations; the first ones are kept."""
     frac_unique_undesirable: float | None = None
 
 

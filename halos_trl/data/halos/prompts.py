@@ -22,15 +22,15 @@ class HalosPrompt:
     """The file's `prompt_id`."""
     prompt: Turns | str
     generations: list[Any]
-    """Its completions, each a list of turns."""
+    """The prompt's completions, each a list of turns."""
     scores: list[float] = field(default_factory=list)
-    """One for each generation, or none."""
+    """A score for each generation, or empty."""
     pairs: list[tuple[int, int]] = field(default_factory=list)
-    """(better, worse), indices into `generations`."""
+    """Pairs (better, worse) of indices into `generations`."""
     desirable: list[bool] = field(default_factory=list)
-    """One for each generation of binary feedback."""
+    """A label for each generation, for binary feedback."""
     sft_index: int = -1
-    """The generation that supervised fine-tuning aims at."""
+    """Index of the generation that is the target of supervised fine-tuning."""
 
     @property
     def prompt_id(self) -> str:

@@ -16,10 +16,10 @@ from ..turns import Row, template_options
 from .tokenization import IGNORED, HalosTokenizer
 
 POSITION = "halos_row"
-"""The column that numbers the rows as they were passed in."""
+"""Column with the number of the row in the dataset that was passed in."""
 
 PROMPT = "halos_prompt"
-"""The column that numbers the prompts, by first appearance."""
+"""Column with the number of the prompt, in order of first appearance."""
 
 CUT_PROMPT = "prompt cut as in HALOs"
 CUT_COMPLETION = "completion cut as in HALOs"

@@ -18,18 +18,18 @@ class HalosTokens(NamedTuple):
     """A prompt with one completion."""
 
     prompt: Turns
-    """As far as it is kept."""
+    """The turns that are left after truncation."""
     completion: Turns
-    """As far as it is kept."""
+    """The turns that are left after truncation."""
     prompt_text: str
-    """The whole prompt, nothing cut, with the generation prompt."""
+    """The complete prompt before truncation, with the generation prompt."""
     completion_text: str
     combined_text: str
     prompt_input_ids: list[int]
     combined_input_ids: list[int]
     """Prompt and completion, rendered together."""
     labels: list[int]
-    """`combined_input_ids` where they are trained on, else -100."""
+    """`combined_input_ids` for trained tokens, else -100."""
     prompt_was_cut: bool
     completion_was_cut: bool
 
