@@ -45,8 +45,10 @@ def test_wheel_holds_package_examples_and_configs(wheel):
 @pytest.mark.slow
 def test_installed_command_copies_the_examples(wheel, tmp_path):
     """Installed with pip, without the checkout, in an empty folder."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--prefix"]
-    subprocess.run([*pip, str(tmp_path / "prefix"), str(wheel)], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    # Otherwise pip would uninstall the checkout from the environment of the tests.
+    apart = ["--ignore-installed", "--prefix", str(tmp_path / "prefix")]
+    subprocess.run([*pip, *apart, str(wheel)], check=True)
     (empty := tmp_path / "empty").mkdir()
     command = next((tmp_path / "prefix").glob("*/halos-trl*"))
     packages = next((tmp_path / "prefix").glob("**/site-packages"))
