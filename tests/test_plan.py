@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -145,11 +146,32 @@ def test_a_listing(capsys, model, tmp_path):
         (["--model", "no/such/folder"], "no size such as 8B"),
         (["--max_length", "0"], "max_length"),
         (["--packed_share", "1.5"], "packed_share"),
+        (["--gpu_memory", "nan"], "gpu_memory"),
+        (["--model", "0.1B"], "from 0.3B to 1000B"),
+        (["--model", "9999B"], "from 0.3B to 1000B"),
     ],
 )
 def test_what_cannot_be_planned(capsys, flags, message):
     assert halos_trl(["plan", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "model_type"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "hidden_size"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "--model"),
+        ({"model_type": "gpt2", "n_layer": 1}, "torch.nn.Linear"),
+        ({"model_type": "mamba", "num_hidden_layers": 1}, "num_attention_heads"),
+        ({"model_type": "t5"}, "decoder-only"),
+    ],
+)
+def test_configs_that_cannot_be_planned(capsys, tmp_path, config, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert halos_trl(["plan", "--model", str(path)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_table_in_the_docs_is_the_command_s(capsys):

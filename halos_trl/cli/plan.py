@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ..memory import (
@@ -36,6 +38,9 @@ SIZES = {
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }  # fmt: skip
 """The shapes of Llama 3.2 1B and of Llama 3.1 8B and 70B."""
+
+SIZE_RANGE = (0.3e9, 1e12)
+"""Parameters: from the shape of 1B with a single layer, 0.32 billion, to models that take a minute to build."""
 
 SEQUENCES = {"dpo": 2, "cdpo": 2, "ipo": 2, "simpo": 2, "slic": 2, "kto": 1, "grpo": 1, "ppo": 1}
 """Sequences of an example."""
@@ -89,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(arguments: PlanArguments) -> None:
     """Raise ValueError for numbers of which nothing can be computed."""
     for name in ("num_processes", "per_device_train_batch_size", "max_length", "lora_r", "gpu_memory"):
-        if getattr(arguments, name) <= 0:
-            raise ValueError(f"`--{name}` is {getattr(arguments, name)}; expected a number above 0.")
+        if not 0 < getattr(arguments, name) < math.inf:
+            raise ValueError(f"`--{name}` is {getattr(arguments, name)}; expected a finite number above 0.")
     if not 0 < arguments.packed_share <= 1:
         raise ValueError(f"`--packed_share` is {arguments.packed_share}; expected a share in (0, 1].")
 
@@ -120,23 +125,35 @@ def shape_of(name: str) -> tuple[Shape, str]:
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)([BM])", name, re.IGNORECASE)
     if size and not Path(name).exists():
-        config, assumed = _config_of_size(float(size[1]) * (1e9 if size[2].upper() == "B" else 1e6))
+        config, assumed = _config_of_size(name, float(size[1]) * (1e9 if size[2].upper() == "B" else 1e6))
     else:
         try:
             config, assumed = AutoConfig.from_pretrained(name), f"the config of {name}"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
             raise ValueError(
                 f"`--model {name}` is no folder, `config.json` or hub id of a model, and no size such as 8B: "
                 f"{str(error).splitlines()[0]}"
             ) from error
-    with torch.device("meta"):
-        return shape_of_model(AutoModelForCausalLM.from_config(config)), assumed
+    try:
+        with torch.device("meta"):
+            return shape_of_model(AutoModelForCausalLM.from_config(config)), assumed
+    except Exception as error:  # whatever the code of an architecture makes of values that it cannot use
+        raise ValueError(
+            f"`--model {name}` has no plan, which needs a decoder-only language model with attention and "
+            f"`torch.nn.Linear` layers: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def shape_of_model(model: Any) -> Shape:
-    """The numbers of a causal LM of transformers."""
+    """The numbers of a causal LM of transformers.
+
+    Raises ValueError or AttributeError for a model without attention, of whose MLP the config does not give the width,
+    or whose layers are not `torch.nn.Linear` (GPT-2).
+    """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has none.")
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     experts = getattr(config, "num_experts_per_tok", None) or 1
@@ -156,8 +173,16 @@ def shape_of_model(model: Any) -> Shape:
     )
 
 
-def _config_of_size(parameters: float) -> tuple[LlamaConfig, str]:
-    """The nearest of the known shapes, with as many layers as it takes."""
+def _config_of_size(name: str, parameters: float) -> tuple[LlamaConfig, str]:
+    """The nearest of the known shapes, with as many layers as it takes.
+
+    Raises ValueError for sizes that its width cannot have.
+    """
+    if not SIZE_RANGE[0] <= parameters <= SIZE_RANGE[1]:
+        raise ValueError(
+            f"`--model {name}`: the shapes of Llama 3 stand for sizes from 0.3B to 1000B. Pass the `config.json` of "
+            "the model instead."
+        )
     known = {size: float(size[:-1]) * 1e9 for size in SIZES}
     nearest = min(known, key=lambda size: abs(known[size] - parameters))
     shape = {"num_key_value_heads": 8, "vocab_size": 128256} | SIZES[nearest]
@@ -167,7 +192,7 @@ def _config_of_size(parameters: float) -> tuple[LlamaConfig, str]:
         layer = 2 * h * h + 2 * h * 8 * h // heads + 3 * h * f
         embeddings = 128256 * h * (1 if shape.get("tie_word_embeddings") else 2)
         shape["num_hidden_layers"] = max(1, round((parameters - embeddings) / layer))
-        assumed += f" with {shape['num_hidden_layers']} layers"
+        assumed += f" with {shape['num_hidden_layers']} layer{'s' * (shape['num_hidden_layers'] > 1)}"
     return LlamaConfig(**shape), assumed
 
 
