@@ -60,23 +60,27 @@ class PlanArguments:
         },
     )
     method: Literal["kto", "dpo", "cdpo", "ipo", "simpo", "slic", "grpo", "ppo"] = field(
-        default="kto", metadata={"help": "Decides sequences of an example, and whether there is a reference."}
+        default="kto", metadata={"help": "Sets the sequences per example, and whether there is a reference."}
     )
     engine: Literal["one_device", "ddp", "fsdp2", "zero2", "zero3"] = field(
-        default="ddp", metadata={"help": "Whose parts are listed."}
+        default="ddp", metadata={"help": "Engine of the detailed list; the summary covers all of them."}
     )
-    num_processes: int = field(default=8, metadata={"help": "Devices."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples of a micro-batch."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a sequence, prompt and completion."})
-    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "Of the weights as loaded."})
+    num_processes: int = field(default=8, metadata={"help": "Number of devices."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per device in a micro-batch."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens of a sequence: prompt and completion."})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "Data type in which weights are loaded."}
+    )
     bf16: bool = field(default=True, metadata={"help": "Compute in bfloat16."})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "Keep one hidden state of each layer."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Keep one hidden state per layer and recompute the rest."}
+    )
     humanline: bool = field(default=False, metadata={"help": "The reference follows the policy."})
     lora_r: int = field(default=16, metadata={"help": "Rank of adapters on all linear layers."})
     packed_share: float = field(
         default=0.44, metadata={"help": "Different real tokens among those of padded rows (chat-like pairs: 0.44)."}
     )
-    gpu_memory: float = field(default=80.0, metadata={"help": "Of a device, GB."})
+    gpu_memory: float = field(default=80.0, metadata={"help": "Memory of a device in GB."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
