@@ -204,7 +204,7 @@ def test_without_matplotlib_the_numbers_are_written_and_a_message_says_what_to_d
     ("more", "method", "message"),
     [
         ([], "sft", "`sft` is not a method; choose one of kto, dpo"),
-        (["--rounds", "0"], "kto", "`--rounds 0` counts"),
+        (["--rounds", "0"], "kto", "`--rounds 0` must be at least 1"),
         (["--samples_per_prompt", "1"], "dpo", "compares samples of the same prompt"),
         (["--use_peft"], "kto", "Pass `--reference first`"),
         (["--save_only_model", "true"], "kto", "cannot be used with rounds"),
@@ -304,7 +304,7 @@ def blocks(page, language):
 
 def commands(page):
     """The words of each command line of a page, in order."""
-    return [line.split() for block in blocks(page, "bash") for line in block.splitlines()]
+    return [line.partition(" #")[0].split() for block in blocks(page, "bash") for line in block.splitlines()]
 
 
 def run_halos_trl(words):
@@ -364,13 +364,14 @@ def test_commands_for_halos_users_run(files, tmp_path, monkeypatch):
 def test_commands_of_the_pages_run(files, tmp_path, monkeypatch):
     """Each command of docs/command.md and docs/rounds.md as it stands there, on a tiny model."""
     found = [words[1:] for page in ("command", "rounds") for words in commands(page) if words[:1] == ["halos-trl"]]
-    assert {words[0] for words in found} == {"sample", "label", "train", "rounds", "merge"}
+    assert {words[0] for words in found} == {"sample", "label", "train", "rounds", "merge", "plan", "report"}
     monkeypatch.chdir(tmp_path)
     shutil.copytree(files / "tiny", "MODEL")
     shutil.copy(files / "prompts.jsonl", ".")
     Path("rewards.py").write_text("def score(completion, number):\n    return float(len(completion) + number)\n")
     lora = ["--use_peft", "--lora_target_modules", "q_proj", "v_proj"]
     assert train(files, "kto", "unpaired.jsonl", "policy-lora", *lora) == 0
+    assert train(files, "kto", "unpaired.jsonl", "policy-humanline", "--humanline", "true") == 0
     for words in found:
         run_halos_trl(words)
     for output in (
@@ -380,6 +381,8 @@ def test_commands_of_the_pages_run(files, tmp_path, monkeypatch):
         "run/round-01/policy",
         "run-dpo/rounds.csv",
         "policy-merged",
+        "policy/report.html",
+        "policy/comparison.html",
     ):
         assert Path(output).exists()
 
