@@ -11,8 +11,10 @@ for the same stream of prompts. Accuracy is the share of right samples (temperat
 seen. Each arm of each method has nine trials on seed 100, each two passes long: five learning rates from 3e-6 to 3e-4
 with the first settings, then four changes of one setting each at the best of these rates. The trial with the highest
 accuracy on 400 prompts of a split used for nothing else, averaged over the evaluations after one and two passes, gives
-the arm's settings. These run on seeds 0 to 4, four passes long. A seed decides the model, the feedback and the order
-of training. Every run appends one JSON line to the results; runs that are in the file are not repeated.
+the arm's settings. A second offline humanline arm has nine trials of its own around a period of 32 steps; the
+ablations change its settings. The chosen settings run on seeds 0 to 4, four passes long. A seed decides the model, the
+feedback and the order of training. Every run appends one JSON line to the results; runs that are in the file are not
+repeated.
 """
 
 import argparse
@@ -37,7 +39,8 @@ ROWS, BATCH, ROUND = 1024, 32, 16  # rows of a pass, rows of a step, steps betwe
 PASS = ROWS // BATCH
 TUNING_SEED, SEEDS = 100, range(5)
 NEVER = 10**6
-ARMS = ("offline", "offline humanline", "online", "online humanline")
+LONG = "offline humanline, sync 32"
+ARMS = ("offline", "offline humanline", LONG, "online", "online humanline")
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 FIRST = {
     "dpo": {"beta": 1.0},
@@ -55,6 +58,7 @@ HUMANLINE = [
     {"max_grad_norm": 0.1}, {"humanline_sync_steps": 1}, {"humanline_sync_steps": 32},
     {"log_epsilon_p": -3.0, "log_epsilon_r": 4.5},
 ]  # fmt: skip
+LONG_PERIODS = [{"humanline_sync_steps": 64}, {"humanline_sync_steps": 128}]
 CLASSES = {
     "dpo": (halos_trl.DPOTrainer, halos_trl.DPOConfig),
     "kto": (halos_trl.KTOTrainer, halos_trl.KTOConfig),
@@ -64,10 +68,13 @@ CLASSES = {
 
 def first_settings(method, arm):
     settings = FIRST[method] | {"max_grad_norm": 1.0}
-    return settings | {"humanline": True, "humanline_sync_steps": 8} if "humanline" in arm else settings
+    period = {"humanline": True, "humanline_sync_steps": 32 if arm == LONG else 8}
+    return settings | period if "humanline" in arm else settings
 
 
 def changes(method, arm):
+    if arm == LONG:
+        return [change for change in HUMANLINE if "humanline_sync_steps" not in change] + LONG_PERIODS
     return HUMANLINE if "humanline" in arm else PLAIN + CHANGES[method]
 
 
@@ -238,16 +245,16 @@ def study(results, tasks, methods, arms):
 
 
 def ablations(results, task, methods, seeds):
-    """Changes of the tuned offline humanline arm, and both offline arms on another model's feedback."""
+    """Changes of the tuned humanline arm with a long period, and it and plain offline on another model's feedback."""
     for method in methods:
-        settings = tuned(results, task, method, "offline humanline")
+        settings = tuned(results, task, method, LONG)
         variants = {
             "clamp without sync": settings | {"humanline_sync_steps": NEVER},
             "sync without clamp": settings | {"log_epsilon_p": -1e4, "log_epsilon_r": 1e4},
         } | {f"sync every {n}": settings | {"humanline_sync_steps": n} for n in (1, 4, 16, 64)}
         for (name, changed), seed in itertools.product(variants.items(), seeds):
-            results.get(name, task, method, "offline humanline", seed, changed, 4, "test")
-        for arm, seed in itertools.product(("offline", "offline humanline"), seeds):
+            results.get(name, task, method, LONG, seed, changed, 4, "test")
+        for arm, seed in itertools.product(("offline", LONG), seeds):
             own = tuned(results, task, method, arm)
             results.get("another model's feedback", task, method, arm, seed, own, 4, "test", source_seed=seed + 1)
 

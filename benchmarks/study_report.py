@@ -10,8 +10,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-ARMS = ("offline", "offline humanline", "online", "online humanline")
-COLOURS = {"offline": "#c44e52", "offline humanline": "#dd8452", "online": "#4c72b0", "online humanline": "#55a868"}
+COLOURS = {
+    "offline": "#c44e52", "offline humanline": "#dd8452", "offline humanline, sync 32": "#937860", "online": "#4c72b0",
+    "online humanline": "#55a868",
+}  # fmt: skip
+ARMS = tuple(COLOURS)
+LONG = "offline humanline, sync 32"
 METHODS = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO"}
 PASSES = ("1", "2", "4")
 # the 97.5 % point of Student's t, by degrees of freedom
@@ -76,7 +80,9 @@ def accuracy_table(lines):
 
 COMPARED = (
     ("offline humanline", "offline", "offline: humanline − plain"),
+    ("offline humanline, sync 32", "offline", "offline: humanline, sync 32 − plain"),
     ("online", "offline humanline", "online plain − offline humanline"),
+    ("online", "offline humanline, sync 32", "online plain − offline humanline, sync 32"),
     ("online", "offline", "online plain − offline plain"),
     ("online humanline", "online", "online: humanline − plain"),
 )
@@ -134,11 +140,11 @@ ABLATIONS = (
 
 def ablation_table(lines):
     rows = [
-        "| task | method | change of offline humanline | 1 pass | 2 passes | 4 passes | minus the tuned arm | seeds |",
+        "| task | method | change | 1 pass | 2 passes | 4 passes | minus the tuned arm | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task, method in cells(lines):
-        base = {"task": task, "method": method, "arm": "offline humanline"}
+        base = {"task": task, "method": method, "arm": LONG}
         if not any(line["stage"] in ABLATIONS and line["method"] == method and line["task"] == task for line in lines):
             continue
         for stage in ("test", *ABLATIONS):
@@ -159,7 +165,7 @@ def feedback_table(lines):
     ]
     stage = "another model's feedback"
     for task, method in cells(lines):
-        for arm in ARMS[:2]:
+        for arm in ("offline", LONG):
             own = {"task": task, "method": method, "arm": arm}
             other = accuracies(lines, "1", stage=stage, **own)
             for name, which in (("the model itself", "test"), ("another model", stage)):
@@ -256,7 +262,7 @@ def curves_picture(lines, task, method, path):
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step")
         for i, stage in enumerate(chosen):
-            wanted = (stage, task, method, "offline humanline")
+            wanted = (stage, task, method, LONG)
             runs = [
                 line["curves"].get(name) for line in lines
                 if (line["stage"], line["task"], line["method"], line["arm"]) == wanted
