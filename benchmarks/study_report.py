@@ -179,7 +179,9 @@ def feedback_table(lines):
 
 
 def panels(rows, columns):
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.9 * rows), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.6 * columns, 2.9 * rows), squeeze=False, sharex=True, layout="constrained"
+    )
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -192,7 +194,7 @@ def accuracy_picture(lines, path):
     figure, axes = panels(len(tasks), len(METHODS))
     for row, task in zip(axes, tasks, strict=True):
         for axis, method in zip(row, METHODS, strict=True):
-            axis.set_title(f"{METHODS[method]}, {task} letters", fontsize=10)
+            axis.set_title(f"{METHODS[method]}, task {task}", fontsize=10)
             for shift, arm in enumerate(ARMS):
                 own = {"stage": "test", "task": task, "method": method, "arm": arm}
                 points = [
@@ -211,7 +213,7 @@ def accuracy_picture(lines, path):
     for row in axes:
         row[0].set_ylabel("accuracy, test prompts")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save(figure, path)
 
 
@@ -221,7 +223,7 @@ def tuning_picture(lines, path):
     figure, axes = panels(len(tasks), len(METHODS))
     for row, task in zip(axes, tasks, strict=True):
         for axis, method in zip(row, METHODS, strict=True):
-            axis.set_title(f"{METHODS[method]}, {task} letters", fontsize=10)
+            axis.set_title(f"{METHODS[method]}, task {task}", fontsize=10)
             axis.set_xscale("log")
             for arm in ARMS:
                 trials = [line for line in lines if line["stage"] == "tune" and
@@ -242,7 +244,7 @@ def tuning_picture(lines, path):
     for row in axes:
         row[0].set_ylabel("accuracy, tune prompts")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save(figure, path)
 
 
@@ -276,12 +278,13 @@ def curves_picture(lines, task, method, path):
                     linewidth=1.5, label="tuned" if stage == "test" else stage,
                 )  # fmt: skip
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=min(7, len(labels) or 1), frameon=False, fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(7, len(labels) or 1), frameon=False, fontsize=8
+    )
     save(figure, path)
 
 
 def save(figure, path):
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
