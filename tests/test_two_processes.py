@@ -35,6 +35,8 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(results, name, engine):
+    if (name, engine) == ("ppo, reward model", "zero3"):
+        pytest.skip("refused: no engine gathers a reward model that ZeRO-3 has split")
     one, two = results()[name], results(engine)[name]
     assert (one["processes"], two["processes"]) == (1, 2)
     torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ from ..data.tokens import RowTokenizer
 from ..forward.heads import read_wanted_scores
 from ..forward.packing import give_packing
 from ..forward.rewards import score_sequences
+from ..sharded import shape_of
 from .reward_head import refuse_random_head
 
 logger = get_logger(__name__)
@@ -32,7 +33,7 @@ class RewardModelScores:
     over the processes in contiguous runs, so that completions of the same prompt are batched together and share its
     tokens.
 
-    Raises ValueError for a model without a padding token, with a different number of labels, or with a random head.
+    Raises ValueError for a model that ZeRO-3 has split, without a padding token, with a different number of labels, or with a random head.
     """
 
     def __init__(
@@ -42,6 +43,11 @@ class RewardModelScores:
         if isinstance(model, str):
             raise ValueError(
                 f"`reward_model` is {model!r}; expected a model. Load it, e.g. with `halos_trl.load_reward_model`."
+            )
+        if any(shape_of(parameter) != parameter.shape for parameter in model.parameters()):
+            raise ValueError(
+                "The reward model is split over the processes by DeepSpeed ZeRO-3, and no engine gathers it to score the "
+                "rows. Score them before training (`halos-trl label --feedback scalar`), or launch with ZeRO-2."
             )
         if model.config.num_labels not in (1, 2):
             raise ValueError(
