@@ -33,7 +33,8 @@ class RewardModelScores:
     over the processes in contiguous runs, so that completions of the same prompt are batched together and share its
     tokens.
 
-    Raises ValueError for a model that ZeRO-3 has split, without a padding token, with a different number of labels, or with a random head.
+    Raises ValueError for a model that ZeRO-3 has split, without a padding token, with a different number of labels, or
+    with a random head.
     """
 
     def __init__(
@@ -46,8 +47,8 @@ class RewardModelScores:
             )
         if any(shape_of(parameter) != parameter.shape for parameter in model.parameters()):
             raise ValueError(
-                "The reward model is split over the processes by DeepSpeed ZeRO-3, and no engine gathers it to score the "
-                "rows. Score them before training (`halos-trl label --feedback scalar`), or launch with ZeRO-2."
+                "The reward model is split over the processes by DeepSpeed ZeRO-3, and no engine gathers it to score "
+                "the rows. Score them before training (`halos-trl label --feedback scalar`), or launch with ZeRO-2."
             )
         if model.config.num_labels not in (1, 2):
             raise ValueError(
