@@ -89,7 +89,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_written_in_part(convert, tmp
     assert convert(broken, "out.jsonl", "--overwrite", "--format", "halos")[0] == 2
     assert len(read("out.jsonl")) == 2
     assert (
-        convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Choose another file.")
+        convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Name another file.")
     )
 
 
