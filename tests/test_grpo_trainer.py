@@ -133,9 +133,7 @@ def test_steps_that_stay_half_empty_are_reported(fit, said):
     """Groups of 5 in steps of 8: one group in each, 5/8 of the room; steps of 10 hold two."""
     data = scored(4, sizes=(5,))
     fit(data, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1)
-    assert re.search(
-        "62% .*takes 4 steps, although 3 would .*multiple of the usual", said()
-    )
+    assert re.search("62% .*takes 4 steps, although 3 would .*multiple of the usual", said())
 
 
 @pytest.mark.parametrize(("rows", "size"), [(20, 10), (5, 8), (20, 3)])
