@@ -303,7 +303,7 @@ def test_another_number_of_processes_is_refused_under_deepspeed(run_of):
 def test_another_size_of_a_step_is_said(run_of, said):
     folder, _ = run_of("DPO")
     make("DPO", folder, per_device_train_batch_size=4).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    assert "held 8 examples, and one of this run holds 4" in said()
+    assert "had 8 examples, and one of this run has 4" in said()
 
 
 @pytest.mark.slow

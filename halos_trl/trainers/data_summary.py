@@ -1,7 +1,8 @@
-"""A run's data in numbers: rows, lengths, balance, what was dropped or cut, what evaluation and training share."""
+"""Statistics of a run's data: rows, lengths, label balance, dropped and truncated rows, overlap of the splits."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ _BATCH = 10_000
 
 
 def data_summary(trainer: Any) -> dict[str, Any]:
-    """Of the trainer's prepared datasets.
+    """Statistics of the trainer's prepared datasets.
 
     `train` and each evaluation set: `rows`; `lengths` in tokens, quantiles by column; `labels` and `scores` where the
     rows have them; `prompts`, the number of different ones; `notes` on rows that were dropped or cut, with their
@@ -55,7 +56,7 @@ def _summary(data: Any, notes: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
-    """Minimum, 10 %, median, 90 %, maximum and mean; nothing of no values."""
+    """Minimum, 10 %, median, 90 %, maximum and mean; empty if there are no values."""
     if not len(values):
         return {}
     found = {name: float(np.quantile(values, q)) for name, q in QUANTILES.items()}
@@ -89,16 +90,17 @@ def _lengths(data: Dataset, name: str) -> np.ndarray:
 
 
 def _keys(data: Dataset, columns: list[str]) -> Iterator[bytes]:
-    """The token ids of each row, as bytes."""
+    """A digest of each row's token ids, since sets of the ids themselves would take gigabytes for a million rows."""
     for table in _tables(data, columns):
         lists = [_list_column(table, name) for name in columns]
         for i in range(len(table)):
-            yield b"|".join(values[offsets[i] : offsets[i + 1]].tobytes() for offsets, values in lists)
+            ids = b"|".join(values[offsets[i] : offsets[i + 1]].tobytes() for offsets, values in lists)
+            yield hashlib.blake2b(ids, digest_size=16).digest()
 
 
 def _list_column(table: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the lists of a column begin and end, and the values of all."""
-    # Functions that take lists of any kind: a user's tokenized rows may have a fixed length.
+    """Offsets of the lists of a column, and their concatenated values."""
+    # These functions accept every list type: tokenized rows of a user may be lists of a fixed length.
     lengths = pc.list_value_length(table[name]).to_numpy()
     return np.append(0, np.cumsum(lengths)), pc.list_flatten(table[name]).to_numpy().astype(np.int64)
 

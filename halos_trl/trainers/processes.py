@@ -1,4 +1,4 @@
-"""A run that goes on with another number of processes, or with steps of another size, than its checkpoint."""
+"""Checks of a resumed run whose number of processes or step size differs from that of its checkpoint."""
 
 from __future__ import annotations
 
@@ -14,47 +14,48 @@ from transformers.trainer import TRAINER_STATE_NAME
 logger = get_logger(__name__)
 
 _STEP = "halos_trl.step"
-"""Under this name the trainer state of a checkpoint holds the number of examples of an optimizer step."""
+"""Key of the trainer state of a checkpoint for the number of examples per optimizer step."""
 
 
 def write_step_size(args: Any, state: TrainerState) -> None:
-    """Note the size of a step in the trainer state, which goes into each checkpoint."""
+    """Store the step size in the trainer state, which is part of each checkpoint."""
     state.stateful_callbacks[_STEP] = {"args": {"examples": examples_per_step(args)}, "attributes": {}}
 
 
 def examples_per_step(args: Any) -> int:
-    """Examples of an optimizer step, over all micro-batches and processes."""
+    """Examples per optimizer step, over all micro-batches and processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def check_processes(folder: Path, args: Any, *, deepspeed: bool) -> None:
-    """Refuse a checkpoint that this number of processes cannot go on from, and say what another number changes.
+    """Warn if the number of processes or the step size differs from that of the checkpoint.
 
-    Raises ValueError under DeepSpeed, whose optimizer state lies in one file for each process.
+    Raises ValueError for a different number of processes under DeepSpeed, which stores one part of the optimizer state
+    per process.
     """
     before, now = _processes_of(folder), args.world_size
     if before != now and deepspeed:
         raise ValueError(
             f"{folder} was written by {before} processes under DeepSpeed, and this run has {now}. The optimizer state "
-            "of ZeRO lies in one part for each process and cannot be divided anew. Resume with "
+            "of ZeRO is stored in one part per process and cannot be redistributed. Resume with "
             f"`--num_processes {before}`, or pass the folder as `model` to start a new run from its weights."
         )
     if before != now:
         logger.warning(
-            f"{folder} was written by {before} processes, and this run has {now}. It goes on with the weights, the "
-            "optimizer, the reference and the place in the data; only random numbers, e.g. of dropout, are others."
+            f"{folder} was written by {before} processes, and this run has {now}. Weights, optimizer, "
+            "reference and position in the data are restored; only random numbers, such as those of dropout, differ."
         )
     step, size = _step_size_of(folder), examples_per_step(args)
     if step not in (None, size):
         logger.warning(
-            f"An optimizer step of {folder} held {step} examples, and one of this run holds {size}. The place in the "
-            "data is counted in steps, so that some rows of this epoch are repeated or left out. To go on exactly, "
-            "keep the product of `per_device_train_batch_size`, `gradient_accumulation_steps` and processes."
+            f"An optimizer step of {folder} had {step} examples, and one of this run has {size}. The position in the "
+            "data is counted in steps, so some rows of this epoch are repeated or skipped. To resume exactly, keep "
+            "the product of `per_device_train_batch_size`, `gradient_accumulation_steps` and processes."
         )
 
 
 def missing_random_state(folder: Path) -> str | None:
-    """What is wrong with the files of random numbers, one for each process; None where nothing is."""
+    """Which file of a random state is missing, of one per process; None if none is."""
     names = {path.name for path in folder.glob("rng_state*.pth")}
     if "rng_state.pth" in names:
         return None

@@ -1,6 +1,6 @@
-"""What a run leaves in its output directory beside the model: its settings, its data in numbers, its log lines.
+"""Files that a run writes to its output directory besides the model: settings, statistics of the data, log lines.
 
-`halos-trl report` reads these files. They hold numbers and settings, no texts of the data and no access tokens.
+`halos-trl report` reads them. They contain numbers and settings, but no texts of the data and no access tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEFT_OUT = (
     *("output_dir", "run_name", "logging_dir", "hub_token", "push_to_hub_token", "local_rank"),
     *("debug", "disable_tqdm", "dataloader_pin_memory"),
 )
-"""Settings that say where a run is and how it is shown, not what it does."""
+"""Settings that only concern where a run is stored and how it is displayed."""
 
 
 class RunFiles(TrainerCallback):
@@ -83,7 +83,7 @@ class RunFiles(TrainerCallback):
 
 @contextlib.contextmanager
 def recorded(trainer: TrainingRun) -> Iterator[None]:
-    """Write into `run_summary.json` how the training inside ended: finished, or failed and with which error."""
+    """Record in `run_summary.json` whether the training inside finished, or the error with which it failed."""
     try:
         yield
     except BaseException as error:
@@ -126,7 +126,7 @@ def run_summary(trainer: TrainingRun) -> dict[str, Any]:
 
 
 def _changed(args: Any) -> set[str]:
-    """Names of the settings that differ from their defaults, as far as those are values."""
+    """Names of the settings that differ from their defaults."""
     found = set()
     for field in dataclasses.fields(args):
         default = field.default
@@ -140,11 +140,11 @@ def _changed(args: Any) -> set[str]:
 
 
 _FILLED_IN = ("bf16", "accelerator_config", "eval_steps", "data_seed", "model_init_kwargs", "fsdp_config")
-"""Settings whose default is None and which transformers gives a value."""
+"""Settings whose default is None and which transformers fills in."""
 
 
 def _kept_lines(path: Path, state: Any) -> list[dict[str, Any]]:
-    """The log lines before the run's first step: none, or of a resumed run those up to its checkpoint."""
+    """Log lines from before this run: those up to the checkpoint if it was resumed, otherwise none."""
     if not state.global_step:
         return []
     lines = [line for line in read_lines(path) if line.get("step", 0) <= state.global_step]
@@ -152,7 +152,7 @@ def _kept_lines(path: Path, state: Any) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; none where there is no file. A line that is not whole ends it."""
+    """The objects of a JSON Lines file, up to the first incomplete line; none if the file does not exist."""
     found: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_text("utf-8", errors="replace").splitlines():
@@ -164,7 +164,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class _Clock:
-    """Seconds of training: from the start to the last log line, without what was skipped."""
+    """Seconds of training, without the parts that were skipped."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self._since = seconds, time.monotonic()
@@ -206,7 +206,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str, mode: str = "w") -> None:
-    """Nothing that a run needs: where it cannot be written, training goes on."""
+    """Write a file that training does not depend on; failing to write it only gives a warning."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open(mode, encoding="utf-8") as file:
