@@ -46,6 +46,13 @@ def accuracies(lines, at, **wanted):
     return found
 
 
+def runs_of(lines, stage, task, method, arm):
+    return [
+        line for line in lines
+        if (line["stage"], line["task"], line["method"], line["arm"]) == (stage, task, method, arm)
+    ]  # fmt: skip
+
+
 def differences(first, second):
     return [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
 
@@ -67,9 +74,7 @@ def accuracy_table(lines):
             by_pass = [list(accuracies(lines, at, **own).values()) for at in ("0", *PASSES)]
             if not by_pass[0]:
                 continue
-            sampled = [
-                line["samples"] for line in lines if all(line[k] == v for k, v in own.items()) and "samples" in line
-            ]
+            sampled = [line["samples"] for line in runs_of(lines, **own) if "samples" in line]
             rows.append(
                 f"| {task} | {METHODS[method]} | {arm} | {statistics.mean(by_pass[0]):.3f} | "
                 + " | ".join(shown(values) for values in by_pass[1:])
@@ -110,10 +115,8 @@ def settings_table(lines):
     ]
     for task, method in cells(lines):
         for arm in ARMS:
-            final = [line for line in lines if line["stage"] == "test" and
-                     (line["task"], line["method"], line["arm"]) == (task, method, arm)]  # fmt: skip
-            trials = [line for line in lines if line["stage"] == "tune" and
-                      (line["task"], line["method"], line["arm"]) == (task, method, arm)]  # fmt: skip
+            final = runs_of(lines, "test", task, method, arm)
+            trials = runs_of(lines, "tune", task, method, arm)
             if not final:
                 continue
             settings = final[0]["settings"]
@@ -226,10 +229,8 @@ def tuning_picture(lines, path):
             axis.set_title(f"{METHODS[method]}, task {task}", fontsize=10)
             axis.set_xscale("log")
             for arm in ARMS:
-                trials = [line for line in lines if line["stage"] == "tune" and
-                          (line["task"], line["method"], line["arm"]) == (task, method, arm)]  # fmt: skip
                 by_rate = {}
-                for line in trials:
+                for line in runs_of(lines, "tune", task, method, arm):
                     # the first trial at a rate is the one with the first settings
                     by_rate.setdefault(line["settings"]["learning_rate"], tune_score(line))
                 if by_rate:
@@ -264,11 +265,7 @@ def curves_picture(lines, task, method, path):
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("step")
         for i, stage in enumerate(chosen):
-            wanted = (stage, task, method, LONG)
-            runs = [
-                line["curves"].get(name) for line in lines
-                if (line["stage"], line["task"], line["method"], line["arm"]) == wanted
-            ]  # fmt: skip
+            runs = [line["curves"].get(name) for line in runs_of(lines, stage, task, method, LONG)]
             runs = [run for run in runs if run]
             if runs:
                 steps = [step for step, _ in min(runs, key=len)]
