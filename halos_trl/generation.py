@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from ._trl import unwrapped_for_generation
 from .data.prompts import unique_prompts
+from .run_folder import GENERATIONS, read_lines
 from .sampling import SamplingSettings, TransformersSampler, samples
 from .scoring.function import FunctionScorer
 from .scoring.samples import Sample
@@ -33,44 +34,41 @@ from .trainers.run import TrainingRun
 
 logger = get_logger(__name__)
 
-GENERATIONS = "_generations.jsonl"
-"""In `output_dir`. `push_to_hub` leaves files out whose names begin with an underscore."""
-
 Row = dict[str, Any]
 
 _OF_TRAINING = (
     *("prompt_ids", "completion_ids", "chosen_ids", "rejected_ids", "completion_mask", "chosen_mask", "rejected_mask"),
     *("prompt_mask", "KL_mask", "advantage", "prompt_group", "ref_logps", "ref_chosen_logps", "ref_rejected_logps"),
 )
-"""Columns that the trainer made."""
+"""Columns added by the trainer."""
 
 
 class GenerationCallback(TrainerCallback):
-    """Samples completions at each evaluation, scores them, and compares them with those of the start.
+    """Samples completions at each evaluation, scores them, and compares them with those from before training.
 
     Parameters:
         trainer: A trainer of this package that trains a language model.
-        reward: What scores a completion: `module:function` or `file.py:function`, a function with a parameter
+        reward: Scores a completion: `module:function` or `file.py:function`, a function with a parameter
             `completion` (and `prompt`, or columns of the rows), or a scorer such as
             `halos_trl.scoring.reward_model.RewardModelScorer`. Higher is better.
         prompts: Rows with a `prompt` (a text or turns); by default those of the trainer's evaluation set, of the first
             one where there are several. Equal prompts count once.
-        num_prompts: Take the first so many; by default all.
-        sampling: How completions are drawn; one for each prompt. By default at most 256 tokens, and otherwise the
-            defaults of `SamplingSettings`, in batches of `per_device_eval_batch_size`.
+        num_prompts: Maximum number of prompts; the first ones are used. By default all.
+        sampling: Settings of the sampler, which draws one completion per prompt. By default at most 256 tokens, and
+            otherwise the defaults of `SamplingSettings`, in batches of `per_device_eval_batch_size`.
 
     Before the first step, and at each evaluation whose metrics begin with `eval` (with several evaluation sets: at
     the first one), every process samples its share of the prompts with the policy as it is. The main process scores
     them and writes `_generations.jsonl`. Metrics: `eval_generation_score`, the mean score; `eval_win_rate`, the share
-    of prompts whose score is above that of the start's sample, where a tie counts half; `eval_generation_length`, the
-    mean number of tokens. A completion that the reward leaves without a score (None) counts in neither of the first
-    two. The completions are logged as a table to W&B and Trackio where they are on.
+    of prompts whose score is above that of the sample from before training, where a tie counts half;
+    `eval_generation_length`, the mean number of tokens. A completion without a score (the reward returned None) is
+    left out of the first two. The completions are logged as a table to W&B and Trackio if these are enabled.
 
-    Every evaluation draws with the same seeds, and the random state of the run is left as it was, so that it ends with
-    the same weights as without the callback. A resumed run takes the samples of the start from the file.
+    Every evaluation uses the same seeds, and the random state of the run is restored, so the run ends with the same
+    weights as without the callback. A resumed run reads the samples from before training from the file.
 
-    Raises ValueError where there are no prompts, for a trainer that samples on its own or trains no language model,
-    and for a reward that cannot be called.
+    Raises ValueError if there are no prompts, if the trainer samples on its own or does not train a language model, or
+    if the reward cannot be called.
     """
 
     def __init__(
@@ -100,10 +98,10 @@ class GenerationCallback(TrainerCallback):
     # -- where the trainer calls ---------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Samples of the start: made, or of a resumed run read."""
+        """Sample before the first step; a resumed run reads these samples instead."""
         lines: list[Row] = []
         if state.global_step and state.is_world_process_zero:
-            lines = [line for line in _read_lines(self.file) if line.get("step", 0) <= state.global_step]
+            lines = [line for line in read_lines(self.file) if line.get("step", 0) <= state.global_step]
         start = _scores_of([line for line in lines if line.get("step") == 0], self.rows)
         found = broadcast_object_list([start])[0]
         if state.is_world_process_zero:
@@ -111,16 +109,16 @@ class GenerationCallback(TrainerCallback):
         if found is None:
             if state.global_step:
                 logger.warning(
-                    f"{self.file} does not hold the samples of the start for these prompts, so `eval_win_rate` "
-                    f"compares with step {state.global_step}, from which this run goes on."
+                    f"{self.file} does not contain samples of these prompts from before training, so `eval_win_rate` "
+                    f"compares with step {state.global_step}, from which this run resumes."
                 )
             made = self._sampled(state.global_step)
             found = made and [line["score"] for line in made]
         self._start = found
 
     def evaluation_metrics(self, prefix: str) -> dict[str, float]:
-        """The metrics of an evaluation whose names begin with `prefix`; nothing for one that is not the first of
-        several, or a prediction. Every process has to call this.
+        """The metrics of an evaluation whose metrics begin with `prefix`; empty for a prediction, and for all but the
+        first of several evaluation sets. All processes must call this.
         """
         sets = self.trainer.eval_dataset
         later = [f"eval_{name}" for name in list(sets)[1:]] if isinstance(sets, dict) else []
@@ -156,7 +154,7 @@ class GenerationCallback(TrainerCallback):
         return lines
 
     def _completions(self) -> list[Any]:
-        """A completion for each prompt, in order. Every process makes as many, since sharded models run in step."""
+        """A completion for each prompt, in order. All processes sample equally many, as sharded models require."""
         accelerator = self.trainer.accelerator
         processes, own = accelerator.num_processes, accelerator.process_index
         share = -(-len(self.rows) // processes)
@@ -206,11 +204,11 @@ def _win(now: float, then: float) -> float:
 def _refuse_other_trainers(trainer: Any) -> None:
     if not isinstance(trainer, TrainingRun):
         raise ValueError(
-            f"{type(trainer).__name__} is no offline trainer of this package. TRL's online trainers sample and score "
-            "completions at each evaluation themselves."
+            f"{type(trainer).__name__} is not an offline trainer of this package. TRL's online trainers sample and "
+            "score completions at each evaluation themselves."
         )
     if not getattr(trainer.model, "can_generate", lambda: False)():
-        raise ValueError(f"{type(trainer).__name__} trains a model that writes no completions.")
+        raise ValueError(f"{type(trainer).__name__} trains a model that cannot generate completions.")
 
 
 def _scorer(reward: Any) -> Any:
@@ -221,7 +219,7 @@ def _scorer(reward: Any) -> Any:
 
 def _fixed_prompts(trainer: Any, prompts: Iterable[Row] | None, number: int | None) -> list[Row]:
     if number is not None and number < 1:
-        raise ValueError(f"`num_prompts` is {number}; it counts and has to be at least 1.")
+        raise ValueError(f"`num_prompts` must be at least 1, got {number}.")
     data = trainer.eval_dataset if prompts is None else prompts
     if data is None:
         raise ValueError("The trainer has no evaluation set to take prompts from. Pass `prompts`.")
@@ -240,7 +238,7 @@ def _fixed_prompts(trainer: Any, prompts: Iterable[Row] | None, number: int | No
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Leave the generators of Python, NumPy and torch as they are."""
+    """Restore the random state of Python, NumPy and torch afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -260,16 +258,6 @@ def _scores_of(lines: Sequence[Row], rows: Sequence[Row]) -> list[float | None] 
     return [found[key] for key in keys] if all(key in found for key in keys) else None
 
 
-def _read_lines(path: Path) -> list[Row]:
-    found: list[Row] = []
-    for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            break  # cut when the run was killed
-    return found
-
-
 def _write(path: Path, lines: Sequence[Row], mode: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open(mode, encoding="utf-8") as file:
@@ -277,7 +265,7 @@ def _write(path: Path, lines: Sequence[Row], mode: str) -> None:
 
 
 def _log_table(lines: Sequence[Row], report_to: Sequence[str]) -> None:
-    """The completions of an evaluation as a table, where a tracker that shows tables is on."""
+    """Log the completions of an evaluation as a table to W&B and Trackio, if they are enabled."""
     columns: list[Any] = ["step", "prompt", "completion", "score"]
     values = [[str(line[name]) if name == "prompt" else line[name] for name in columns] for line in lines]
     if "wandb" in report_to:
@@ -293,4 +281,4 @@ def _log_table(lines: Sequence[Row], report_to: Sequence[str]) -> None:
         trackio.log({"generations": trackio.Table(dataframe=pandas.DataFrame(values, columns=columns))})
 
 
-__all__ = ["GENERATIONS", "GenerationCallback"]
+__all__ = ["GenerationCallback"]

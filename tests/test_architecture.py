@@ -33,6 +33,7 @@ MAY_IMPORT = MATHEMATICS | {
     "configs": {"humanline", "_trl"},
     "model_card": {"_trl"},
     "trainers": {
+        "run_folder",
         *MATHEMATICS,
         "data",
         "sharded",
@@ -51,9 +52,10 @@ MAY_IMPORT = MATHEMATICS | {
     "spelling": set(),
     "memory": set(),
     "sampling": {"data"},
-    "report": set(),
+    "run_folder": set(),
+    "report": {"run_folder"},
     "pictures_callback": {"report"},
-    "generation": {"sampling", "scoring", "data", "_trl", "trainers"},
+    "generation": {"sampling", "scoring", "data", "_trl", "run_folder", "trainers"},
     "cli": {
         "pictures_callback",
         "generation",

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..run_folder import DATA_SUMMARY, GENERATIONS, RUN_SUMMARY, TRAIN_LOG, read_lines
+
 Row = dict[str, Any]
 
-TRAIN_LOG, TRAINER_STATE, GENERATIONS = "train_log.jsonl", "trainer_state.json", "_generations.jsonl"
+TRAINER_STATE = "trainer_state.json"
 
 
 class Series(NamedTuple):
@@ -85,7 +87,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"{folder} is {'no folder' if path.exists() else 'not there'}. Name a run's `output_dir`.")
-    summary, notes = _read_json(path / "run_summary.json"), []
+    summary, notes = _read_json(path / RUN_SUMMARY), []
     history, note = _history(path)
     if history is None:
         raise ValueError(_why_no_run(path, summary))
@@ -97,7 +99,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     notes += [note] if note else []
     notes += _status_notes(summary)
     lines = read_lines(path / GENERATIONS)
-    return Run(name or path.resolve().name, history, summary, _read_json(path / "data_summary.json"), lines, notes)
+    return Run(name or path.resolve().name, history, summary, _read_json(path / DATA_SUMMARY), lines, notes)
 
 
 def _history(path: Path) -> tuple[list[Row] | None, str | None]:
@@ -157,19 +159,6 @@ def _status_notes(summary: Row) -> list[str]:
     return []
 
 
-def read_lines(path: Path) -> list[Row]:
-    """The objects of a JSON Lines file, empty if it does not exist. Stops at an incomplete line."""
-    found: list[Row] = []
-    if path.is_file():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                break
-            found += [value] if isinstance(value, dict) else []
-    return found
-
-
 def _read_json(path: Path) -> Row:
     """Read a JSON object from a file. Raises ValueError, naming the file, if it contains anything else."""
     if not path.is_file():
@@ -183,4 +172,4 @@ def _read_json(path: Path) -> Row:
     return value
 
 
-__all__ = ["GENERATIONS", "Run", "Series", "read_lines", "read_run", "read_runs"]
+__all__ = ["Run", "Series", "read_run", "read_runs"]

@@ -21,6 +21,7 @@ from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from .. import model_card
+from ..run_folder import DATA_SUMMARY, RUN_SUMMARY, TRAIN_LOG, read_lines
 from ..sharded import shape_of
 from .data_summary import data_summary
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from .run import TrainingRun
 
 logger = get_logger(__name__)
-
-RUN_SUMMARY, DATA_SUMMARY, TRAIN_LOG = "run_summary.json", "data_summary.json", "train_log.jsonl"
 
 _LEFT_OUT = (
     *("output_dir", "run_name", "logging_dir", "hub_token", "push_to_hub_token", "local_rank"),
@@ -151,18 +150,6 @@ def _kept_lines(path: Path, state: Any) -> list[dict[str, Any]]:
     return lines if len(lines) >= len(state.log_history) else list(state.log_history)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file, up to the first incomplete line; none if the file does not exist."""
-    found: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text("utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                break
-    return found
-
-
 class _Clock:
     """Seconds of training, without the parts that were skipped."""
 
@@ -215,4 +202,4 @@ def _write(path: Path, text: str, mode: str = "w") -> None:
         logger.warning_once(f"{path} cannot be written ({error.strerror}), so `halos-trl report` will lack it.")
 
 
-__all__ = ["DATA_SUMMARY", "RUN_SUMMARY", "TRAIN_LOG", "RunFiles", "recorded", "run_summary"]
+__all__ = ["RunFiles", "recorded", "run_summary"]
