@@ -168,7 +168,7 @@ def load(folder, name, rows, for_, **options):
 
 def test_the_page_has_every_name_with_its_hub_id_and_splits():
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `([\w/.-]+)`[^|]* \| ([\w, ]+) \|", page, flags=re.M)
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| `([\w.-]+/[\w.-]+)`[^|]* \| ([\w, ]+) \|", page, flags=re.M)
     found = {name: (hub, splits) for names, hub, splits in rows for name in re.findall(r"`(\w+)`", names)}
     assert {name: (hub, set(splits.split(", "))) for name, (hub, splits) in found.items()} == {
         name: (source.hub_id, set(source.splits)) for name, source in NAMED.items()
