@@ -3,7 +3,7 @@
     python examples/custom_method.py                           # embedded default: no network
 
 This one is a simplified KTO. Its reference point is not an estimate over mismatched prompts and completions, but the
-mean log-ratio of the other side of the micro-batch.
+mean log-ratio of the rows with the other label in the micro-batch.
 """
 
 import torch
@@ -15,7 +15,7 @@ from halos_trl.records import LossOutput, UnpairedLogps
 
 
 class DummyKTOTrainer(UnpairedPreferenceTrainer):
-    """Gains of desirable rows over the undesirable mean go up, those of undesirable rows over the other mean down."""
+    """Compares log-ratios of desirable rows with the mean of the undesirable rows, and vice versa."""
 
     takes_humanline = True  # `log_ratios` clamps
 
@@ -34,7 +34,7 @@ class DummyKTOTrainer(UnpairedPreferenceTrainer):
 
 
 def mean_or_zero(ratios: torch.Tensor) -> torch.Tensor:
-    """The mean, at least 0; 0 for a micro-batch without rows of this side."""
+    """The mean, at least 0; 0 for a micro-batch without rows of this label."""
     return (ratios.sum() / max(len(ratios), 1)).clamp(min=0)
 
 

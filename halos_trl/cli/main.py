@@ -23,7 +23,7 @@ COMMANDS = {
 HELP = """\
 usage: halos-trl COMMAND [--config FILE.yaml] [--flag value ...]
 
-The HALOs loop: sample from a model, label the samples, train on the feedback.
+Sample from a model, label the samples, train on the feedback.
 
 {commands}
 
