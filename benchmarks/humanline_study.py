@@ -20,28 +20,23 @@ repeated.
 import argparse
 import copy
 import itertools
-import json
 import tempfile
-import time
-import warnings
 from pathlib import Path
 
 import datasets
+import study_runs
 import torch
-from study_tasks import SAMPLES, TASKS, TOKENIZER, accuracy, feedback
-from transformers import PrinterCallback, TrainerCallback
-from transformers.utils import logging
+from study_runs import BATCH, GRADIENT_LIMITS, PASS, ROWS, SEEDS, Results
+from study_tasks import SAMPLES, TASKS, TOKENIZER, feedback
+from transformers import PrinterCallback
 
 import halos_trl
 
 RESULTS = Path(__file__).resolve().parent / "results" / "humanline_study.jsonl"
-ROWS, BATCH, ROUND = 1024, 32, 16  # rows of a pass, rows of a step, steps between two samplings
-PASS = ROWS // BATCH
-TUNING_SEED, SEEDS = 100, range(5)
+ROUND = 16  # steps between two samplings
 NEVER = 10**6
 LONG = "offline humanline, sync 32"
 ARMS = ("offline", "offline humanline", LONG, "online", "online humanline")
-RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 FIRST = {
     "dpo": {"beta": 1.0},
     "kto": {"beta": 0.1, "undesirable_weight": 0.3},
@@ -53,7 +48,6 @@ CHANGES = {
     "kto": [{"undesirable_weight": 1.0}, {"beta": 0.3}],
     "grpo": [{"beta": 0.0}, {"epsilon": 0.5, "epsilon_high": 2.0}],
 }
-PLAIN = [{"max_grad_norm": 0.1}, {"max_grad_norm": 10.0}]
 HUMANLINE = [
     {"max_grad_norm": 0.1}, {"humanline_sync_steps": 1}, {"humanline_sync_steps": 32},
     {"log_epsilon_p": -3.0, "log_epsilon_r": 4.5},
@@ -75,34 +69,15 @@ def first_settings(method, arm):
 def changes(method, arm):
     if arm == LONG:
         return [change for change in HUMANLINE if "humanline_sync_steps" not in change] + LONG_PERIODS
-    return HUMANLINE if "humanline" in arm else PLAIN + CHANGES[method]
-
-
-class Evaluation(TrainerCallback):
-    """Accuracy on a split after some of the steps, counted over all rounds."""
-
-    def __init__(self, task, split, seed, n, steps):
-        self.task, self.split, self.seed, self.n, self.steps = task, split, seed, n, steps
-        self.done, self.accuracy = 0, {}
-
-    def measure(self, model):
-        if self.done in self.steps:
-            self.accuracy[self.done // PASS] = accuracy(self.task, model, self.split, self.seed, self.n)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.done += 1
-        self.measure(model)
+    return HUMANLINE if "humanline" in arm else GRADIENT_LIMITS + CHANGES[method]
 
 
 def make_trainer(method, settings, model, reference, rows, steps, seed, folder, callback, optimizers):
     trainer, config = CLASSES[method]
     fixed = not settings.get("humanline")
     args = config(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=BATCH,
-        lr_scheduler_type="constant_with_warmup", warmup_steps=5, logging_steps=8, save_strategy="no",
-        report_to="none", disable_tqdm=True, use_cpu=True, seed=seed, bf16=False, packed="off",
-        precompute_ref_log_probs=fixed, **settings,
-    )  # fmt: skip
+        **study_runs.arguments(folder, steps, seed), packed="off", precompute_ref_log_probs=fixed, **settings
+    )
     made = trainer(
         model, reference, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=TOKENIZER,
         callbacks=[callback], optimizers=optimizers,
@@ -166,74 +141,15 @@ def online(task, method, settings, passes, seed, evaluation):
     return history, {"rows": read, "samples": drawn}
 
 
-CURVES = ("loss", "grad_norm", "logps/chosen", "logps/rejected", "entropy", "unclamped", "kl", "rewards/margins")
-
-
-def run(key, split, *, source_seed=None):
-    """One run; its line for the results."""
-    task, begun = TASKS[key["task"]], time.perf_counter()
-    passes = key["passes"]
-    steps = {0, PASS, 2 * PASS, 4 * PASS}
-    evaluation = Evaluation(task, split, key["seed"], 400 if split == "tune" else 1000, steps)
+def train(task, key, evaluation, *, source_seed=None):
     arm = online if key["arm"].startswith("online") else offline
     other = {} if source_seed is None else {"source_seed": source_seed}
-    try:
-        history, counts = arm(task, key["method"], key["settings"], passes, key["seed"], evaluation, **other)
-        failure = None
-    except (RuntimeError, FloatingPointError, ValueError) as error:  # a run that blows up is a result of its settings
-        history, counts, failure = [], {}, f"{type(error).__name__}: {error}"[:300]
-    curves = {
-        name: [[row["step"], round(float(row[name]), 5)] for row in history if name in row]
-        for name in CURVES if any(name in row for row in history)
-    }  # fmt: skip
-    return key | {
-        "split": split, "accuracy": evaluation.accuracy, "curves": curves, "failure": failure,
-        "seconds": round(time.perf_counter() - begun, 1), **counts,
-    }  # fmt: skip
-
-
-class Results:
-    """The lines of the file; a run is looked up by what decides it, and made if it is not there."""
-
-    def __init__(self, path):
-        self.path = path
-        self.lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def get(self, stage, task, method, arm, seed, settings, passes, split, **other):
-        key = {
-            "stage": stage, "task": task, "method": method, "arm": arm, "seed": seed, "settings": settings,
-            "passes": passes,
-        } | other  # fmt: skip
-        for line in self.lines:
-            if all(line.get(name) == value for name, value in key.items()) and line["split"] == split:
-                return line
-        line = json.loads(json.dumps(run(key, split, **other)))
-        print(
-            {name: line[name] for name in ("task", "method", "arm", "seed", "settings", "accuracy", "seconds")},
-            flush=True,
-        )
-        self.lines.append(line)
-        self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        return line
-
-
-def score(line):
-    """What the trials are compared by: accuracy after one and two passes, averaged; 0 for a run that failed."""
-    return sum(line["accuracy"].get(at, 0.0) for at in ("1", "2")) / 2
+    return arm(task, key["method"], key["settings"], key["passes"], key["seed"], evaluation, **other)
 
 
 def tuned(results, task, method, arm):
     """The settings of the best of the arm's nine trials."""
-
-    def trial(settings):
-        return score(results.get("tune", task, method, arm, TUNING_SEED, settings, 2, "tune"))
-
-    base = first_settings(method, arm)
-    candidates = [base | {"learning_rate": rate} for rate in RATES]
-    best = max(candidates, key=trial)
-    return max([best, *(best | change for change in changes(method, arm))], key=trial)
+    return study_runs.tuned(results, task, method, arm, first_settings(method, arm), changes(method, arm))
 
 
 def study(results, tasks, methods, arms):
@@ -268,11 +184,8 @@ def main():
     parser.add_argument("--ablation_seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
-    results = Results(options.results)
+    study_runs.quiet()
+    results = Results(options.results, train)
     if options.what == "run":
         study(results, options.tasks, options.methods, options.arms)
     elif options.what == "ablate":
