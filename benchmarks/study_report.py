@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from study_runs import score
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COLOURS = {
@@ -120,7 +121,7 @@ def settings_table(lines):
             if not final:
                 continue
             settings = final[0]["settings"]
-            best = [tune_score(line) for line in trials if line["settings"] == settings]
+            best = [score(line) for line in trials if line["settings"] == settings]
             others = ", ".join(
                 f"`{name}={value:g}`" for name, value in settings.items() if name not in ("learning_rate", "humanline")
             )
@@ -130,10 +131,6 @@ def settings_table(lines):
                 f"{best[0]:.3f} | {failed} of {len(trials)} |"
             )
     return rows
-
-
-def tune_score(line):
-    return (line["accuracy"].get("1", 0.0) + line["accuracy"].get("2", 0.0)) / 2
 
 
 ABLATIONS = (
@@ -232,7 +229,7 @@ def tuning_picture(lines, path):
                 by_rate = {}
                 for line in runs_of(lines, "tune", task, method, arm):
                     # the first trial at a rate is the one with the first settings
-                    by_rate.setdefault(line["settings"]["learning_rate"], tune_score(line))
+                    by_rate.setdefault(line["settings"]["learning_rate"], score(line))
                 if by_rate:
                     rates = sorted(by_rate)
                     axis.plot(
@@ -286,14 +283,15 @@ def save(figure, path):
     plt.close(figure)
 
 
-def fill(text, name, rows):
-    """`text` with the lines between the markers of `name` replaced."""
-    begin, end = f"<!-- {name}: written by benchmarks/humanline_study.py -->", f"<!-- /{name} -->"
+def fill(page, name, rows, script):
+    """Replaces the lines between the markers of `name` in the file `page`."""
+    begin, end = f"<!-- {name}: written by benchmarks/{script} -->", f"<!-- /{name} -->"
+    text = page.read_text()
     before, _, rest = text.partition(begin)
     _, closing, after = rest.partition(end)
     if not closing:
-        raise ValueError(f"docs/evidence.md has no markers `{begin}` and `{end}`.")
-    return before + begin + "\n\n" + "\n".join(rows) + "\n\n" + end + after
+        raise ValueError(f"{page} has no markers `{begin}` and `{end}`.")
+    page.write_text(before + begin + "\n\n" + "\n".join(rows) + "\n\n" + end + after)
 
 
 TABLES = {
@@ -303,11 +301,8 @@ TABLES = {
 
 
 def write(lines, docs=DOCS):
-    page = docs / "evidence.md"
-    text = page.read_text()
     for name, table in TABLES.items():
-        text = fill(text, name, table(lines))
-    page.write_text(text)
+        fill(docs / "evidence.md", name, table(lines), "humanline_study.py")
     accuracy_picture(lines, docs / "evidence_accuracy.png")
     tuning_picture(lines, docs / "evidence_learning_rate.png")
     curves_picture(lines, "short", "dpo", docs / "evidence_curves.png")

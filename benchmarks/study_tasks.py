@@ -1,4 +1,4 @@
-"""The two tasks of `humanline_study.py`: prompts in disjoint splits, a small model, feedback.
+"""The tasks of `humanline_study.py` and `methods.py`: prompts in disjoint splits, a small model, feedback.
 
 Both put letters in order. `short` is the embedded task (4 to 6 letters). `long` has 7 to 9 letters and a shorter
 supervised training, so that fewer samples of the start are right and feedback on them says less.
