@@ -211,7 +211,7 @@ def test_every_logged_metric_is_documented(model, tokenizer, make_config, method
 
 def test_documented_metrics_of_the_methods_are_logged(model, tokenizer, make_config):
     """The page names no metric that is gone."""
-    section = PAGES["docs/metrics.md"].split("## All paired", 1)[1].split("The reward of a completion", 1)[0]
+    section = PAGES["docs/metrics.md"].split("## All paired", 1)[1].split("The logged reward of a completion", 1)[0]
     promised = set(re.findall(r"^\| `([^`]+)`", section, flags=re.M)) - {"aux_loss"}
     trainer = halos_trl.DPOTrainer(
         copy.deepcopy(model), perturbed(model), make_config(halos_trl.DPOConfig, max_steps=1),
