@@ -11,10 +11,10 @@ for the same stream of prompts. Accuracy is the share of right samples (temperat
 seen. Each arm of each method has nine trials on seed 100, each two passes long: five learning rates from 3e-6 to 3e-4
 with the first settings, then four changes of one setting each at the best of these rates. The trial with the highest
 accuracy on 400 prompts of a split used for nothing else, averaged over the evaluations after one and two passes, gives
-the arm's settings. A second offline humanline arm has nine trials of its own around a period of 32 steps; the
-ablations change its settings. The chosen settings run on seeds 0 to 4, four passes long. A seed decides the model, the
-feedback and the order of training. Every run appends one JSON line to the results; runs that are in the file are not
-repeated.
+the arm's settings. Two more offline humanline arms have nine trials each of their own, one with the reference copied
+before every step, one around a period of 32 steps; the ablations change the settings of the latter. The settings that
+were chosen run on seeds 0 to 4, four passes long. A seed decides the model, the feedback and the order of training.
+Every run appends one JSON line to the results; runs that are in the file are not repeated.
 """
 
 import argparse
@@ -35,8 +35,8 @@ import halos_trl
 RESULTS = Path(__file__).resolve().parent / "results" / "humanline_study.jsonl"
 ROUND = 16  # steps between two samplings
 NEVER = 10**6
-LONG = "offline humanline, sync 32"
-ARMS = ("offline", "offline humanline", LONG, "online", "online humanline")
+EACH, LONG = "offline humanline, sync 1", "offline humanline, sync 32"
+ARMS = ("offline", EACH, "offline humanline", LONG, "online", "online humanline")
 FIRST = {
     "dpo": {"beta": 1.0},
     "kto": {"beta": 0.1, "undesirable_weight": 0.3},
@@ -62,13 +62,14 @@ CLASSES = {
 
 def first_settings(method, arm):
     settings = FIRST[method] | {"max_grad_norm": 1.0}
-    period = {"humanline": True, "humanline_sync_steps": 32 if arm == LONG else 8}
+    period = {"humanline": True, "humanline_sync_steps": {EACH: 1, LONG: 32}.get(arm, 8)}
     return settings | period if "humanline" in arm else settings
 
 
 def changes(method, arm):
-    if arm == LONG:
-        return [change for change in HUMANLINE if "humanline_sync_steps" not in change] + LONG_PERIODS
+    if arm in (EACH, LONG):
+        other = CHANGES[method] if arm == EACH else LONG_PERIODS
+        return [change for change in HUMANLINE if "humanline_sync_steps" not in change] + other
     return HUMANLINE if "humanline" in arm else GRADIENT_LIMITS + CHANGES[method]
 
 
@@ -168,6 +169,10 @@ def ablations(results, task, methods, seeds):
             "clamp without sync": settings | {"humanline_sync_steps": NEVER},
             "sync without clamp": settings | {"log_epsilon_p": -1e4, "log_epsilon_r": 1e4},
         } | {f"sync every {n}": settings | {"humanline_sync_steps": n} for n in (1, 4, 16, 64)}
+        plain = tuned(results, task, method, "offline")
+        of_plain = settings | {name: plain[name] for name in FIRST[method]}
+        if of_plain != settings:
+            variants["loss settings of the plain arm"] = of_plain
         for (name, changed), seed in itertools.product(variants.items(), seeds):
             results.get(name, task, method, LONG, seed, changed, 4, "test")
         for arm, seed in itertools.product(("offline", LONG), seeds):

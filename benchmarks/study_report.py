@@ -12,8 +12,8 @@ from study_runs import score
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COLOURS = {
-    "offline": "#c44e52", "offline humanline": "#dd8452", "offline humanline, sync 32": "#937860", "online": "#4c72b0",
-    "online humanline": "#55a868",
+    "offline": "#c44e52", "offline humanline, sync 1": "#ccb974", "offline humanline": "#dd8452",
+    "offline humanline, sync 32": "#937860", "online": "#4c72b0", "online humanline": "#55a868",
 }  # fmt: skip
 ARMS = tuple(COLOURS)
 LONG = "offline humanline, sync 32"
@@ -85,6 +85,7 @@ def accuracy_table(lines):
 
 
 COMPARED = (
+    ("offline humanline, sync 1", "offline", "offline: humanline, sync 1 − plain"),
     ("offline humanline", "offline", "offline: humanline − plain"),
     ("offline humanline, sync 32", "offline", "offline: humanline, sync 32 − plain"),
     ("online", "offline humanline", "online plain − offline humanline"),
@@ -135,6 +136,7 @@ def settings_table(lines):
 
 ABLATIONS = (
     "clamp without sync", "sync without clamp", "sync every 1", "sync every 4", "sync every 16", "sync every 64",
+    "loss settings of the plain arm",
 )  # fmt: skip
 
 
