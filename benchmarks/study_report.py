@@ -215,7 +215,7 @@ def accuracy_picture(lines, path):
     for row in axes:
         row[0].set_ylabel("accuracy, test prompts")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 
 
@@ -244,7 +244,7 @@ def tuning_picture(lines, path):
     for row in axes:
         row[0].set_ylabel("accuracy, tune prompts")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     save(figure, path)
 
 
