@@ -49,10 +49,10 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 """Failures that are accepted: (a pattern of the change, a pattern of the failure) -> the reason."""
 
 REMEDY = re.compile(
-    r"\b(Add|Apply|Ask|Build|Call|Choose|Convert|Create|Cut|Drop|Expected|Fill|Give|Install|Keep|Leave|Let|"
-    r"Load|Look|Lower|Make|Mend|Disable|Provide|Fix|Check|Move|Name|Needs|Pass|Point|Put|Raise|Read|Remove|Rename|Replace|Resize|"
-    r"Return|Save|Score|Set|Shorten|Split|Start|Switch|Take|Train|Turn|Unexpected keyword argument|"
-    r"Unfreeze|Use|Write)\b",
+    r"\b(Add|Apply|Ask|Build|Call|Check|Choose|Convert|Create|Cut|Disable|Drop|Expected|Fill|Fix|Give|"
+    r"Install|Keep|Leave|Let|Load|Look|Lower|Make|Mend|Move|Name|Needs|Omit|Pass|Point|Provide|Put|Raise|"
+    r"Read|Remove|Rename|Replace|Rescale|Resize|Return|Sample|Save|Score|Set|Shorten|Split|Start|Switch|"
+    r"Take|Train|Turn|Unexpected keyword argument|Unfreeze|Use|Wrap|Write)\b",
     re.IGNORECASE,
 )
 

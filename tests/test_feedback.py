@@ -211,7 +211,7 @@ def test_a_tie_is_no_preference(load, tmp_path, said):
     (row,) = load(path, "paired")
     assert text(row["chosen"]) == "d"
     assert "1 pairs have equal scores" in said()
-    assert "1 of 2 prompts give no row" in said()
+    assert "1 of 2 prompts yield no row" in said()
 
 
 def test_a_text_is_not_preferred_to_itself(load, tmp_path):
@@ -219,7 +219,7 @@ def test_a_text_is_not_preferred_to_itself(load, tmp_path):
     path = write(tmp_path, items)
     for for_ in ("paired", "group"):
         with pytest.raises(
-            ValueError, match=r"item 1 .*has a pair of equal completions with the scores 2\.0 and 1\.0"
+            ValueError, match=r"item 1 .*has a pair of equal completions with different scores, 2\.0 and 1\.0"
         ):
             load(path, for_)
 
@@ -289,16 +289,16 @@ def test_part_of_the_different_completions(load, tmp_path):
 @pytest.mark.parametrize(
     ("for_", "options", "message"),
     [
-        ("paired", {"max_per_prompt": 0}, "`max_per_prompt` is 0; expected a whole number of at least 1"),
+        ("paired", {"max_per_prompt": 0}, "`max_per_prompt` is 0; expected an integer of at least 1"),
         ("unpaired", {"frac_unique_desirable": 1.5}, "expected a number from 0 to 1"),
         ("paired", {"frac_unique_desirable": 0.5}, "'paired' rows have no labels"),
-        ("unpaired", {"frac_unique_desirable": 0, "frac_unique_undesirable": 0}, "The selection keeps no row"),
+        ("unpaired", {"frac_unique_desirable": 0, "frac_unique_undesirable": 0}, "No row is left after the selection"),
         ("pairs", {}, "`for_` is 'pairs'; expected one of 'paired'"),
         ("paired", {"duplicates": True}, "`duplicates` is True"),
         ("paired", {"pair_threshold": -1}, "cannot be negative"),
         ("sft", {"label_threshold": "medain"}, "The threshold is 'medain'"),
         ("sft", {"pair_mode": "best"}, "The pair mode is 'best'"),
-        ("unpaired", {"split": "dev"}, "has split 'dev'; there are \\['train'\\]"),
+        ("unpaired", {"split": "dev"}, "has split 'dev'; the splits are \\['train'\\]"),
     ],
 )
 def test_options_that_cannot_work(load, tmp_path, for_, options, message):
@@ -319,21 +319,21 @@ GOOD = json.dumps(scalar("p", "a", 1.0))
         (" \n ", "bad.json is empty"),
         ("[]", "is an array without items"),
         ("hello", "begins with 'h'. Expected a JSON array"),
-        (f"[{GOOD},\n", r"is cut off: it ends in or before item 1 \(line 2\)"),
-        (f"[{GOOD}", r"is cut off: it ends in or before item 0|is cut off"),
-        (f'[{GOOD},\n{{"prompt": "cut in', r"is cut off: it ends in or before item 1 \(line 2\)"),
+        (f"[{GOOD},\n", r"is truncated: it ends in or before item 1 \(line 2\)"),
+        (f"[{GOOD}", r"is truncated: it ends in its first item"),
+        (f'[{GOOD},\n{{"prompt": "cut in', r"is truncated: it ends in or before item 1 \(line 2\)"),
         (f"[{GOOD},\n{GOOD[:-1]},]", r"item 1 \(line 2\) is invalid JSON: .* \(line 2\)"),
-        (f"[{GOOD} {GOOD}]", r"item 0 \(line 1\) is invalid JSON: ',' or ']' is missing behind it"),
+        (f"[{GOOD} {GOOD}]", r"item 0 \(line 1\) is invalid JSON: ',' or ']' is missing after it"),
         (f"[{GOOD},]", r"item 1 \(line 1\) begins with '\]'"),
-        (f"[{GOOD}]\n[{GOOD}]", "goes on behind the end of its array, in line 2"),
-        (f"[{GOOD}, 3]", r"item 1 \(line 1\) begins with '3'; every item is an object"),
+        (f"[{GOOD}]\n[{GOOD}]", "continues after the end of its array, in line 2"),
+        (f"[{GOOD}, 3]", r"item 1 \(line 1\) begins with '3'; expected an object"),
         (f'{GOOD}\n\n{{"prompt": nul}}\n{GOOD}', r"item 1 \(line 3\) is invalid JSON"),
-        (f"{GOOD}\n{GOOD[:40]}", r"is cut off: it ends in or before item 1 \(line 2\)"),
+        (f"{GOOD}\n{GOOD[:40]}", r"is truncated: it ends in or before item 1 \(line 2\)"),
         (f"{GOOD}{GOOD}", r"item 0 \(line 1\) is invalid JSON: more text follows on its line"),
-        (b"\xff\xfe[\x00", "is not text in UTF-8"),
-        (f"[{GOOD}, {{}}]", "item 1 .* is of no known format: it has no `type`, and the keys \\[\\]"),
+        (b"\xff\xfe[\x00", "is not valid UTF-8"),
+        (f"[{GOOD}, {{}}]", "item 1 .* has an unknown format: no `type`, and the keys \\[\\]"),
         (f'[{GOOD}, {{"score": 1{"0" * 5000}}}]', r"item 1 \(line 1\) is invalid JSON: .*digits"),
-        ('[{"type": "ranking"}]', "item 0 .* has `type` 'ranking'; known are 'sample', 'binary_feedback'"),
+        ('[{"type": "ranking"}]', "item 0 .* has `type` 'ranking'; expected one of 'sample', 'binary_feedback'"),
     ],
 )
 def test_files_that_cannot_be_read(load, tmp_path, content, message):
@@ -347,9 +347,9 @@ def test_files_that_cannot_be_read(load, tmp_path, content, message):
 def test_a_file_that_is_not_there(load):
     with pytest.raises(ValueError, match=r"no/such\.json cannot be opened"):
         load("no/such.json")
-    with pytest.raises(ValueError, match="No file of feedback is named"):
+    with pytest.raises(ValueError, match="There is no feedback file"):
         load([])
-    with pytest.raises(TypeError, match="3 is no path"):
+    with pytest.raises(TypeError, match="3 is of type int; expected a path"):
         load([3])
 
 
@@ -368,12 +368,18 @@ def without(item, key):
         (scalar("p", "b", "1.0"), "has score '1.0'"),
         (scalar("p", "b", True), "has score True"),
         ({**scalar("p", "b", 1.0), "prompt": []}, "has an empty prompt"),
-        ({**scalar("p", "b", 1.0), "prompt": "p"}, "has the text 'p' as prompt. Write a conversation"),
+        ({**scalar("p", "b", 1.0), "prompt": "p"}, "has the text 'p' as prompt; expected a conversation"),
         ({**scalar("p", "b", 1.0), "prompt": answer("p")}, "has a prompt without a user turn"),
         ({**scalar("p", "b", 1.0), "prompt": [{"role": "user"}]}, "whose `content` is None"),
-        ({**scalar("p", "b", 1.0), "output": [{"role": "assistant", "content": [{"type": "text"}]}]}, "turns of text"),
-        ({**scalar("p", "b", 1.0), "output": answer("\ud83d")}, "has half of a surrogate pair"),
-        (binary("p", "b", 1, 1.0), "is of format 'binary_feedback', and the items before it of 'scalar_feedback'"),
+        (
+            {**scalar("p", "b", 1.0), "output": [{"role": "assistant", "content": [{"type": "text"}]}]},
+            "all fields of a turn must be text",
+        ),
+        ({**scalar("p", "b", 1.0), "output": answer("\ud83d")}, "contains half of a surrogate pair"),
+        (
+            binary("p", "b", 1, 1.0),
+            "has format 'binary_feedback', but the items before it have format 'scalar_feedback'",
+        ),
     ],
 )  # fmt: skip
 def test_items_that_cannot_be_meant(load, tmp_path, item, message):
@@ -409,17 +415,17 @@ def test_completions_are_named_by_their_key(load, tmp_path, item, key):
 
 def test_scores_of_some_items_only(load, tmp_path):
     path = write(tmp_path, [binary("p", "a", 1, 1.0), binary("p", "b", 0)])
-    with pytest.raises(ValueError, match=r"item 1 .* lacks `reward`, and the items before it have it"):
+    with pytest.raises(ValueError, match=r"item 1 .* lacks `reward`, but the items before it have it"):
         load(path, "unpaired")
     mixed = [write(tmp_path, [binary("p", "a", 1, 1.0)], "a.json"), write(tmp_path, [binary("p", "b", 0)], "b.json")]
-    with pytest.raises(ValueError, match=r"b.json#0 has no score, and other completions of its prompt have one"):
+    with pytest.raises(ValueError, match=r"b.json#0 has no score, but other completions of its prompt have one"):
         load(mixed, "group")
 
 
 def test_duplicates_are_named(load, tmp_path, said):
     items = [scalar("p", "a", 1.0), scalar("p", "b", 2.0), scalar("p", "a", 1.0)]
     path = write(tmp_path, items)
-    with pytest.raises(ValueError, match=r"feedback.json#2 repeats .*feedback.json#0 in all its fields"):
+    with pytest.raises(ValueError, match=r"feedback.json#2 repeats .*feedback.json#0 in all fields"):
         load(path, "group")
     assert len(load(path, "group", duplicates="keep")[0]["scores"]) == 3
     assert load(path, "group", duplicates="drop")[0]["scores"] == [1.0, 2.0]
@@ -541,7 +547,7 @@ def test_files_of_halos_are_recognized_by_their_content(load_data, tmp_path, lin
     assert isinstance(load_data(path, "group", dataset_streaming=True)["train"], datasets.IterableDataset)
     ranked = {"prompt": "p", "chosen": "best", "rejected": ["good", "bad"]}
     assert len(load_data(write(tmp_path, [ranked]), "paired")["train"]) == 2
-    with pytest.raises(ValueError, match="has `type` 'scalar'; known are"):
+    with pytest.raises(ValueError, match="has `type` 'scalar'; expected one of"):
         load_data(write(tmp_path, [{**scalar("p", "a", 1.0), "type": "scalar"}]), "paired")
     rows = {"prompt": "p", "chosen": "best", "rejected": "bad", "type": "mine"}
     assert load_data(write(tmp_path, [rows], "own.json"), "paired")["train"].column_names == list(rows)
@@ -557,7 +563,7 @@ def test_splits_of_a_file(load_data, tmp_path):
     assert list(load_data(path, "unpaired", dataset_train_split="test")) == ["test"]
     without_splits = write(tmp_path, [binary("p", "a", 1)])
     assert list(load_data(without_splits, "unpaired", evaluates=True)) == ["train"]
-    with pytest.raises(ValueError, match="has split 'dev'; there are"):
+    with pytest.raises(ValueError, match="has split 'dev'; the splits are"):
         load_data(write(tmp_path, [binary("p", "a", 1, split="train")]), "unpaired", dataset_train_split="dev")
 
 

@@ -225,13 +225,13 @@ BAD_ROWS = {
     "missing score": ([GOOD, GOOD | {"score": None}], r"Row 1 .*score None"),
     "string score": ([GOOD | {"score": "5"}], r"Row 0 .*score '5'"),
     "no score": ([{"prompt": "a", "completion": "x"}], r"neither `score` .* nor `label`.*reward_model"),
-    "label of numbers": ([{"prompt": "a", "completion": "x", "label": 0.5}], r"Row 0 .*label 0.5.*Rename"),
+    "label of numbers": ([{"prompt": "a", "completion": "x", "label": 0.5}], r"Row 0 .*label 0.5.*rename"),
     "empty completion": ([GOOD, GOOD | {"completion": ""}], r"Row 1 .*empty `completion`"),
     "lists of two lengths": (
         [{"prompt": "a", "completions": ["x", "y"], "scores": [1.0]}],
         r"Row 0 .*2 completions but 1 scores",
     ),
-    "empty list": ([{"prompt": "a", "completions": [], "scores": []}], r"Row 0 .*no completions"),
+    "empty list": ([{"prompt": "a", "completions": [], "scores": []}], r"Row 0 .*empty list of `completions`"),
     "empty in list": (
         [{"prompt": "a", "completions": ["x", ""], "scores": [0.0, 1.0]}],
         r"Row 0 .*empty `completions`",

@@ -51,7 +51,7 @@ def test_prompts_are_loaded_as_by_halos(name, split):
         ({"reward": None}, "item 1 (line 2) has no `reward`"),
         (
             {"prompt_id": "q99", "type": "sample"},
-            "item 1 (line 2) is of type 'sample'; batches are made from items of",
+            "item 1 (line 2) is of type 'sample'; expected one of ['binary_feedback'",
         ),
     ],
 )
@@ -129,12 +129,12 @@ def test_a_run_that_would_never_end_is_refused(loader, source, processes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"loader": "pair"}, "`loader='pair'` is not known"),
+        ({"loader": "pair"}, "`loader` is 'pair'; expected one of"),
         ({"n_epochs": None}, "Neither `n_epochs` nor `n_examples`"),
         ({"n_epochs": 0}, "`n_epochs=0` cannot work"),
         ({"microbatch_size": True}, "`microbatch_size=True` cannot work"),
-        ({"process_index": 1}, "`process_index=1` is none of 1 processes"),
-        ({"num_processes": 2, "global_batch_size": 3}, "`global_batch_size=3` cannot be dealt evenly to 2 processes"),
+        ({"process_index": 1}, "`process_index` is 1; expected 0 to 0 for 1 processes"),
+        ({"num_processes": 2, "global_batch_size": 3}, "`global_batch_size=3` cannot be split evenly over 2"),
         ({"loader": "unpaired", "microbatch_size": 1}, "leaves no other completion for the KL term"),
         ({"loader": "group", "microbatch_size": 1}, "leaves no other completion for the KL term"),
         ({"source": feedback("scalar_feedback")}, "None of the 11 prompts has a pair"),

@@ -238,7 +238,7 @@ def test_repeated_rows_are_kept(tmp_path):
 
 
 def test_names_and_splits_that_do_not_exist():
-    with pytest.raises(ValueError, match="There is no dataset 'ship'; the names are shp, hh"):
+    with pytest.raises(ValueError, match="Unknown dataset 'ship'; expected one of shp, hh"):
         load_named("ship")
     with pytest.raises(ValueError, match=r"'s1k_11' has splits \['train'\], not 'test'"):
         load_named("s1k_11", "sft", "test")

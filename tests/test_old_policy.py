@@ -200,7 +200,7 @@ def test_rows_that_do_not_fit_are_named(build_on, rows, change, said):
 
 def test_settings_and_data_that_cannot_work(build_on, rows, make_config):
     bare = [{name: value for name, value in row.items() if name not in COLUMNS} for row in rows]
-    with pytest.raises(ValueError, match=r"`old_policy='sampler'` reads .* the train dataset has columns"):
+    with pytest.raises(ValueError, match=r"`old_policy='sampler'` requires .* the train dataset has columns"):
         build_on(datasets.Dataset.from_list(bare))
     for other in ({"humanline": True}, {"batch_order": "halos"}):
         with pytest.raises(ValueError, match="`old_policy='sampler'` cannot work"):

@@ -55,7 +55,7 @@ def _state():
 BAD_TEXTS = {
     "number": (5, "{column}` 5 of type int"),
     "list of texts": (["a"], "'a' of type str in the list `{column}`"),
-    "one message": ({"role": "assistant", "content": "x"}, "of type dict.*Put the message into a list"),
+    "one message": ({"role": "assistant", "content": "x"}, "of type dict.*Wrap the message in a list"),
     "none": (None, "empty `{column}`: None"),
     "other form": ("x", "prompt of type list with a completion of type str in `{column}`: 'x'"),
     "empty text": ("", "empty `{column}`: ''"),
@@ -101,7 +101,7 @@ def test_bad_prompts_are_refused_by_row(good, case):
 
 
 OTHERS = {
-    "score of a text": (SCORED | {"score": "5"}, "score '5'; scores are finite numbers"),
+    "score of a text": (SCORED | {"score": "5"}, "score '5'; expected a finite number"),
     "text for a list": (LISTS | {"completions": "abc", "scores": [1, 2, 3]}, "`completions` 'abc' of type str"),
     "number for scores": (LISTS | {"scores": 5}, "`scores` 5 of type int"),
     "number in completions": (LISTS | {"completions": ["x", 5]}, "`completions` 5 of type int"),
@@ -109,8 +109,8 @@ OTHERS = {
     "missing id": (SCORED | {"prompt_id": None}, "no `prompt_id`"),
     "tools that are no JSON": (PAIR | {"tools": "{oops"}, "`tools` that cannot be read as JSON .*'{oops'"),
     "tools that are too deep": (PAIR | {"tools": "[" * 100_000}, "`tools` that cannot be read as JSON"),
-    "tools that are no list": (PAIR | {"tools": "5"}, "`tools` '5'; tools are a list"),
-    "tools of texts": (LABELLED | {"tools": ["f"]}, "tools are a list of JSON schemas"),
+    "tools that are no list": (PAIR | {"tools": "5"}, "`tools` '5'; expected a list of JSON schemas"),
+    "tools of texts": (LABELLED | {"tools": ["f"]}, r"`tools` \['f'\]; expected a list of JSON schemas"),
     "kwargs of a list": (PAIR | {"chat_template_kwargs": [1]}, r"`chat_template_kwargs` \[1\] of type list"),
     "label of 2": (LABELLED | {"label": 2}, "label 2 of type int"),
     "label of 1.0": (LABELLED | {"label": 1.0}, "label 1.0 of type float"),
@@ -180,11 +180,15 @@ def test_kwargs_of_the_template_are_what_the_row_sets():
 
 
 IMPLICIT = {
-    "no common text": ("abc", "xyz", "no common start"),
-    "a common space": (" abc", " xyz", "no common start"),
-    "one letter that begins the other": ("a", "ab", "no common start"),
-    "no common turn": (assistant("x"), assistant("y"), "no common start"),
-    "one turn that begins the other": (user("a"), user("a") + assistant("x"), "`chosen` .* no answer of its own"),
+    "no common text": ("abc", "xyz", "no common beginning"),
+    "a common space": (" abc", " xyz", "no common beginning"),
+    "one letter that begins the other": ("a", "ab", "no common beginning"),
+    "no common turn": (assistant("x"), assistant("y"), "no common beginning"),
+    "one turn that begins the other": (
+        user("a"),
+        user("a") + assistant("x"),
+        "`chosen` that is only the beginning of the other side",
+    ),
     "a prompt that begins the other": (
         user("a") + assistant("x"),
         user("a") + assistant("x") + user("b"),
@@ -193,9 +197,9 @@ IMPLICIT = {
     "rejected without an answer": (
         user("a") + assistant("b") + user("c") + assistant("x"),
         user("a") + assistant("b") + user("c"),
-        "`rejected` .* no answer of its own",
+        "`rejected` that is only the beginning of the other side",
     ),
-    "an empty answer": (user("a") + assistant("x"), user("a") + assistant(""), "empty `rejected` behind the common"),
+    "an empty answer": (user("a") + assistant("x"), user("a") + assistant(""), "empty `rejected` after the common"),
     "text and turns": (user("a") + assistant("x"), "ax", "`chosen` of type list with a completion of type str"),
     "text that begins the other": ("a x", "a x y", None),
 }
@@ -250,13 +254,13 @@ FITS = {
     "scores for KTO": (
         check_unpaired_rows,
         SCORED,
-        r"missing: \['label'\].*fit `GRPOTrainer` and `PPOTrainer`; for `KTO",
+        r"missing: \['label'\].*for scored rows, or convert the scores to labels for `KTO",
     ),
-    "lists for KTO": (check_unpaired_rows, LISTS, "Lists of `completions` and `scores` fit `GRPOTrainer`"),
-    "labels for DPO": (check_paired_rows, LABELLED, "Labelled rows fit `KTOTrainer`"),
-    "scores for DPO": (check_paired_rows, SCORED, "Scored rows fit `GRPOTrainer` and `PPOTrainer`"),
-    "no judgement": (check_paired_rows, {"prompt": "a", "completion": "x"}, "fit `trl.SFTTrainer`"),
-    "messages": (check_unpaired_rows, {"messages": user("a")}, "fit `trl.SFTTrainer`"),
+    "lists for KTO": (check_unpaired_rows, LISTS, "Use `GRPOTrainer` or `PPOTrainer` for lists of"),
+    "labels for DPO": (check_paired_rows, LABELLED, "Use `KTOTrainer`, .* for labelled rows"),
+    "scores for DPO": (check_paired_rows, SCORED, "Use `GRPOTrainer` or `PPOTrainer` for scored rows"),
+    "no judgement": (check_paired_rows, {"prompt": "a", "completion": "x"}, "Use `trl.SFTTrainer`, or"),
+    "messages": (check_unpaired_rows, {"messages": user("a")}, "Use `trl.SFTTrainer` for `messages`"),
     "from and value": (check_paired_rows, {"conversations": "a"}, "trl.maybe_convert_to_chatml"),
     "lists without scores": (scored_rows, {"prompt": "a", "completions": ["x"]}, "neither `score` .* nor `label`"),
     "nothing": (scored_rows, {"prompt": "a"}, "Rename or add the columns"),
@@ -382,7 +386,7 @@ def test_invalid_rows_of_a_stream_are_dropped_and_counted(said):
 
 @pytest.mark.parametrize("make", [as_json, streamed])
 def test_nothing_left_is_an_error(make):
-    with pytest.raises(ValueError, match=r"Each row of the .*train dataset would be dropped"):
+    with pytest.raises(ValueError, match=r"All rows of the .*train dataset are invalid"):
         check(make([PAIR | {"chosen": []}] * 3), drop_invalid=True)
 
 

@@ -36,7 +36,7 @@ def check_unpaired_rows(dataset: Rows, name: str, *, drop_invalid: bool = False)
     columns = columns_of(dataset, name)
     if {"chosen", "rejected"} <= columns:
         dataset = check_paired_rows(dataset, name, drop_invalid=drop_invalid)
-        # TRL would let these stand in for what it makes of the pairs.
+        # TRL would use these columns instead of those that it derives from the pairs.
         return drop_columns(dataset, columns & {"completion", "label"}, name, "Rows with `chosen` and `rejected`")
     wanted = ("prompt", "completion", "label")
     require_columns(columns, name, wanted, "or paired rows with `chosen` and `rejected` (and `prompt`)")
@@ -109,10 +109,10 @@ def plain_rows(dataset: Any, name: str) -> Rows:
         )
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         if {"image", "images"} & set(dataset.column_names):
-            return dataset  # images are often loaded by one
+            return dataset  # images are often loaded by a transform
         raise ValueError(
-            f"The {name} dataset has a transform (`set_transform` or `with_transform`), which would be lost in "
-            "tokenization. Apply it beforehand with `dataset.map(function)`."
+            f"The {name} dataset has a transform (`set_transform` or `with_transform`), which tokenization would "
+            "discard. Apply it with `dataset.map(function)` instead."
         )
     return dataset.with_format(None)
 
@@ -161,7 +161,7 @@ def drop_columns(dataset: Rows, columns: set[str], name: str, whose: str) -> Row
 
 
 def require_columns(columns: set[str], name: str, wanted: tuple[str, ...], alternative: str) -> None:
-    """Raise ValueError for missing columns, suggesting a trainer that fits the rows, or a column that may be meant."""
+    """Raise ValueError for missing columns, suggesting a trainer for the rows, or a column with a similar name."""
     missing = [column for column in wanted if column not in columns]
     if not missing:
         return
@@ -182,21 +182,24 @@ def _renames(missing: list[str], others: list[str]) -> str:
 
 
 _FITTING = (
-    ({"prompt", "completions", "scores"}, "Lists of `completions` and `scores` fit `GRPOTrainer` and `PPOTrainer`."),
+    (
+        {"prompt", "completions", "scores"},
+        "Use `GRPOTrainer` or `PPOTrainer` for lists of `completions` and `scores`.",
+    ),
     (
         {"prompt", "completion", "score"},
-        "Scored rows fit `GRPOTrainer` and `PPOTrainer`; for `KTOTrainer`, convert the scores to labels, e.g. "
+        "Use `GRPOTrainer` or `PPOTrainer` for scored rows, or convert the scores to labels for `KTOTrainer`, e.g. "
         "`dataset.map(lambda row: {'label': row['score'] > 0})`.",
     ),
-    ({"prompt", "completion", "label"}, "Labelled rows fit `KTOTrainer` (and `GRPOTrainer` and `PPOTrainer`)."),
+    ({"prompt", "completion", "label"}, "Use `KTOTrainer`, `GRPOTrainer` or `PPOTrainer` for labelled rows."),
     (
         {"prompt", "completion"},
-        "Completions without a judgement fit `trl.SFTTrainer`, and `PPOTrainer` with a `reward_model`; for the other "
+        "Use `trl.SFTTrainer`, or `PPOTrainer` with a `reward_model`, for completions without feedback; for the other "
         "methods, add a `label` or a `score`.",
     ),
-    ({"messages"}, "Rows of `messages` without a judgement fit `trl.SFTTrainer`."),
+    ({"messages"}, "Use `trl.SFTTrainer` for `messages` without feedback."),
     ({"conversations"}, "`dataset.map(trl.maybe_convert_to_chatml)` converts `from` and `value` to messages."),
-    ({"text"}, "Rows of `text` without a judgement fit `trl.SFTTrainer`."),
+    ({"text"}, "Use `trl.SFTTrainer` for `text` without feedback."),
 )
 
 
@@ -217,7 +220,7 @@ def check_each(
 ) -> Rows:
     """The dataset without the rows that fail `check`, or a ValueError that names the first of them.
 
-    Reads `columns` and what reaches the chat template. `look_at` is called once for every valid row, with its index.
+    Reads `columns` and those passed to the chat template. `look_at` is called once per valid row, with its index.
     """
     if not isinstance(dataset, Dataset):
         return _check_stream(dataset, name, check, drop_invalid, look_at)
@@ -234,7 +237,7 @@ def check_each(
 
 
 def _rows(dataset: Dataset, columns: Iterable[str]) -> Iterator[Row]:
-    present = [column for column in columns if column in dataset.column_names]  # images would be decoded
+    present = [column for column in columns if column in dataset.column_names]  # reading images would decode them
     for batch in dataset.select_columns(present).with_format(None).iter(batch_size=1000):
         yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
@@ -243,7 +246,7 @@ def _without(dataset: Dataset, name: str, problems: list[tuple[int, str, str]]) 
     first, source, problem = problems[0]
     if len(problems) == len(dataset):
         raise ValueError(
-            f"Each row of the {name} dataset would be dropped. Row {first} of the {name} dataset{source} {problem}"
+            f"All rows of the {name} dataset are invalid. Row {first} of the {name} dataset{source} {problem}"
         )
     logger.warning(
         f"Dropped {len(problems)} of {len(dataset)} rows of the {name} dataset. The first, row {first}{source}, "
@@ -256,7 +259,7 @@ def _without(dataset: Dataset, name: str, problems: list[tuple[int, str, str]]) 
 def _check_stream(
     dataset: IterableDataset, name: str, check: RowCheck, drop_invalid: bool, look_at: Callable[[Row, int], None]
 ) -> IterableDataset:
-    seen = -1  # a stream is begun several times: each trainer looks at its first row, each epoch at all
+    seen = -1  # streams are read several times: trainers read the first row, and each epoch reads all rows
     dropped = 0
 
     def is_good(row: Row, i: int) -> bool:
@@ -279,7 +282,7 @@ def _check_stream(
 
     checked = dataset.filter(is_good, with_indices=True)
     if drop_invalid and next(iter(checked), None) is None:
-        raise ValueError(f"Each row of the streamed {name} dataset would be dropped. The warnings say why.")
+        raise ValueError(f"All rows of the streamed {name} dataset are invalid. See the warnings for the reasons.")
     return checked
 
 
@@ -288,14 +291,14 @@ def _of_row(i: int, name: str, row: Row, problem: str) -> str:
 
 
 def source_of(row: Row) -> str:
-    """The origin of a row of `load_feedback`, in brackets; empty for other rows."""
+    """The origin of a row loaded by `load_feedback`, in parentheses; empty for other rows."""
     sources = row.get(SOURCES)
     if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
         return ""
     return f" ({', '.join(dict.fromkeys(sources))})"
 
 
-# -- values that stand for others ----------------------------------------------------------------------------------
+# -- normalized values ---------------------------------------------------------------------------------------------
 
 
 def with_boolean_labels(dataset: Rows) -> Rows:

@@ -13,9 +13,9 @@ Rows = list[dict[str, Any]]
 class TurnMaskCollator:
     """Removes the tokens that the assistant did not write from the `completion_mask` of another collator.
 
-    `<side>_mask` of the rows marks which tokens of a completion are the assistant's. Regardless of how a batch was
-    truncated and padded, the ones of a row in `completion_mask` are the first tokens of its completion, or the last
-    with `keep_end`.
+    `<side>_mask` of the rows marks which tokens of a completion are the assistant's. However a batch was truncated and
+    padded, the ones in a row's `completion_mask` are the first tokens of its completion, or the last ones with
+    `keep_end`.
     """
 
     def __init__(self, collate: Callable[[Rows], dict[str, Any]], sides: tuple[str, ...], *, keep_end: bool = False):

@@ -1,4 +1,4 @@
-"""Batches of whole groups: which examples make an optimizer step, and which process takes which micro-batch."""
+"""Batches of whole groups: the examples of each optimizer step, and their distribution over processes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ FILLER = -1
 
 
 def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Steps of at most `capacity` examples, each a list of indices into `sizes`; no size may exceed the capacity.
+    """Pack groups into steps of at most `capacity` examples, each a list of indices into `sizes`.
 
-    Best fit, largest first: a step is closed only if none of the remaining groups fits. Deterministic.
+    No size may exceed the capacity. Best fit, largest first: a step is closed only if none of the remaining groups
+    fits. Deterministic.
     """
     steps: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
@@ -37,10 +38,10 @@ def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 class GroupBatchSampler(Sampler[list[int]]):
     """Micro-batches of one process, such that the examples of a group are in the same optimizer step.
 
-    A step holds at most `micro_batch_size * micro_batches * num_processes` examples, fewer if no further group fits.
-    Its examples are distributed one by one over the processes, as in HALOs, and each process spreads its own evenly
-    over exactly `micro_batches` micro-batches. So all processes run the same number of micro-batches, and one without
-    examples contains `FILLER`.
+    A step has at most `micro_batch_size * micro_batches * num_processes` examples, fewer if no further group fits. Its
+    examples are distributed round-robin over the processes, as in HALOs, and each process spreads its own evenly over
+    exactly `micro_batches` micro-batches. Thus all processes run the same number of micro-batches; a micro-batch
+    without examples contains `FILLER`.
 
     Group sizes are packed once, so every epoch has the same number of steps, which the learning-rate schedule and an
     exact resume need. Each epoch shuffles the groups of equal size and the order of the steps, depending only on
@@ -50,11 +51,11 @@ class GroupBatchSampler(Sampler[list[int]]):
         group_ids: the group of each example.
         micro_batch_size: maximum number of examples of a micro-batch.
         micro_batches: micro-batches of a step on one process (gradient accumulation).
-        num_processes, process_index: of the run.
+        num_processes, process_index: number of processes, and this process's index.
         shuffle: whether to use a new order in each epoch; otherwise, groups keep the order of the data as far as sizes
-        allow.
-        seed: of the shuffle.
-        repeats: how often each step is repeated consecutively (PPO epochs over one batch).
+            allow.
+        seed: seed of the shuffle.
+        repeats: number of consecutive repetitions of each step (PPO's epochs over a batch).
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class GroupBatchSampler(Sampler[list[int]]):
 
     @property
     def steps(self) -> int:
-        """Number of different optimizer steps of an epoch."""
+        """Number of distinct optimizer steps in an epoch."""
         return len(self._steps)
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,12 +124,12 @@ class GroupBatchSampler(Sampler[list[int]]):
 
 
 class StepRows(torch.utils.data.Dataset):
-    """Rows of a prepared dataset by index; `FILLER` gives a row without a completion, which contributes nothing."""
+    """Rows of a prepared dataset by index; `FILLER` is a row without a completion, which does not contribute."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
         first = dataset[0]
-        # A handful of tokens: the models have to run on it, with every parameter, as on the other processes.
+        # A few tokens, because this process must run the models, too, so that collective operations match.
         self.filler = first | {"prompt_ids": (first["prompt_ids"] + first["completion_ids"])[:8], "completion_ids": []}
 
     def __len__(self) -> int:
@@ -139,8 +140,8 @@ class StepRows(torch.utils.data.Dataset):
 
 
 class ScoredCollator:
-    """Adds the numbers of a row to what a collator of token ids makes: `score` and `advantage`, each `(B,)`; and
-    `logprobs`, `(B, longest completion)`, where the rows bring those of the model that sampled them.
+    """Adds the numbers of the rows to the batch of another collator: `score` and `advantage`, each `(B,)`, and
+    `logprobs` of the sampling model, `(B, longest completion)`, if the rows have them.
     """
 
     def __init__(self, collate_tokens: Callable[[list[dict[str, Any]]], dict[str, Any]]):

@@ -1,4 +1,4 @@
-"""Scored completions: all accepted forms of rows are converted to one row per completion, grouped by prompt."""
+"""Scored completions: rows in all accepted formats are converted to one row per completion, grouped by prompt."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def scored_rows(
 ) -> Dataset:
     """One row per completion with `prompt`, `completion`, `score`, `prompt_group` and `label`.
 
-    `dataset` holds `prompt`, `completion` and `score`; or `prompt` with the lists `completions` and `scores`; or a
+    `dataset` has `prompt`, `completion` and `score`; or `prompt` with the lists `completions` and `scores`; or a
     `label` (a boolean, 0 or 1), or `chosen` and `rejected`, which count as scores of +1 and -1. A score column takes
     precedence, then `score_rows`, then the label. `prompt_group` is the number of the prompt from `group_numbers`.
-    `label` is whether the score is positive. `sampled` asks for each completion's `token_ids` and `logprobs`, beside
-    lists of completions as lists of those; otherwise these columns are left out.
+    `label` is whether the score is positive. `sampled` requires each completion's `token_ids` and `logprobs` (for
+    lists of completions, a list of each); otherwise these columns are removed.
 
     Raises ValueError for streamed data, missing columns, ids shared by different prompts, and the first row that fails
-    `row_checks`; with `drop_invalid`, such rows are dropped and counted in a warning, rows of several completions as a
-    whole.
+    `row_checks`; with `drop_invalid`, such rows are dropped and counted in a warning (a row with several completions
+    as a whole).
     """
     dataset = plain_rows(dataset, name)
     if not isinstance(dataset, Dataset):
@@ -76,11 +76,11 @@ def scored_rows(
         )
     columns = columns_of(dataset, name)
     if {"score", GROUP, "completion_ids"} <= columns:
-        return dataset  # prepared before, and passed to `evaluate`
+        return dataset  # already prepared, and passed to `evaluate`
     if {"image", "images"} & columns:
         raise ValueError(
             f"The {name} dataset has images, which `GRPOTrainer` and `PPOTrainer` do not support. Use `DPOTrainer` "
-            "or `KTOTrainer` on pairs or labelled rows, or remove the column."
+            "with pairs or `KTOTrainer` with labelled rows, or remove the column."
         )
     dataset = drop_columns(dataset, columns & {GROUP}, name, "Rows")
     if sampled:
@@ -109,10 +109,10 @@ def scored_rows(
 
 
 def prompt_key(row: Row) -> str:
-    """SHA-256 of what the model sees as the prompt of a row: different prompts have different keys.
+    """SHA-256 of everything that determines the prompt's tokens: different prompts have different keys.
 
-    That is the text; or all that reaches the chat template: every field of the messages, `tools` and
-    `chat_template_kwargs`.
+    That is the text, or for conversations everything passed to the chat template: all fields of the messages, `tools`
+    and `chat_template_kwargs`.
     """
     prompt, tools, kwargs = row["prompt"], row.get("tools"), row.get("chat_template_kwargs")
     parts = [
@@ -153,8 +153,8 @@ def group_numbers(dataset: Dataset, name: str) -> list[int]:
             raise ValueError(
                 f"Rows {first} and {i} of the {name} dataset have the same `prompt_id`, {prompt_id!r}, but different "
                 f"prompts, so their scores cannot be compared: {shown(dataset[first]['prompt'])} and "
-                f"{shown(dataset[i]['prompt'])} (`tools` and `chat_template_kwargs` are part of a prompt). Perhaps "
-                "two datasets whose ids both start at 0 were concatenated. Make the ids unique, or remove the "
+                f"{shown(dataset[i]['prompt'])} (`tools` and `chat_template_kwargs` are part of a prompt). This "
+                "happens if datasets whose ids start at 0 are concatenated. Make the ids unique, or remove the "
                 "column; rows with equal prompts then form a group."
             )
         numbers.setdefault((prompt_id, key), len(numbers))
@@ -169,16 +169,16 @@ def _prompt_keys(dataset: Dataset) -> list[str]:
     return keys
 
 
-# -- forms of rows -------------------------------------------------------------------------------------------------
+# -- formats of rows -----------------------------------------------------------------------------------------------
 
 
 def _form_of(columns: set[str], name: str, needs_score: bool) -> tuple[tuple[str, ...], RowCheck]:
-    """The columns that are read, given the columns of the rows, and the check of such a row."""
+    """The columns to read from rows with these columns, and the check of such a row."""
     if {"completions", "prompt"} <= columns:
         if {"score", "completion"} & columns:
             raise ValueError(
-                f"The {name} dataset has columns {sorted(columns)}: lists of `completions` next to single values. "
-                "`completions` requires a list of `scores`, one for each. Rename or remove the other columns."
+                f"The {name} dataset has columns {sorted(columns)}: lists of `completions` and columns for a single "
+                "completion. Remove one of the two; `completions` requires a list of `scores`, one for each."
             )
         _require_judgement(columns, name, needs_score, {"scores"})
         return ("prompt", "completions", "scores"), scored_lists_check(columns)
@@ -210,9 +210,9 @@ def _require_sampler(columns: set[str], name: str) -> None:
     missing = [column for column in SAMPLER_COLUMNS if column not in columns]
     if missing or {"chosen", "rejected"} <= columns:
         raise ValueError(
-            f"`old_policy='sampler'` reads the tokens of each completion (`token_ids`) and their log-probs "
-            f"(`logprobs`), and the {name} dataset has columns {sorted(columns)}. Sample with `halos-trl sample "
-            "--logprobs` and label with `--feedback scalar` or `groups`, or set `old_policy='reference'`."
+            f"`old_policy='sampler'` requires the columns `token_ids` and `logprobs` (the tokens of each completion "
+            f"and their log-probs), but the {name} dataset has columns {sorted(columns)}. Sample with `halos-trl "
+            "sample --logprobs` and label with `--feedback scalar` or `groups`, or set `old_policy='reference'`."
         )
 
 
@@ -220,14 +220,12 @@ def _require_judgement(columns: set[str], name: str, needs_score: bool, wanted: 
     if needs_score and not wanted & columns:
         raise ValueError(
             f"The {name} dataset has columns {sorted(columns)}: neither `score` (or `scores`) nor `label`. Add a "
-            "score to each completion, or a boolean label (PPO also takes a `reward_model`)."
+            "score or a boolean label for each completion, or, for PPO, pass a `reward_model`."
         )
 
 
 def _unfold(rows: dict[str, list]) -> dict[str, list]:
-    """One row per element of `completions` (and of `scores`, and what a sampler stored); the other columns are
-    repeated.
-    """
+    """One row per element of `completions`, `scores` and the sampler's columns; other columns are repeated."""
     lists = {"completions": "completion", "scores": "score"} | {column: column for column in SAMPLER_COLUMNS}
     counts = [len(completions) for completions in rows["completions"]]
     return {
@@ -247,9 +245,9 @@ def _scores_of(dataset: Dataset, score_rows: ScoreRows | None) -> Sequence[float
 
 
 def with_advantages(dataset: Dataset, name: str, *, scale_by_std: bool) -> Dataset:
-    """Add `advantage`, each score relative to its whole group, regardless of the batches in which it is trained."""
+    """Add `advantage`, each score relative to its whole group, regardless of how batches are formed."""
     if {"advantage", "completion_ids"} <= set(dataset.column_names):
-        return dataset  # prepared before, and passed to `evaluate`
+        return dataset  # already prepared, and passed to `evaluate`
     if "advantage" in dataset.column_names:
         logger.warning(
             f"The {name} dataset has a column `advantage`. It is replaced, because advantages are computed from "

@@ -1,7 +1,7 @@
-"""From scores to feedback: labels, preferences and groups, as positions in the list of scored samples.
+"""From scores to feedback: pure functions that return labels, and pairs and groups as positions in a list of samples.
 
-Pure functions. The samples of a prompt share an entry of `groups` (any hashable id) and need not be adjacent. With the
-same seed, the preferences and their order match HALOs' `train.label`.
+Samples of a prompt have the same value in `groups` (any hashable id) and need not be adjacent. With the same seed, the
+preferences and their order match HALOs' `train.label`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .row_values import LARGEST_SCORE, shown
 PairMode = Literal["random", "max", "min"]
 PAIR_MODES: tuple[PairMode, ...] = get_args(PairMode)
 
-_TOLERANCE = 1e-12  # HALOs' allowance for differences of scores that should equal the threshold
+_TOLERANCE = 1e-12  # HALOs' tolerance for differences of scores that should equal the threshold
 
 
 class Preference(NamedTuple):
@@ -48,7 +48,7 @@ def score_problem(score: Any) -> str | None:
         return f"{score!r} is of type {type(score).__name__}, not a number"
     if abs(score) <= LARGEST_SCORE:  # type: ignore[operator]
         return None
-    # Digits of a whole number may be many.
+    # `shown` shortens integers with many digits.
     return f"{shown(score)} is not a finite number of at most {LARGEST_SCORE:.0e} in absolute value"
 
 
@@ -86,14 +86,14 @@ def preferences(
     threshold: float | str = 0.0,
     seed: int = 0,
 ) -> list[Preference]:
-    """Pairs of samples of the same group, the higher scored one preferred.
+    """Pairs of samples of the same group, in which the one with the higher score is preferred.
 
     `mode` selects the pairs. `random` shuffles the samples of a group and pairs neighbours, so that each is in at most
     one pair. `max` pairs the best and the worst. `min` pairs the closest scores that are at least `threshold` apart:
-    the pair with the smallest such difference, or all pairs that share it, with each sample at most once as the better
-    one. In a pair of `random` or `max`, and between the best and the worst of a group in `min`, the scores differ by
-    more than `threshold`. Equal scores are never paired. `seed` determines the shuffles and, with probability 1/2
-    each, which of a pair is `a`.
+    the pair with the smallest such difference, or all pairs with this difference, with each sample at most once as the
+    better one. The scores of a pair in `random` or `max`, and the best and the worst score of a group in `min`, differ
+    by more than `threshold`. Equal scores are never paired. `seed` determines the shuffles and which sample of a pair
+    is `a` (with probability 1/2 each).
 
     Raises ValueError for a score that is not a finite number (by its position), an unknown mode, and a negative or
     non-finite threshold.

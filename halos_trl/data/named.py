@@ -71,7 +71,7 @@ def named_items(
     source = named(name)
     if split not in source.splits:
         raise ValueError(f"{name!r} has splits {sorted(source.splits)}, not {split!r}.")
-    # Of a local copy, the files are all that there is: configurations belong to the Hub.
+    # A local copy has no configurations, which exist only on the Hub.
     config = source.config if path is None else None
     raw = datasets.load_dataset(
         str(path or source.hub_id),
@@ -86,7 +86,7 @@ def named_items(
 def named(name: str) -> Named:
     """The dataset with this name. Raises a ValueError that lists the known names for an unknown one."""
     if name not in NAMED:
-        raise ValueError(f"There is no dataset {name!r}; the names are {', '.join(NAMED)}.")
+        raise ValueError(f"Unknown dataset {name!r}; expected one of {', '.join(NAMED)}.")
     return NAMED[name]
 
 
@@ -116,7 +116,9 @@ def _each(convert: Callable[[Row], Row]) -> ItemsOf:
             else:
                 left_out += 1
         if left_out:
-            logger.warning(f"Left out {left_out} rows of the {split} split: their sides have no common beginning.")
+            logger.warning(
+                f"Left out {left_out} rows of the {split} split: `chosen` and `rejected` have no common beginning."
+            )
 
     return items
 
@@ -140,13 +142,13 @@ def _pair(prompt: Turns, chosen: Turns, rejected: Turns, chosen_score: Any = Non
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **scores}
 
 
-_SHP_RATIO = 2  # of the scores of a training pair, at least
-_SHP_PAIRS = 5  # of a training prompt, at most
+_SHP_RATIO = 2  # minimum ratio of the scores of a training pair
+_SHP_PAIRS = 5  # maximum number of pairs per training prompt
 
 
 def shp(rows: Iterable[Row], split: str) -> Iterator[Row]:
     """Reddit posts with two answers and their votes. In training, as in HALOs: pairs whose votes differ by at least a
-    factor of 2, and at most 5 pairs per post, drawn with seed 0.
+    factor of 2, and at most 5 pairs per post, sampled with seed 0.
     """
     rows = list(rows) if split != "train" else _some_of_each_post([row for row in rows if _votes_differ(row)])
     for row in rows:
@@ -204,7 +206,7 @@ def oasst(rows: Iterable[Row], split: str) -> Iterator[Row]:
     for (parent, rank), row in ranked.items():
         better = ranked.get((parent, rank - 1))
         path = _path_from_root(parent, messages)
-        # Prompts are ranked too; and a parent of another language was left out.
+        # Prompts have ranks, too, and parents in other languages were left out.
         if better is not None and path and path[-1]["role"] == "user":
             yield _pair(path, _assistant(better["text"]), _assistant(row["text"]))
 
@@ -337,7 +339,7 @@ NAMED: dict[str, Named] = {
     "s1k_11": Named("simplescaling/s1K-1.1", {"train": "train"}, _each(s1k)),
     "alpacaeval": Named("tatsu-lab/alpaca_eval", {"test": "eval"}, _each(alpaca_eval)),
     "wildbench": Named("allenai/WildBench", {"test": "test"}, _each(wildbench), config="v2"),
-    # loaded often by users of TRL
+    # often used with TRL
     "trl_ultrafeedback": Named("trl-lib/ultrafeedback_binarized", _SAME, _each(conversations)),
     "kto_mix": Named("trl-lib/kto-mix-14k", _SAME, _each(labelled)),
     "capybara": Named("argilla/distilabel-capybara-dpo-7k-binarized", {"train": "train"}, _each(with_text_prompt)),

@@ -21,9 +21,9 @@ _ANSWERS = {
 def unique_prompts(rows: Iterable[Row], name: str = "data") -> list[Row]:
     """One row for each distinct prompt, in order of first appearance: `prompt` and the other columns.
 
-    The prompt is the column `prompt`; or `instruction`, as AlpacaEval's data have it; or `messages` up to the
-    assistant's last turn; or the common beginning of `chosen` and `rejected`. Columns about completions (`chosen`,
-    `label`, `score`, ...) are left out; the others are kept, for functions that judge the samples.
+    The prompt is the column `prompt`, else `instruction` (AlpacaEval), else `messages` up to the assistant's last
+    turn, else the common beginning of `chosen` and `rejected`. Columns about completions (`chosen`, `label`, `score`,
+    ...) are left out; the others are kept for reward functions.
 
     Raises a ValueError that names the row if none of these columns exists or a prompt is empty.
     """
@@ -33,7 +33,7 @@ def unique_prompts(rows: Iterable[Row], name: str = "data") -> list[Row]:
         if not prompt:
             raise ValueError(
                 f"Row {index} of {name} has {'an empty prompt' if prompt is not None else 'no prompt'} (its columns: "
-                f"{sorted(row)}). Samples need a column `prompt` (a text or a list of turns), `instruction`, "
+                f"{sorted(row)}). Sampling needs a column `prompt` (a text or a list of messages), `instruction`, "
                 "`messages`, or `chosen` and `rejected`."
             )
         kept = {key: value for key, value in row.items() if key not in _ANSWERS and value is not None}

@@ -1,7 +1,7 @@
-"""Checks of one raw row of each form: pure functions of the row that describe its problem.
+"""Checks of a raw row in each format: pure functions of the row that describe its problem.
 
-Each check returns the end of a sentence that begins with "Row 3 of the train dataset", and what to do; or None for a
-valid row.
+Each check returns None for a valid row, or the end of a sentence that starts with "Row 3 of the train dataset", with
+advice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ RowCheck: TypeAlias = Callable[[Row], Problem]
 def paired_check(columns: Iterable[str], *, splits_implicit: bool = True) -> RowCheck:
     """The check for rows of `chosen` and `rejected`, with a `prompt` if `columns` has one.
 
-    Without one, the prompt is the common beginning of both sides; `splits_implicit` tells whether the method needs it.
+    Without one, the prompt is the common beginning of both sides; `splits_implicit` states whether the method uses it.
     """
     if "prompt" not in columns:
         return lambda row: implicit_pair_problem(row, splits_implicit) or template_problem(row)
@@ -99,14 +99,14 @@ def scored_lists_check(columns: Iterable[str]) -> RowCheck:
 
 
 def sampled_check(check: RowCheck) -> RowCheck:
-    """A check of scored rows that also asks for the tokens of each completion and their log-probs."""
+    """A check of scored rows that also requires the tokens of each completion and their log-probs."""
     return lambda row: check(row) or _sampler_problem(row)
 
 
 class OneForm:
-    """A check that also refuses rows whose form differs from that of the first valid row.
+    """A check that also refuses rows whose format, text or conversation, differs from that of the first valid row.
 
-    The form of the first row, text or conversation, determines how all of them are prepared.
+    TRL prepares all rows according to the format of the first one.
     """
 
     def __init__(self, check: RowCheck):
@@ -122,13 +122,13 @@ class OneForm:
         if form == self.first:
             return None
         return (
-            f"is {form}, but the first row is {self.first}. All rows of a dataset must have the same form: convert "
+            f"is {form}, but the first row is {self.first}. All rows of a dataset must have the same format: convert "
             "all prompts and completions to text, or all of them to lists of messages."
         )
 
 
 def form_of(row: Row) -> str:
-    """The form of a row, text or conversation, as it is called in errors."""
+    """The format of a row, "text" or "conversational"."""
     value = next(row[column] for column in ("prompt", "chosen", "completion") if column in row)
     return "text" if isinstance(value, str) else "conversational"
 
@@ -138,10 +138,10 @@ def _completions_problem(row: Row) -> Problem:
     if not isinstance(completions, list):
         return (
             f"has `completions` {shown(completions)} of type {type(completions).__name__}; expected a list of "
-            "completions. Put a single one into a list, or rename the column to `completion`."
+            "completions. Wrap a single completion in a list, or rename the column to `completion`."
         )
     if not completions:
-        return "has no completions. Fill in the list."
+        return "has an empty list of `completions`. Add at least one completion, or remove the row."
     problems = (side_problem(value, row["prompt"], "completions", True) for value in completions)
     return next(filter(None, problems), None)
 
@@ -165,8 +165,8 @@ def _turns_problem(completion: Any) -> Problem:
     if isinstance(completion, str) or len(completion) == 1:
         return None
     return (
-        f"has a completion of {len(completion)} turns, but `token_ids` are those of one that was sampled. Use "
-        "`old_policy='reference'` for conversations."
+        f"has a completion of {len(completion)} turns, but its `token_ids` are those of a single generated turn. Set "
+        "`old_policy='reference'` to train on several turns."
     )
 
 

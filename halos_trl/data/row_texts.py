@@ -20,11 +20,11 @@ def prompt_problem(prompt: Any) -> Problem:
     """The problem of a prompt, which must be text or a nonempty list of messages."""
     if not isinstance(prompt, str | list):
         return (
-            f"has prompt {shown(prompt)} of type {type(prompt).__name__}; a prompt is a text or a list of messages. "
+            f"has prompt {shown(prompt)} of type {type(prompt).__name__}; expected a text or a list of messages. "
             "Fill in the prompt."
         )
     if prompt == []:
-        return "has an empty prompt: []. The prompt of a conversation has at least one message. Fill it in."
+        return "has an empty prompt: []. The prompt of a conversation needs at least one message. Fill it in."
     return messages_problem(prompt, "prompt")
 
 
@@ -41,15 +41,15 @@ def side_problem(value: Any, prompt: Any, column: str, takes_empty_turns: bool) 
     if value is None or (isinstance(value, str | list) and not value):
         return f"has an empty `{column}`: {value!r}. {_EMPTY} Fill it in."
     if not isinstance(value, str | list):
-        wrap = " Put the message into a list." if isinstance(value, dict) else ""
+        wrap = " Wrap the message in a list." if isinstance(value, dict) else ""
         return (
-            f"has `{column}` {shown(value)} of type {type(value).__name__}; a completion is a text, or a list of "
+            f"has `{column}` {shown(value)} of type {type(value).__name__}; expected a text or a list of "
             f"messages.{wrap}"
         )
     if isinstance(value, str) != isinstance(prompt, str):
         return (
             f"mixes a prompt of type {type(prompt).__name__} with a completion of type {type(value).__name__} in "
-            f"`{column}`: {shown(value)}. Make both texts, or both lists of messages."
+            f"`{column}`: {shown(value)}. Convert both to text, or both to lists of messages."
         )
     problem = messages_problem(value, column)
     if problem is None and not takes_empty_turns and is_empty(value):
@@ -67,8 +67,8 @@ def messages_problem(messages: Any, column: str) -> Problem:
 def _message_problem(message: Any, column: str) -> Problem:
     if not isinstance(message, dict):
         return (
-            f"has {shown(message)} of type {type(message).__name__} in the list `{column}`, where a message belongs. "
-            f"Write messages as {_MESSAGE}, or let `{column}` be a text."
+            f"has {shown(message)} of type {type(message).__name__} in the list `{column}`; expected a message. "
+            f"Write messages as {_MESSAGE}, or make `{column}` a text."
         )
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
@@ -82,8 +82,8 @@ def _message_problem(message: Any, column: str) -> Problem:
         return None
     return (
         f"has a message in `{column}` whose `content` is {shown(content)} of type {type(content).__name__}: "
-        f"{shown(message)}. A message's content is a text, or a list of parts such as "
-        "{'type': 'text', 'text': '...'}; it may be missing only beside `tool_calls` and the like."
+        f"{shown(message)}. Expected a text, or a list of parts such as {{'type': 'text', 'text': '...'}}. Only "
+        "messages with other fields, such as `tool_calls`, may have no content."
     )
 
 
@@ -115,8 +115,8 @@ def pair_with_text_prompt_problem(row: Row) -> Problem:
         return None
     return (
         f"has a text as prompt, {shown(row['prompt'])}, and a `chosen` that is a whole conversation. Remove the "
-        "column (`dataset.remove_columns('prompt')`): the prompt is then taken from the common start of `chosen` and "
-        "`rejected`."
+        "column `prompt` (`dataset.remove_columns('prompt')`): the prompt is then the common beginning of `chosen` "
+        "and `rejected`."
     )
 
 
@@ -178,19 +178,19 @@ def _no_common_turns(chosen: list[Row], rejected: list[Row]) -> Problem:
         column = "chosen" if len(chosen) < len(rejected) else "rejected"
         if min(chosen, rejected, key=len)[-1]["role"] != "assistant":
             return (
-                f"has a `{column}` that is only the start of the other side and has no answer of its own: "
+                f"has a `{column}` that is only the beginning of the other side, without an answer: "
                 f"{shown(min(chosen, rejected, key=len))}. {_EMPTY} Fill it in."
             )
     if start == 0:
         return _no_prompt(chosen, rejected)
     for column, side in (("chosen", chosen), ("rejected", rejected)):
         if is_empty(side[start:]):
-            return f"has an empty `{column}` behind the common start: {shown(side[start:])}. {_EMPTY} Fill it in."
+            return f"has an empty `{column}` after the common beginning: {shown(side[start:])}. {_EMPTY} Fill it in."
     return None
 
 
 def _no_prompt(chosen: Any, rejected: Any) -> Problem:
     return (
-        "has no `prompt`, and `chosen` and `rejected` have no common start that could be one: "
+        "has no `prompt`, and `chosen` and `rejected` have no common beginning to use as the prompt: "
         f"{shown(chosen)} and {shown(rejected)}. Add a column `prompt`."
     )

@@ -41,12 +41,12 @@ def score_problem(score: Any) -> Problem:
         return None
     if is_number and abs(score) != math.inf:
         return (
-            f"has score {shown(score)}; scores may reach {LARGEST_SCORE:.0e} in absolute value. Losses and gradients "
-            "are float32 and square them. Rescale the scores, e.g. to a few units."
+            f"has score {shown(score)}; the absolute value may be at most {LARGEST_SCORE:.0e}, because float32 losses "
+            "square it. Rescale the scores, e.g. to a few units."
         )
     return (
-        f"has score {shown(score)}; scores are finite numbers. Mend the score: it would spoil the advantages of its "
-        "whole group."
+        f"has score {shown(score)}; expected a finite number. Fix the score or remove the row: the score would "
+        "invalidate the advantages of the whole group."
     )
 
 
@@ -83,10 +83,10 @@ def label_problem(label: Any) -> Problem:
     if isinstance(label, bool | np.bool_) or (isinstance(label, Integral) and label in (0, 1)):
         return None
     return (
-        f"has label {shown(label)} of type {type(label).__name__}; labels are booleans, or the whole numbers 0 and 1 "
-        "(True and 1: desirable). Write true or false in a JSON file; or convert the column, e.g. "
-        "`dataset.map(lambda row: {'label': row['score'] > 0})`. Rename a column of other numbers to `score`: "
-        "`GRPOTrainer` and `PPOTrainer` take scores."
+        f"has label {shown(label)} of type {type(label).__name__}; expected a boolean, or the integer 0 or 1 "
+        "(True and 1: desirable). Write true or false in a JSON file, or convert the column, e.g. "
+        "`dataset.map(lambda row: {'label': row['score'] > 0})`. If the values are scores, rename the column to "
+        "`score` and use `GRPOTrainer` or `PPOTrainer`."
     )
 
 
@@ -101,9 +101,9 @@ def prompt_id_problem(row: Row) -> Problem:
     fault = (
         f"has no `prompt_id` ({value!r}), although the dataset has that column"
         if missing
-        else f"has `prompt_id` {shown(value)} of type {type(value).__name__}; ids are texts or numbers"
+        else f"has `prompt_id` {shown(value)} of type {type(value).__name__}; expected a text or a number"
     )
-    return f"{fault}. Fill it in in every row, or remove the column: then rows with equal prompts form a group."
+    return f"{fault}. Fill it in for every row, or remove the column; rows with equal prompts then form a group."
 
 
 # -- arguments of the chat template ----------------------------------------------------------------------------------
@@ -134,16 +134,16 @@ def tools_problem(tools: Any) -> Problem:
         schemas = json.loads(tools) if isinstance(tools, str) else tools
     except (ValueError, RecursionError) as error:
         return (
-            f"has `tools` that cannot be read as JSON ({error}): {shown(tools)}. Write a list of JSON schemas, or "
-            "leave it null."
+            f"has `tools` that cannot be read as JSON ({error}): {shown(tools)}. Use a list of JSON schemas, or null "
+            "for no tools."
         )
     if schemas is None:
         return None
     if isinstance(schemas, list) and all(isinstance(tool, dict) or callable(tool) for tool in schemas):
         return None
     return (
-        f"has `tools` {shown(tools)}; tools are a list of JSON schemas, each a dict, or such a list as JSON text. "
-        "Leave it null where there are none."
+        f"has `tools` {shown(tools)}; expected a list of JSON schemas, each a dict, or such a list as JSON text. Use "
+        "null for no tools."
     )
 
 
@@ -151,15 +151,15 @@ def template_kwargs_problem(kwargs: Any) -> Problem:
     """The problem of a row's template variables, which must be a dict without arguments of the call."""
     if not isinstance(kwargs, dict):
         return (
-            f"has `chat_template_kwargs` {shown(kwargs)} of type {type(kwargs).__name__}; it is a dict of variables "
-            "of the chat template, e.g. {'enable_thinking': False}. Leave it null where there are none."
+            f"has `chat_template_kwargs` {shown(kwargs)} of type {type(kwargs).__name__}; expected a dict of "
+            "variables of the chat template, e.g. {'enable_thinking': False}. Use null for none."
         )
     # `datasets` fills missing keys in a column of dicts with None.
     reserved = sorted(str(key) for key, value in kwargs.items() if key in _RESERVED and value is not None)
     if not reserved:
         return None
     return (
-        f"has {', '.join(f'`{key}`' for key in reserved)} in `chat_template_kwargs`: {shown(kwargs)}. Data may set "
-        "variables of the chat template, but neither replace the template nor the arguments it is applied with. "
-        "Remove the key; a template is set on the tokenizer (`processing_class.chat_template`)."
+        f"has {', '.join(f'`{key}`' for key in reserved)} in `chat_template_kwargs`: {shown(kwargs)}. A row may set "
+        "variables of the chat template, but not the template itself or arguments of `apply_chat_template`. Remove "
+        "the key; set the template on the tokenizer (`processing_class.chat_template`)."
     )

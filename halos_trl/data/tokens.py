@@ -181,9 +181,9 @@ class RowTokenizer:
             return self._of_text(row.get("prompt", ""), row[side], where, notes)
         turns = turns_of(row.get("prompt", []), row[side], prompt_is_explicit=self.prompt_is_explicit)
         if not turns.completion:
-            raise ValueError(f"{where} only repeats the prompt. Mend the row, or drop it with `dataset.filter`.")
+            raise ValueError(f"{where} only repeats the prompt. Fix the row, or drop it with `dataset.filter`.")
         if not turns.prompt and "prompt" in row:
-            raise ValueError(f"{where} has a prompt without a turn. Mend the row, or drop it with `dataset.filter`.")
+            raise ValueError(f"{where} has a prompt without a turn. Fix the row, or drop it with `dataset.filter`.")
         notes |= turns.notes - ({OTHER_TURNS} if self.assistant_only or self.whole else set())
         return self._of_turns(turns, template_options(row), where, prompts)
 
@@ -195,7 +195,7 @@ class RowTokenizer:
         eos = self.text_tokens.tokenizer.eos_token
         if eos is None:
             raise ValueError(
-                f"{where} is text, which has to end with an EOS token, and the tokenizer has none. Set "
+                f"{where} is text, which must end with an EOS token, but the tokenizer has none. Set "
                 "`tokenizer.eos_token`, or `eos_token` in the config."
             )
         if prompt.strip() and completion.startswith(prompt):
@@ -208,18 +208,18 @@ class RowTokenizer:
         return Tokens(self.text_tokens(prompt), ids, [True] * len(ids))
 
     def _of_sampler(self, row: Row, completion: Any, where: str) -> Tokens:
-        drawn = list(row["token_ids"])
-        decoded = self.text_tokens.tokenizer.decode(drawn, skip_special_tokens=True)
+        sampled = list(row["token_ids"])
+        decoded = self.text_tokens.tokenizer.decode(sampled, skip_special_tokens=True)
         text = completion if isinstance(completion, str) else _text_of(completion[0])
         if not _without_blanks(decoded).startswith(_without_blanks(text)):
             raise ValueError(
-                f"{where} has the completion {text[:80]!r}, but its `token_ids` are those of {decoded[:80]!r}. The "
-                "text was changed after it was sampled, or another tokenizer sampled it. Sample with this model's, or "
-                "set `old_policy='reference'`."
+                f"{where} has the completion {text[:80]!r}, but its `token_ids` decode to {decoded[:80]!r}. The text "
+                "was changed after sampling, or the samples were generated with another tokenizer. Sample with this "
+                "model's tokenizer, or set `old_policy='reference'`."
             )
         prompt = row["prompt"]
         ids = self.text_tokens(prompt) if isinstance(prompt, str) else prompt_tokens(self.processing_class, row, where)
-        return Tokens(ids, ids + drawn, [True] * (len(ids) + len(drawn)))
+        return Tokens(ids, ids + sampled, [True] * (len(ids) + len(sampled)))
 
     def _of_turns(self, turns: Turns, options: Row, where: str, prompts: dict) -> Tokens:
         def encode(messages: list, **how: Any) -> Row:
@@ -252,21 +252,21 @@ class RowTokenizer:
         ids, length = tokens.ids, len(tokens.ids)
         if length <= start:
             raise ValueError(
-                f"{where} has a completion of zero tokens. There is no token to learn from. Drop such rows, or look "
-                "at what the chat template makes of them."
+                f"{where} has a completion of zero tokens, so there is no token to learn from. Drop such rows, or "
+                "check how the chat template renders them."
             )
         if self.whole:
             notes |= {NO_ROOM} if self.max_length is not None and length > self.max_length else set()
             return
         if not any(tokens.is_trained[start:]):
             raise ValueError(
-                f"{where} has a completion without a token of the assistant, and `assistant_only_loss=True` trains on "
-                "no other. Drop such rows, or set `assistant_only_loss=False`."
+                f"{where} has a completion without a token of the assistant, and `assistant_only_loss=True` trains "
+                "only on those. Drop such rows, or set `assistant_only_loss=False`."
             )
         if not any(tokens.is_trained[max(start, 1) :]):
             raise ValueError(
-                f"{where} has no token that follows another: the prompt is empty, and the completion is the single "
-                f"token {ids[0]}, which nothing predicts. Give the row a prompt, or drop it."
+                f"{where} has a single token, {ids[0]}, and an empty prompt, so there is no context to predict it "
+                "from. Add a prompt, or drop the row."
             )
         limit = length if self.max_length is None else min(self.max_length, length)
         begin = length - limit if self.keep_end else 0
@@ -282,9 +282,9 @@ class RowTokenizer:
                 token = max(ids)
                 raise ValueError(
                     f"{places[side]} has token id {token} "
-                    f"({self.text_tokens.tokenizer.convert_ids_to_tokens(token)!r}), but the model knows {vocabulary} "
-                    "tokens. The tokenizer is not the model's, or tokens were added to it: pass the model's own, or "
-                    "call `model.resize_token_embeddings(len(tokenizer))` first."
+                    f"({self.text_tokens.tokenizer.convert_ids_to_tokens(token)!r}), but the model has {vocabulary} "
+                    "token embeddings. Pass the model's own tokenizer, or, if tokens were added to it, call "
+                    "`model.resize_token_embeddings(len(tokenizer))` first."
                 )
             length = len(ids) if self.max_length is None else min(len(ids), self.max_length)
             if positions is not None and length > positions:
@@ -299,8 +299,8 @@ def _refuse_half_characters(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where} holds {text[error.start]!r}, half of a character, which no tokenizer takes. Mend the text, e.g. "
-            "by `text.encode(errors='replace').decode()`."
+            f"{where} contains {text[error.start]!r}, half of a surrogate pair, which tokenizers cannot encode. Fix "
+            "the text, e.g. with `text.encode(errors='replace').decode()`."
         ) from None
 
 

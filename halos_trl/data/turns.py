@@ -118,13 +118,13 @@ def chat_tokens(processing_class: Processing, messages: Messages, options: dict[
     except Exception as error:  # a template may raise anything
         if not getattr(processing_class, "chat_template", None):
             raise ValueError(
-                f"{where} is a conversation, and the tokenizer has no chat template. Set `tokenizer.chat_template`, "
-                "or `chat_template_path` in the config, or write the rows as text."
+                f"{where} is a conversation, but the tokenizer has no chat template. Set `tokenizer.chat_template` "
+                "or `chat_template_path` in the config, or convert the rows to text."
             ) from error
         roles = [turn.get("role") for turn in messages]
         raise ValueError(
             f"{where} cannot be rendered: the chat template fails with {type(error).__name__}: {error} (roles: "
-            f"{roles}). Mend the row or drop it with `dataset.filter`, or use another template."
+            f"{roles}). Fix the row, drop it with `dataset.filter`, or use another template."
         ) from error
     return {key: value[0] for key, value in made.items()} if is_processor else dict(made)
 
@@ -169,10 +169,10 @@ def _end_of(rendered: list[int], ids: list[int], where: str) -> int:
     end = common_prefix(rendered, ids)
     if end < len(rendered) - 1:  # the last token may merge with the following text
         raise ValueError(
-            f"{where} has turns of the other side in its completion, and the chat template renders the turns before "
-            "them in another way when they follow, so the tokens of the assistant cannot be told apart. Use a "
-            "template with `{% generation %}` markers (`trl.get_training_chat_template` has one for many models), or "
-            "set `assistant_only_loss=False`."
+            f"{where} has turns of users or tools in its completion, and the chat template renders a turn differently "
+            "if others follow it, so the assistant's tokens cannot be located. Use a template with "
+            "`{% generation %}` markers (`trl.get_training_chat_template` provides one for many models), or set "
+            "`assistant_only_loss=False`."
         )
     return end
 

@@ -53,7 +53,7 @@ def read_items(path: str | Path) -> Iterator[Item]:
         text = _Text(file, name)
         first = text.skip_space()
         if not first:
-            raise ValueError(f"{name} is empty. Name a file with at least one item.")
+            raise ValueError(f"{name} is empty. Pass a file with at least one item.")
         if first not in "[{":
             raise ValueError(
                 f"{name} begins with {first!r}. Expected a JSON array, which begins with '[', or JSON Lines, one "
@@ -64,7 +64,7 @@ def read_items(path: str | Path) -> Iterator[Item]:
         for item in items:
             yield item
         if item is None:
-            raise ValueError(f"{name} is an array without items. Name a file with at least one.")
+            raise ValueError(f"{name} is an array without items. Pass a file with at least one item.")
 
 
 def open_file(path: str | Path) -> IO[bytes]:
@@ -92,7 +92,7 @@ def _array(text: _Text, name: str) -> Iterator[Item]:
         yield _object(text, name, index)
         behind = text.skip_space()
         if behind not in ("]", ","):
-            raise _fault(text, name, index, "',' or ']' is missing behind it")
+            raise _fault(text, name, index, "',' or ']' is missing after it")
         is_open = behind == ","
         if is_open:
             text.take(",")
@@ -100,8 +100,8 @@ def _array(text: _Text, name: str) -> Iterator[Item]:
     text.take("]")
     if text.skip_space():
         raise ValueError(
-            f"{name} goes on behind the end of its array, in line {text.line}. Two files may have been joined: pass "
-            "them as two files, or write one object on each line."
+            f"{name} continues after the end of its array, in line {text.line}. If several files were concatenated, "
+            "pass them separately, or write one object on each line."
         )
 
 
@@ -121,8 +121,8 @@ def _object(text: _Text, name: str, index: int) -> Item:
         if not first:
             raise _fault(text, name, index, None)
         raise ValueError(
-            f"{name}, item {index} (line {line}) begins with {first!r}; every item is an object: "
-            "{'prompt': ..., ...}. Mend the item or remove it."
+            f"{name}, item {index} (line {line}) begins with {first!r}; expected an object: "
+            "{'prompt': ..., ...}. Fix the item or remove it."
         )
     try:
         value = text.take_object()
@@ -139,12 +139,13 @@ def _object(text: _Text, name: str, index: int) -> Item:
 def _fault(text: _Text, name: str, index: int, problem: str | None) -> ValueError:
     if problem is None or not text.skip_space():
         return ValueError(
-            f"{name} is cut off: it ends in or before item {index} (line {text.line}), as the file of a run that was "
-            f"killed. Write it anew, or remove what follows item {index - 1} (and close an array with ']')."
+            f"{name} is truncated: it ends in or before item {index} (line {text.line}), perhaps because the process "
+            f"that wrote it was killed. Write it again, or remove everything after item {index - 1} (and close an "
+            "array with ']')."
             if index
-            else f"{name} is cut off: it ends in its first item. Write it anew."
+            else f"{name} is truncated: it ends in its first item. Write it again."
         )
-    return ValueError(f"{name}, item {index} (line {text.line}) is invalid JSON: {problem}. Mend the item.")
+    return ValueError(f"{name}, item {index} (line {text.line}) is invalid JSON: {problem}. Fix the item.")
 
 
 class _Text:
@@ -172,7 +173,7 @@ class _Text:
             more = self.decoder.decode(data, final=self.at_end)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.name} is not text in UTF-8 ({error.reason} near line {self.line}). Convert it first."
+                f"{self.name} is not valid UTF-8 ({error.reason} near line {self.line}). Convert it to UTF-8."
             ) from None
         if more:
             self.buffer, self.at = self.buffer[self.at :] + more, 0

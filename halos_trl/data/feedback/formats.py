@@ -121,7 +121,7 @@ def _group_row(value: Object) -> Judged:
     completions, scores = value["completions"], value["scores"]
     if not isinstance(completions, list) or not isinstance(scores, list) or len(completions) != len(scores):
         raise ValueError(
-            f"has `completions` {shown(completions)} and `scores` {shown(scores)}; give two lists of one length."
+            f"has `completions` {shown(completions)} and `scores` {shown(scores)}; expected two lists of equal length."
         )
     sampled = _sampled_each(value, len(completions))
     return Judged(
@@ -174,15 +174,15 @@ def format_of(item: Item) -> Format:
         known = _BY_TYPE.get(value["type"]) if isinstance(value["type"], str) else None
         if known is None:
             raise ValueError(
-                f"{item.where} has `type` {shown(value['type'])}; known are {', '.join(map(repr, _BY_TYPE))}."
+                f"{item.where} has `type` {shown(value['type'])}; expected one of {', '.join(map(repr, _BY_TYPE))}."
             )
         return known
     for form in _BY_KEYS:
         if value.keys() >= set(form.needs):
             return form
     raise ValueError(
-        f"{item.where} is of no known format: it has no `type`, and the keys {sorted(value)}. Known are items with a "
-        f"`type` of {', '.join(map(repr, _BY_TYPE))}, and rows with "
+        f"{item.where} has an unknown format: no `type`, and the keys {sorted(value)}. Expected an item with a `type` "
+        f"of {', '.join(map(repr, _BY_TYPE))}, or a row with "
         f"{'; '.join(', '.join(f'`{key}`' for key in form.needs) for form in _BY_KEYS)}."
     )
 
@@ -249,7 +249,7 @@ def _sampled_each(value: Object, count: int) -> list[tuple[list[int], list[float
     if not all(isinstance(column, list) and len(column) == count for column in columns):
         ids, logps = map(shown, columns)
         raise ValueError(
-            f"has {count} completions, `token_ids` {ids} and `logprobs` {logps}; give one list for each completion."
+            f"has {count} completions, `token_ids` {ids} and `logprobs` {logps}; expected one list per completion."
         )
     return [_sampled(dict(zip(SAMPLER_COLUMNS, own, strict=True))) for own in zip(*columns, strict=True)]
 
@@ -281,8 +281,8 @@ def _contradiction(found: Judged, better: int, worse: int) -> Problem:
     if a.text != b.text or a.score == b.score:
         return None
     return (
-        f"has a pair of equal completions with the scores {shown(a.score)} and {shown(b.score)}: {shown(a.text)}. "
-        "Drop the item: a text is not preferred to itself."
+        f"has a pair of equal completions with different scores, {shown(a.score)} and {shown(b.score)}: "
+        f"{shown(a.text)}. Fix or remove the item."
     )
 
 
@@ -293,7 +293,7 @@ def _first(problems: Any) -> Problem:
 def _user_problem(prompt: Text, is_chat: bool) -> Problem:
     if isinstance(prompt, str):
         form = "[{'role': 'user', 'content': '...'}]"
-        return f"has the text {shown(prompt)} as prompt. Write a conversation: {form}." if is_chat else None
+        return f"has the text {shown(prompt)} as prompt; expected a conversation: {form}." if is_chat else None
     if any(turn["role"] == "user" for turn in prompt):
         return None
     roles = [turn["role"] for turn in prompt]
@@ -308,8 +308,8 @@ def _turns_problem(text: Text) -> Problem:
         for key, value in turn.items():
             if value is not None and not isinstance(value, str):
                 return (
-                    f"has a turn whose `{key}` is of type {type(value).__name__}: {shown(turn)}. Feedback files hold "
-                    "turns of text; load other conversations with `datasets.load_dataset`."
+                    f"has a turn whose `{key}` is of type {type(value).__name__}: {shown(turn)}. In feedback files, "
+                    "all fields of a turn must be text; load other conversations with `datasets.load_dataset`."
                 )
             if value is not None and (problem := _encoding_problem(value)):
                 return problem
@@ -321,8 +321,8 @@ def _encoding_problem(text: str) -> Problem:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return (
-            f"has half of a surrogate pair, {json.dumps(text[error.start])}, which is no character. An emoji was cut "
-            "in two; remove the rest of it."
+            f"contains half of a surrogate pair, {json.dumps(text[error.start])}, which is not a valid character (a "
+            "truncated emoji, for example). Remove it."
         )
     return None
 

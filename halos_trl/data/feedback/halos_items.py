@@ -37,8 +37,8 @@ def halos_items(item: Item, form: Format, found: Judged, prompt_id: int) -> Iter
         return
     if isinstance(found.prompt, str):
         raise ValueError(
-            f"{item.where} has a text as prompt. HALOs' files hold conversations, and a text may be rendered already. "
-            "Write rows of TRL (`--format trl`), or make its prompts lists of messages."
+            f"{item.where} has a text as prompt, but prompts in HALOs' files are conversations. Use `--format trl` or "
+            "convert the prompts to lists of messages."
         )
     base = {"prompt_id": item.value.get("prompt_id", prompt_id), "prompt": found.prompt}
     base |= {key: item.value[key] for key in _KEPT if key in item.value}

@@ -67,7 +67,7 @@ def load_feedback(
 
     `split`: use only items with this `split` and those without one. `pair_mode`, `pair_threshold` and
     `label_threshold` are those of `halos_trl.data.labelling`, for completions that have only scores. `max_per_prompt`:
-    maximum number of rows per prompt (of completions per group), drawn with `seed`. `frac_unique_desirable` and
+    maximum number of rows per prompt (of completions per group), sampled with `seed`. `frac_unique_desirable` and
     `frac_unique_undesirable`: keep this fraction of the distinct completions with that label, each once.
     `duplicates`: treatment of items that equal another one in all fields: "error", "drop" or "keep".
     `control_tokens`: texts to put before desirable and undesirable completions. `cache_dir`: where `datasets` stores
@@ -115,10 +115,12 @@ def feedback_splits(path: str | Path) -> set[str]:
 
 def _check_arguments(paths: list[Any], for_: Any, duplicates: Any) -> None:
     if not paths:
-        raise ValueError("No file of feedback is named. Pass a path, or a list of paths.")
+        raise ValueError("There is no feedback file. Pass a path, or a list of paths.")
     for path in paths:
         if not isinstance(path, str | Path):
-            raise TypeError(f"{path!r} is no path but of type {type(path).__name__}. Pass a path, or a list of paths.")
+            raise TypeError(
+                f"{path!r} is of type {type(path).__name__}; expected a path. Pass a path or a list of them."
+            )
     if for_ not in PURPOSES:
         raise ValueError(f"`for_` is {for_!r}; expected one of {', '.join(map(repr, PURPOSES))}.")
     if duplicates not in ("error", "drop", "keep"):

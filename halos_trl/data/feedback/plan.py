@@ -108,13 +108,13 @@ def _report(index: FeedbackIndex, plan: Plan, for_: Purpose) -> None:
     without = prompts - len(set(plan.prompt))
     if not len(plan):
         raise ValueError(
-            f"None of the {prompts} prompts of {', '.join(index.files)} gives a row for {for_!r}: they have "
+            f"None of the {prompts} prompts of {', '.join(index.files)} yields a row for {for_!r}: they have "
             f"{reasons[for_]}."
         )
     if without:
-        logger.warning(f"{without} of {prompts} prompts give no row for {for_!r}: they have {reasons[for_]}.")
+        logger.warning(f"{without} of {prompts} prompts yield no row for {for_!r}: they have {reasons[for_]}.")
     if index.ties and for_ in ("paired", "unpaired", "csft"):
-        logger.warning(f"{index.ties} pairs have equal scores and no preferred side. They make no rows.")
+        logger.warning(f"{index.ties} pairs have equal scores and thus no preferred side. They yield no rows.")
 
 
 # -- one function for each purpose -----------------------------------------------------------------------------------
@@ -231,8 +231,8 @@ def _check_judged(index: FeedbackIndex, entries: Iterable[Entry], for_: str) -> 
     for entry in entries:
         if entry.score is None and entry.label is None:
             raise ValueError(
-                f"{index.where(index.completion_item[entry.completion])} has no label, score or preference, which "
-                f"{for_!r} rows need. Label the samples first (`halos-trl label`), or load them for 'sft'."
+                f"{index.where(index.completion_item[entry.completion])} has no label, score or preference, but "
+                f"{for_!r} rows need one. Label the samples first (`halos-trl label`), or load them for 'sft'."
             )
 
 
@@ -240,8 +240,8 @@ def _check_all_scored(index: FeedbackIndex, prompt: Prompt) -> None:
     unscored = [entry for entry in prompt.entries if entry.score is None]
     if unscored:
         raise ValueError(
-            f"{index.where(index.completion_item[unscored[0].completion])} has no score, and other completions of its "
-            "prompt have one, so their advantages cannot be compared. Score all completions of a prompt or none."
+            f"{index.where(index.completion_item[unscored[0].completion])} has no score, but other completions of its "
+            "prompt have one, so their advantages cannot be computed. Score all completions of a prompt or none."
         )
 
 

@@ -215,8 +215,8 @@ def index_feedback(
                 index.add(number, item, found)
     if not len(index):
         raise ValueError(
-            f"No item of {', '.join(index.files)} has split {split!r}; there are {sorted(index.skipped_splits)}. Name "
-            "one of them, or None for all items."
+            f"No item of {', '.join(index.files)} has split {split!r}; the splits are {sorted(index.skipped_splits)}. "
+            "Pass one of them, or None for all items."
         )
     if duplicates != "keep":
         _drop_duplicates(index, duplicates == "error")
@@ -238,8 +238,8 @@ def _checked_items(path: str | Path) -> Iterator[tuple[Item, Format, Judged]]:
             form = found_form
         elif found_form.name != form.name:
             raise ValueError(
-                f"{item.where} is of format {found_form.name!r}, and the items before it of {form.name!r}. Split the "
-                "file into one for each format, and pass them together."
+                f"{item.where} has format {found_form.name!r}, but the items before it have format {form.name!r}. "
+                "Split the file into one per format, and pass them together."
             )
         found = judged(item, form)
         scored = [completion.score is not None for completion in found.completions]
@@ -247,7 +247,7 @@ def _checked_items(path: str | Path) -> Iterator[tuple[Item, Format, Judged]]:
         if any(one != first_scored for one in scored):
             keys = " and ".join(f"`{key}`" for key in form.scores)
             raise ValueError(
-                f"{item.where} {'lacks' if first_scored else 'has'} {keys}, and the items before it "
+                f"{item.where} {'lacks' if first_scored else 'has'} {keys}, but the items before it "
                 f"{'have' if first_scored else 'lack'} it. Score all items of a file or none."
             )
         yield item, form, found
@@ -261,8 +261,8 @@ def _check_schema(index: FeedbackIndex, item: Item, found: Judged) -> None:
     if is_chat != index.is_chat:
         forms = ("text", "a conversation")
         raise ValueError(
-            f"{item.where} has {forms[is_chat]} as prompt, and the items before it {forms[index.is_chat]}. Load them "
-            "apart, or write all prompts in one form."
+            f"{item.where} has {forms[is_chat]} as prompt, but the items before it have {forms[index.is_chat]}. Load "
+            "them separately, or convert all prompts to one format."
         )
     if is_chat:
         for text in (found.prompt, *(completion.text for completion in found.completions)):
@@ -281,10 +281,10 @@ def _drop_duplicates(index: FeedbackIndex, is_error: bool) -> None:
                 continue
             if is_error:
                 raise ValueError(
-                    f"{index.where(second)} repeats {index.where(first)} in all its fields. If a file was named or "
-                    "written twice, pass `duplicates='drop'` (`--dataset_duplicates drop`, with `halos-trl convert` "
-                    "`--duplicates drop`) to load such items once; or `'keep'` where a model gave the same completion "
-                    "several times and the items have no `sample_id`."
+                    f"{index.where(second)} repeats {index.where(first)} in all fields. If a file was passed or "
+                    "written twice, pass `duplicates='drop'` (`--dataset_duplicates drop`, for `halos-trl convert` "
+                    "`--duplicates drop`) to load such items once. If a model generated the same completion several "
+                    "times and the items have no `sample_id`, pass `'keep'`."
                 )
             index.dropped.append(second)
     if index.dropped:

@@ -25,9 +25,7 @@ def check_selection(selection: Selection, for_: Purpose) -> None:
     """Raise ValueError for limits that select nothing, and for fractions of labels if rows have no labels."""
     limit = selection.max_per_prompt
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(
-            f"`max_per_prompt` is {limit!r}; expected a whole number of at least 1, or None for no limit."
-        )
+        raise ValueError(f"`max_per_prompt` is {limit!r}; expected an integer of at least 1, or None for no limit.")
     for name in ("frac_unique_desirable", "frac_unique_undesirable"):
         fraction = getattr(selection, name)
         if fraction is None:
@@ -36,8 +34,8 @@ def check_selection(selection: Selection, for_: Purpose) -> None:
             raise ValueError(f"`{name}` is {fraction!r}; expected a number from 0 to 1, or None for all rows.")
         if for_ not in ("unpaired", "csft"):
             raise ValueError(
-                f"`{name}` selects labelled completions, and {for_!r} rows have no labels. Leave it out, or limit the "
-                "rows of a prompt with `max_per_prompt`."
+                f"`{name}` selects labelled completions, but {for_!r} rows have no labels. Omit it, or limit the rows "
+                "per prompt with `max_per_prompt`."
             )
 
 
@@ -50,7 +48,9 @@ def select_rows(plan: Plan, index: FeedbackIndex, selection: Selection, for_: Pu
     if fractions != (None, None):
         plan = plan.select(_unique_part(plan, index, fractions, draws))
     if not len(plan):
-        raise ValueError("The selection keeps no row. Raise `frac_unique_desirable` or `frac_unique_undesirable`.")
+        raise ValueError(
+            "No row is left after the selection. Raise `frac_unique_desirable` or `frac_unique_undesirable`."
+        )
     return plan
 
 

@@ -30,8 +30,8 @@ class HalosBatches(Sampler[list[int]]):
         microbatches: micro-batches of an optimizer step on one process (gradient accumulation).
         num_processes, process_index: number of processes, and this process's index.
         seed: seed of the order, the same on all processes.
-        repeats: how many times in a row each batch of an optimizer step is used (PPO's epochs over a batch); above 1,
-            a last step with fewer micro-batches is left out.
+        repeats: number of consecutive repetitions of each optimizer step (PPO's epochs over a batch); above 1, a last
+            step with fewer micro-batches is left out.
     """
 
     keeps_partial = False
@@ -123,8 +123,8 @@ class HalosUnpairedBatches(HalosBatches):
 class HalosGroupBatches(HalosBatches):
     """Batches of groups: prompts are shuffled, and their completions are distributed round-robin over processes.
 
-    In HALOs processes may have different numbers of micro-batches and then wait for each other forever. Here all
-    processes stop with the one that has the fewest.
+    In HALOs, processes may have different numbers of micro-batches and then wait for each other forever. Here, all
+    processes are limited to the smallest number.
     """
 
     def share(self, rng: random.Random) -> list[int]:

@@ -65,7 +65,7 @@ class Caps(NamedTuple):
     """Limits on the flat list; None: no limit."""
 
     max_prompt_count: int | None = None
-    """Maximum number of pairs per prompt, drawn at random; does not apply to binary feedback."""
+    """Maximum number of pairs per prompt, sampled at random; does not apply to binary feedback."""
     frac_unique_desirable: float | None = None
     """Maximum number of desirable examples, as a fraction of the number of generations; the first ones are kept."""
     frac_unique_undesirable: float | None = None
@@ -122,8 +122,8 @@ def _judged(prompt: HalosPrompt) -> Iterator[Single]:
             yield Single(prompt, i, "chosen" if desirable else "rejected")
     else:
         raise ValueError(
-            f"Prompt {prompt.key!r} has neither pairs nor labels, which single completions are judged by. Label its "
-            "scores first, as binary or pairwise feedback."
+            f"Prompt {prompt.key!r} has neither pairs nor labels, which the unpaired and group loaders need. Convert "
+            "its scores to binary or pairwise feedback first."
         )
 
 
@@ -202,13 +202,13 @@ def microbatches(
         seed: seed of the order, the same on all processes; each epoch has a different order.
         n_epochs, n_examples: when to stop, whichever comes first. At least one is needed; without `n_epochs` the data
             are repeated. `n_examples` counts the examples of all processes.
-        max_prompt_count: maximum number of pairs per prompt, drawn once.
+        max_prompt_count: maximum number of pairs per prompt, sampled once.
         frac_unique_desirable, frac_unique_undesirable: maximum number of desirable and undesirable examples, as a
             fraction of the number of generations; the first ones are kept. HALOs' `launch.py` passes 1.0.
         num_skip: number of examples to skip, over all processes.
 
     Raises ValueError for invalid settings, if no micro-batch would ever be full (HALOs repeats the data endlessly),
-    and if the file has no feedback of the loader's kind. With groups, processes may have different numbers of
+    and if the file has no feedback for the loader. With groups, processes may have different numbers of
     micro-batches, as in HALOs; `HalosGroupBatches` avoids this in training.
     """
     _check_loader(loader)
@@ -222,7 +222,7 @@ def microbatches(
         _require_count(name, value)
     _check_run(loader, microbatch_size, global_batch_size, num_processes, process_index)
     if n_epochs is None and n_examples is None:
-        raise ValueError("Neither `n_epochs` nor `n_examples` says where to stop. Pass one of them.")
+        raise ValueError("Neither `n_epochs` nor `n_examples` is set, so the run would never end. Pass one of them.")
     prompts = load_prompts(source, split)
     if loader == "paired":
         _require_pairs(prompts)
@@ -236,34 +236,34 @@ def microbatches(
 
 def _check_loader(loader: str) -> None:
     if loader not in LOADERS:
-        raise ValueError(f"`loader={loader!r}` is not known. Use one of {LOADERS}.")
+        raise ValueError(f"`loader` is {loader!r}; expected one of {LOADERS}.")
 
 
 def _require_pairs(prompts: list[HalosPrompt]) -> None:
     if not any(prompt.pairs for prompt in prompts):
         raise ValueError(
-            f"None of the {len(prompts)} prompts has a pair, which `loader='paired'` is made of. Pass pairwise "
-            "feedback, or use another loader."
+            f"None of the {len(prompts)} prompts has a pair, which `loader='paired'` needs. Pass pairwise feedback or "
+            "use another loader."
         )
 
 
 def _require_count(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"`{name}={value!r}` cannot work: it is a count. Use a whole number, 1 or more.")
+        raise ValueError(f"`{name}={value!r}` cannot work: expected an integer of at least 1.")
 
 
 def _check_run(loader: str, microbatch: int, global_batch: int, processes: int, process: int) -> None:
     if not 0 <= process < processes:
-        raise ValueError(f"`process_index={process}` is none of {processes} processes. Count them from 0.")
+        raise ValueError(f"`process_index` is {process}; expected 0 to {processes - 1} for {processes} processes.")
     if loader != "paired" and microbatch * processes <= 1:
         raise ValueError(
             f"`microbatch_size={microbatch}` on one process leaves no other completion for the KL term, which HALOs "
-            f"takes from the same micro-batch. Use 2 or more with `loader={loader!r}`."
+            f"computes within a micro-batch. Use at least 2 with `loader={loader!r}`."
         )
     if loader != "group" and global_batch % processes:
         raise ValueError(
-            f"`global_batch_size={global_batch}` cannot be dealt evenly to {processes} processes: some would hold "
-            "more examples than others and wait for them. Use a multiple of the number of processes."
+            f"`global_batch_size={global_batch}` cannot be split evenly over {processes} processes: some would have "
+            "more examples than others, which would wait for them. Use a multiple of the number of processes."
         )
 
 

@@ -75,8 +75,8 @@ def _prompt_of(key: str, members: list[tuple[str, Item]]) -> HalosPrompt:
     kind = _get(members[0][1], "type", members[0][0])
     if kind not in _READERS:
         raise ValueError(
-            f"{members[0][0]} is of type {kind!r}; batches are made from items of the types {sorted(_READERS)}. "
-            "Samples without feedback have to be labelled first."
+            f"{members[0][0]} is of type {kind!r}; expected one of {sorted(_READERS)}. Label samples without feedback "
+            "first."
         )
     for where, item in members:
         if item.get("type") != kind:

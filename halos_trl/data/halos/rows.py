@@ -68,7 +68,7 @@ class HalosRowTokenizer(RowTokenizer):
         if NO_ROOM in notes:
             raise ValueError(
                 f"{where} has no room for its completion: the prompt alone has {start} tokens, and `max_length="
-                f"{self.max_length}`. HALOs would take it into its batches and learn nothing from it. Raise "
+                f"{self.max_length}`. (HALOs would include it in its batches and learn nothing from it.) Raise "
                 "`max_length`, lower `max_prompt_length`, or drop the row before training."
             )
 
@@ -77,15 +77,16 @@ def _plain_turns(turns: Any, column: str, where: str) -> list[dict[str, Any]]:
     """Turns without keys whose value is None, which `datasets` adds if other rows have them."""
     if isinstance(turns, str):
         raise ValueError(
-            f"{where} has text as `{column}`. `batch_order='halos'` cuts turn by turn, so it needs conversations: "
-            "[{'role': 'user', 'content': '...'}]. Write it as one, or set `batch_order='trl'`."
+            f"{where} has text as `{column}`. `batch_order='halos'` truncates turn by turn and needs conversations, "
+            "such as [{'role': 'user', 'content': '...'}]. Convert the rows, or set `batch_order='trl'`."
         )
     plain = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
     for turn in plain:
         if not isinstance(turn.get("content"), str):
             raise ValueError(
                 f"{where} has a turn in `{column}` whose content is {turn.get('content')!r:.80}. "
-                "`batch_order='halos'` cuts the text of turns. Write it as text, or set `batch_order='trl'`."
+                "`batch_order='halos'` truncates the text of turns, so the content must be text. Convert it, or set "
+                "`batch_order='trl'`."
             )
     return plain
 

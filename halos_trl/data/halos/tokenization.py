@@ -37,12 +37,12 @@ class HalosTokens(NamedTuple):
 class HalosTokenizer:
     """Renders and tokenizes prompt and completion as HALOs does, with its two length limits.
 
-    Each turn of the prompt counts with its length when rendered alone, including the generation prompt. The first turn
-    that exceeds the remainder of `max_prompt_length` loses the excess tokens at its end, and all turns after it are
-    dropped. The completion is counted likewise on top of the prompt, up to `max_length`. Since turns count with more
-    tokens than they need, text may be truncated that would fit.
+    The length of each turn of the prompt is counted as if it were rendered alone, including the generation prompt. The
+    first turn that does not fit into the rest of `max_prompt_length` is truncated, and all turns after it are dropped.
+    The completion is counted in the same way, in addition to the prompt, up to `max_length`. Since this overestimates
+    the lengths, text that would fit may be truncated.
 
-    Unlike in HALOs, the given turns are not modified. HALOs truncates the stored prompt itself, so the prompt of a
+    Unlike in HALOs, the given turns are not modified. HALOs truncates the stored prompt in place, so the prompt of a
     second completion depends on the first.
 
     Args:
@@ -64,7 +64,7 @@ class HalosTokenizer:
         """
         for name, turns in (("prompt", prompt), ("completion", completion)):
             if not turns:
-                raise ValueError(f"{where} has a {name} without a turn. Mend it, or leave it out.")
+                raise ValueError(f"{where} has a {name} without a turn. Fix the row, or leave it out.")
         charged = 0
         cut_prompt, charged = self._within(prompt, charged, self.max_prompt_length, where, options, is_prompt=True)
         cut_completion, _ = self._within(completion, charged, self.max_length, where, options, is_prompt=False)
