@@ -111,7 +111,7 @@ __all__ = [
     "unpair_preference_dataset",
 ]
 
-if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees one
+if not TYPE_CHECKING:  # with `__getattr__`, a type checker would accept any name
     from importlib import import_module
     from importlib.util import find_spec
 
@@ -125,7 +125,7 @@ if not TYPE_CHECKING:  # a type checker should know a wrong name when it sees on
     }
 
     def __getattr__(name: str) -> Any:
-        """A public name or a module, imported lazily: trainers take seconds to import, and the help of the command
+        """A public name or a module, imported lazily, because trainers take seconds to import and `halos-trl --help`
         does not need them.
         """
         if name in __all__:

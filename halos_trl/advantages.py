@@ -1,6 +1,6 @@
 """Advantages: relative to a group, and generalized advantage estimation.
 
-Shape legend: see `halos_trl.records`. Nothing here has a gradient.
+Shape legend: see `halos_trl.records`. All results are without gradient.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def gae(values_BT: Tensor, rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float 
     Args:
         values_BT: the critic's values at the rollout, in units of the reward.
         rewards_BT: reward per token; a score for the whole completion is placed on its last token.
-        mask_BT: nonzero on completion tokens; may have holes (the other side's turns).
+        mask_BT: nonzero on completion tokens; may have gaps (turns of users and tools).
         gamma: discount per position, in [0, 1].
         lam: interpolation between the estimators, in [0, 1]: 0 is one step, 1 is the whole future.
 
@@ -127,7 +127,7 @@ def _group_indices(group_ids_B: Tensor | Sequence[Hashable], device: torch.devic
         if group_ids_B.is_floating_point() or group_ids_B.ndim != 1:
             raise ValueError(
                 f"group ids are {group_ids_B.dtype} of shape {tuple(group_ids_B.shape)}; expected integers (B,). "
-                "Number the prompts."
+                "Pass the index of each completion's prompt."
             )
         group_ids_B = group_ids_B.tolist()
     index: dict[Hashable, int] = {}
@@ -153,6 +153,6 @@ def _check_finite(name: str, x: Tensor) -> None:
     if not x.isfinite().all():
         at = (~x.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"{name}{at} is {x[tuple(at)].item()}; expected finite numbers. Drop the row or fix its score: one such "
-            "number would make the statistics of all rows it is averaged with non-finite."
+            f"{name}{at} is {x[tuple(at)].item()}; expected finite numbers. Drop the row or fix its score: the "
+            "statistics of all rows that it is averaged with would not be finite."
         )

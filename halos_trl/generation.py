@@ -3,8 +3,8 @@
     callback = GenerationCallback(trainer, "rewards.py:score", num_prompts=64)
     trainer.add_callback(callback)
 
-adds `eval_generation_score`, `eval_win_rate` and `eval_generation_length` to the metrics of every evaluation, so that
-they serve as `metric_for_best_model` and stop a run early.
+adds `eval_generation_score`, `eval_win_rate` and `eval_generation_length` to the metrics of every evaluation. They can
+be used for `metric_for_best_model` and early stopping.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ class GenerationCallback(TrainerCallback):
         reward: Scores a completion: `module:function` or `file.py:function`, a function with a parameter
             `completion` (and `prompt`, or columns of the rows), or a scorer such as
             `halos_trl.scoring.reward_model.RewardModelScorer`. Higher is better.
-        prompts: Rows with a `prompt` (a text or turns); by default those of the trainer's evaluation set, of the first
-            one where there are several. Equal prompts count once.
+        prompts: Rows with a `prompt` (a text or a list of messages); by default those of the trainer's (first)
+            evaluation set. Equal prompts count once.
         num_prompts: Maximum number of prompts; the first ones are used. By default all.
-        sampling: Settings of the sampler, which draws one completion per prompt. By default at most 256 tokens, and
-            otherwise the defaults of `SamplingSettings`, in batches of `per_device_eval_batch_size`.
+        sampling: Settings of the sampler, which generates one completion per prompt. By default at most 256 tokens,
+            and otherwise the defaults of `SamplingSettings`, in batches of `per_device_eval_batch_size`.
 
-    Before the first step, and at each evaluation whose metrics begin with `eval` (with several evaluation sets: at
-    the first one), every process samples its share of the prompts with the policy as it is. The main process scores
-    them and writes `_generations.jsonl`. Metrics: `eval_generation_score`, the mean score; `eval_win_rate`, the share
-    of prompts whose score is above that of the sample from before training, where a tie counts half;
+    Before the first step, and at each evaluation whose metrics begin with `eval` (with several evaluation sets, only
+    at the first one), every process samples its share of the prompts with the current policy. The main process scores
+    the completions and writes `_generations.jsonl`. Metrics: `eval_generation_score`, the mean score; `eval_win_rate`,
+    the share of prompts whose score is above that of the sample from before training, where a tie counts half;
     `eval_generation_length`, the mean number of tokens. A completion without a score (the reward returned None) is
     left out of the first two. The completions are logged as a table to W&B and Trackio if these are enabled.
 
@@ -87,7 +87,7 @@ class GenerationCallback(TrainerCallback):
         self.sampling = sampling or default
         if self.sampling.n != 1:
             raise ValueError(
-                f"`sampling.n` is {self.sampling.n}; one completion is drawn for each prompt. Set it to 1."
+                f"`sampling.n` is {self.sampling.n}, but one completion is sampled for each prompt. Set it to 1."
             )
         self._start: list[float | None] | None = None
 
@@ -205,10 +205,12 @@ def _refuse_other_trainers(trainer: Any) -> None:
     if not isinstance(trainer, TrainingRun):
         raise ValueError(
             f"{type(trainer).__name__} is not an offline trainer of this package. TRL's online trainers sample and "
-            "score completions at each evaluation themselves."
+            "score completions at each evaluation by themselves. Remove the callback."
         )
     if not getattr(trainer.model, "can_generate", lambda: False)():
-        raise ValueError(f"{type(trainer).__name__} trains a model that cannot generate completions.")
+        raise ValueError(
+            f"{type(trainer).__name__} trains a model that cannot generate completions. Remove the callback."
+        )
 
 
 def _scorer(reward: Any) -> Any:
@@ -232,7 +234,7 @@ def _fixed_prompts(trainer: Any, prompts: Iterable[Row] | None, number: int | No
     rows = ({name: value for name, value in row.items() if name not in _OF_TRAINING} for row in data)
     found = unique_prompts(rows, "evaluation")[:number]
     if not found:
-        raise ValueError("There are no prompts to sample completions for.")
+        raise ValueError("There are no prompts to sample completions for. Pass at least one row in `prompts`.")
     return found
 
 

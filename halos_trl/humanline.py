@@ -36,8 +36,8 @@ class Humanline:
         if not (numbers and -math.inf < low <= 0 <= high < math.inf and low < high):
             raise ValueError(
                 f"Humanline bounds are log_epsilon_p={low!r} and log_epsilon_r={high!r}; expected finite numbers "
-                "with log_epsilon_p <= 0 <= log_epsilon_r, not both 0. They bound a log-ratio, which is 0 where "
-                "policy and reference agree; pass humanline=None to disable the clamp."
+                "with log_epsilon_p <= 0 <= log_epsilon_r, not both 0. They bound a log-ratio, which is 0 if policy "
+                "and reference agree. Pass humanline=None to disable the clamp."
             )
 
 

@@ -42,12 +42,12 @@ def token_logps(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != labels_BT.shape:
         raise ValueError(
             f"logits have shape {tuple(logits_BTV.shape)} and labels {tuple(labels_BT.shape)}; expected (B, T, V) and "
-            "(B, T). Pass both unshifted, as the model and the collator give them."
+            "(B, T). Pass both unshifted, as returned by the model and the collator."
         )
     labels_BT = labels_BT[:, 1:]
     scored_BT = labels_BT != IGNORE_INDEX
     logps_BTV = at_least_float32(logits_BTV[:, :-1]).log_softmax(-1)
-    # -100 is no valid index: ignored positions read token 0 and are then set to 0.
+    # -100 is not a valid index, so ignored positions read token 0 and are then set to 0.
     logps_BT = logps_BTV.gather(-1, labels_BT.where(scored_BT, 0).unsqueeze(-1)).squeeze(-1)
     return logps_BT.where(scored_BT, 0.0)
 
@@ -82,8 +82,8 @@ def masked_var(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def finite_exp(x: Tensor) -> Tensor:
     """exp(x) without overflow: beyond three quarters of the exponent range, it is continued along its tangent.
 
-    At least float32. Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope are finite and positive:
-    such a ratio times an advantage of 0 is 0, a clipped ratio has no gradient, and an unclipped one is pushed back.
+    At least float32. Exact up to x = 66.5 (float32) or 532 (float64). Beyond, value and slope are finite and positive,
+    so that such a ratio times an advantage of 0 is 0, a clipped ratio has no gradient, and an unclipped one decreases.
     The last quarter of the range is headroom for factors and sums.
     """
     x = at_least_float32(x)

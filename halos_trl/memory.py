@@ -16,7 +16,7 @@ TUNINGS: tuple[Tuning, ...] = ("full", "lora", "qlora")
 STORAGES = ("same", "bf16", "8bit", "4bit", "cpu")
 
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes of a weight in NF4: half a byte, a byte for 64 of them, and a float32 for 256 of those."""
+"""Bytes per weight in NF4: half a byte, plus one byte per 64 weights and one float32 per 256 of those bytes."""
 
 TILE = (4096, 32768)
 """Numbers of tokens and vocabulary entries in a tile of TRL's fused LM head."""
@@ -77,8 +77,8 @@ class Run:
 def state(shape: Shape, run: Run, tuning: Tuning) -> dict[str, float]:
     """Memory of policy, gradients and AdamW's state on each device, by part.
 
-    Under ZeRO in 16 bits the engine keeps 16-bit weights and gradients, and per weight a float32 copy and AdamW's two
-    moments. Adapters and their gradients are float32.
+    Under ZeRO in 16 bits, the engine keeps 16-bit weights and gradients, and for each weight a float32 copy and
+    AdamW's two moments. Adapters and their gradients are float32.
     """
     sharded = {"one_device": "", "ddp": "", "zero2": "go", "zero3": "pgo", "fsdp2": "pgo"}[run.engine]
     parts = {"p": 1, "g": 1, "o": 1} | dict.fromkeys(sharded, run.devices)
@@ -140,9 +140,9 @@ def references(shape: Shape, run: Run, tuning: Tuning) -> dict[str, float | None
 def activations(shape: Shape, run: Run) -> float:
     """Tensors that the forward pass of a micro-batch keeps for the backward pass, without the LM head.
 
-    For each token a Llama-like layer keeps three vectors of the hidden width for each of its two norms (the input in
-    float32, the normalized vector, the input of the linear layers), queries, keys, values and the attention's result,
-    and four vectors of the MLP's width. With gradient checkpointing each layer keeps its input, and only one layer at
+    For each token, a Llama-like layer keeps three vectors of the hidden width for each of its two norms (the input in
+    float32, the normalized vector, the input of the linear layers), queries, keys, values and the attention output,
+    and four vectors of the MLP's width. With gradient checkpointing, each layer keeps its input, and only one layer at
     a time keeps the rest.
     """
     norm = shape.hidden * (4 + run.weight + run.compute_bytes)

@@ -27,9 +27,9 @@ logger = get_logger(__name__)
 def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
     """Merge the saved adapter into its base model and save (and push) the result; on one process only.
 
-    The base is reloaded, unquantized, in the dtype of the run (`--dtype`): merging into quantized weights would lose
-    the update to rounding, and the trainer's own model may be sharded. The result is reloaded and compared with the
-    adapter. Raises ValueError if they differ, and leaves no merged model behind.
+    The base model is reloaded, unquantized, in the dtype of the run (`--dtype`): merging into quantized weights would
+    lose the update to rounding, and the trainer's own model may be sharded. The merged model is reloaded and compared
+    with the adapter. Raises ValueError if they differ; no merged model is left behind.
     """
     args = trainer.args
     # DeepSpeed ZeRO-3 would shard every model that is loaded while its configuration is set, with all processes.
@@ -53,7 +53,7 @@ def merge_adapter(trainer: Any, used_datasets: list[str]) -> None:
 def _write(trainer: Any, folder: Path, used_datasets: list[str]) -> None:
     args = trainer.args
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    # FSDP puts a class of its own in front of the model's.
+    # FSDP inserts a class of its own before the model's.
     model_class: Any = next(c for c in type(trained.get_base_model()).__mro__ if not c.__module__.startswith("torch."))
     settings = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     settings |= {"attn_implementation": "eager"}  # runs on the CPU, too
@@ -90,7 +90,10 @@ def merge_folder(adapter: str, output: str, *, dtype: str = "auto", overwrite: b
     model differs from the adapter, in which case nothing is left at `output`.
     """
     if not os.path.isfile(os.path.join(adapter, "adapter_config.json")):
-        raise ValueError(f"`{adapter}` is not a folder with an adapter: it has no `adapter_config.json`.")
+        raise ValueError(
+            f"`{adapter}` has no `adapter_config.json`, so it is not the folder of an adapter. Pass the `output_dir` "
+            "of a run with an adapter."
+        )
     target = Path(output)
     if target.exists() and not overwrite:
         raise ValueError(
@@ -147,8 +150,8 @@ def _labels_of(adapter: str) -> int:
 def merged_model(adapted: PeftModel) -> Any:
     """The adapter merged into its base.
 
-    An adapter may act on only one of two tied weights, or differently on each. So weights are untied for the merge,
-    and tied again if they are still equal.
+    An adapter may change only one of two tied weights, or each one differently. Therefore, weights are untied for the
+    merge, and tied again if they are still equal.
     """
     tied = _tied_parameters(adapted)
     for places in tied:
@@ -217,10 +220,10 @@ def refuse_other_model(expected: torch.Tensor, got: torch.Tensor, change: float,
     difference = (expected - got).abs().mean().item()
     if not difference <= floor + share * change:  # NaN too
         raise ValueError(
-            f"The merged model is not the trained one: its outputs differ from the adapter's by {difference:.4g} on "
-            f"average, where the adapter itself changes those of its base by {change:.4g}. No merged model was "
-            "written; the adapter is saved. Use it unmerged. This happens where something outside of the adapter was "
-            "trained, or an adapter of tied weights cannot be merged."
+            f"The outputs of the merged model differ from the adapter's by {difference:.4g} on average; the adapter "
+            f"itself changes the outputs of its base model by {change:.4g}. This happens if parameters outside the "
+            "adapter were trained, or if an adapter of tied weights cannot be merged. No merged model was written. "
+            "Use the adapter unmerged."
         )
 
 
@@ -238,7 +241,7 @@ def _move_away(target: Path) -> None:
         number += 1
     target.rename(aside)
     logger.warning(
-        f"{target} already existed. It was renamed to {aside}, so that its files do not mix with the new ones."
+        f"{target} already existed and was renamed to {aside}, so that its files do not mix with the new ones."
     )
 
 

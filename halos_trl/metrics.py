@@ -1,7 +1,7 @@
 """From loss outputs to logged numbers: named sums and counts, divided once per log line.
 
-A mean of micro-batch means depends on how a step was split; a sum over a count does not. So everything that is logged
-is kept as `(sum, count)` on its device, and reduced over processes only when a log line is written.
+A mean of micro-batch means depends on how a step was split; a sum divided by a count does not. Therefore, metrics are
+kept as `(sum, count)` on their device, and reduced over processes only when a log line is written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def total(values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch
 def loss_sums(output: LossOutput) -> Sums:
     """Sums of the rewards of both sides and of the method's own metrics."""
     sums = {"rewards/chosen": total(output.chosen_rewards), "rewards/rejected": total(output.rejected_rewards)}
-    # The mean of no rows is no number; the name stays, since every process has to count the same ones.
+    # The mean over no rows is undefined, but the name is kept, since all processes must have the same names.
     of_rows = {name: total(value if len(output.losses) else value[None][:0]) for name, value in output.metrics.items()}
     return sums | of_rows
 

@@ -111,7 +111,7 @@ def hyperparameters(trainer: Any) -> dict[str, Any]:
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """Kind and sizes of a model's adapter, by the name of their flag; nothing without one."""
+    """Kind and sizes of a model's adapter, by the name of their flag; empty without an adapter."""
     for config in getattr(model, "peft_config", {}).values():
         sizes = {flag: getattr(config, name) for name, flag in _LORA_FIELDS.items() if getattr(config, name, None)}
         return {"adapter": _peft_type(model), **sizes}
@@ -119,7 +119,7 @@ def adapter_settings(model: Any) -> dict[str, Any]:
 
 
 def base_model(model: Any) -> tuple[str | None, str]:
-    """(Hub id or None, text of the card): a local path is named but not linked, and a new model is described."""
+    """(Hub id or None, text for the card). A local path is shown without a link, and a new model is described."""
     path = get_config_model_id(model.config)
     if not path:
         return None, f"a `{model.config.model_type}` model that was built in memory"
@@ -189,7 +189,7 @@ def _cell(value: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a run depends on, as installed."""
+    """Installed versions of the packages that a run depends on."""
     found = {}
     for name in _PACKAGES:
         try:

@@ -14,7 +14,7 @@ from .trainers import BradleyTerryTrainer, DPOTrainer, KTOTrainer
 
 logger = get_logger(__name__)
 
-# TRL's GRPO and PPO generate their completions; ours of the same names do not, so those stay TRL's.
+# TRL's GRPO and PPO generate their completions, unlike the trainers of the same names here, so they are not replaced.
 _TRAINERS: dict[str, type] = {
     "DPOTrainer": DPOTrainer,
     "KTOTrainer": KTOTrainer,
@@ -22,7 +22,7 @@ _TRAINERS: dict[str, type] = {
 }
 _CONFIGS: dict[str, type] = {"DPOConfig": DPOConfig, "KTOConfig": KTOConfig, "RewardConfig": BradleyTerryConfig}
 
-# Taken once, so that undoing does not depend on what `trl` holds by then.
+# Read once, so that undoing does not depend on the later state of `trl`.
 _ORIGINALS: dict[str, type] = {name: getattr(trl, name) for name in (*_TRAINERS, *_CONFIGS)}
 
 
@@ -45,8 +45,8 @@ class TRLPatch:
                 setattr(module, name, before)
             else:
                 logger.warning(
-                    f"`{module.__name__}.{name}` is no longer this package's or TRL's class and was left unchanged: "
-                    "other code has replaced it since `patch_trl`. Undo the two in reverse order."
+                    f"`{module.__name__}.{name}` was replaced by other code after `patch_trl` and is left unchanged. "
+                    "Undo the two replacements in reverse order."
                 )
 
     def __enter__(self) -> TRLPatch:
@@ -85,7 +85,7 @@ def patch_trl() -> TRLPatch:
 
 
 def _homes(name: str) -> list[ModuleType]:
-    # A config is pickled by the module that defines it, so there TRL's stays in its place.
+    # A config is pickled by reference to the module that defines it, so TRL's own class stays there.
     modules = ["trl", "trl.trainer", *([_ORIGINALS[name].__module__] if name in _TRAINERS else [])]
     return [sys.modules[module] for module in modules if module in sys.modules]
 

@@ -1,4 +1,4 @@
-"""The pictures of a report in the trackers of a run."""
+"""The charts of a report in the trackers of a run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = get_logger(__name__)
 
 
 class PicturesCallback(TrainerCallback):
-    """At the end of training, sends the pictures of `halos-trl report` to W&B, TensorBoard and Trackio.
+    """At the end of training, sends the charts of `halos-trl report` to W&B, TensorBoard and Trackio.
 
-    They are named `report/<picture>`. Only trackers in `report_to` get them, from the main process, with the last log
-    line, after which trackers are closed. Without matplotlib nothing is sent.
+    They are named `report/<chart>`, and are sent by the main process to the trackers in `report_to`, with the last log
+    line, before the trackers are closed. Without matplotlib, nothing is sent.
 
     Parameters:
         trainer: A trainer of this package.
@@ -36,8 +36,8 @@ class PicturesCallback(TrainerCallback):
             return
         try:
             run = read_run(args.output_dir)
-        except ValueError as error:  # nothing was logged, or the folder cannot be written: the model is still saved
-            logger.warning(f"No pictures are sent to {sorted(trackers)}: {error}")
+        except ValueError as error:  # e.g. nothing was logged; the model is saved nevertheless
+            logger.warning(f"No charts are sent to {sorted(trackers)}: {error}")
             return
         images = {f"report/{panel.key}": as_array(draw(panel, [run])) for panel in panels_of([run])}
         if "tensorboard" in trackers:

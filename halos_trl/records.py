@@ -97,7 +97,7 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-# One letter per axis. A letter means the same size wherever it stands in one record.
+# One letter per axis. Within a record, the same letter means the same size.
 _AXES: dict[type, dict[str, str]] = {
     PairedLogps: {
         "policy_chosen": "BT",
@@ -152,7 +152,7 @@ def check_shapes(owner: str, tables: dict[str, tuple[object, str]]) -> None:
             if size != expected:
                 raise ValueError(
                     f"{where} has shape {tuple(tensor.shape)}, so {axis}={size}; expected {axis}={expected} as in "
-                    f"{owner}.{source}. Cut or pad the tables to one shape before the loss; nothing is broadcast."
+                    f"{owner}.{source}. Truncate or pad the tables to the same shape; nothing is broadcast."
                 )
 
 
@@ -166,8 +166,8 @@ def _check_tensor(where: str, value: object) -> Tensor:
     if where.endswith("desirable"):
         if value.dtype != torch.bool:
             raise ValueError(
-                f"{where} has dtype {value.dtype}; expected torch.bool. Convert the labels by a comparison, e.g. "
-                "`labels > 0`: labels of -1 and +1 would both count as true."
+                f"{where} has dtype {value.dtype}; expected torch.bool. Convert the labels, e.g. with `labels > 0`; "
+                "as truth values, -1 and +1 would both be desirable."
             )
     elif value.is_complex() or not (value.is_floating_point() or where.endswith("mask")):
         raise ValueError(
@@ -180,7 +180,7 @@ def check_output(output: object, shape: tuple[int, ...], advice: str) -> LossOut
     """Check the result of a method's `loss`: a `LossOutput` with losses of this shape, rewards that are tensors, and
     0-d metrics.
 
-    `advice` says what to do about losses with a different shape. Raises ValueError.
+    `advice` is added to the error for losses with a different shape. Raises ValueError.
     """
     if not isinstance(output, LossOutput):
         raise ValueError(f"`loss` returned {type(output).__name__}; expected a `halos_trl.records.LossOutput`.")

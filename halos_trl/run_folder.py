@@ -20,7 +20,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 value = json.loads(line)
             except ValueError:
-                break  # the process was killed while it wrote the line
+                break  # the process was killed while writing the line
             if isinstance(value, dict):
                 found.append(value)
     return found

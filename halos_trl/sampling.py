@@ -5,8 +5,8 @@
     for prompt, completions in zip(prompts, samples(generate, prompts), strict=True):
         print([completion.text for completion in completions])
 
-The samples of a prompt depend on the settings and on the prompts of its window, never on where a run was interrupted:
-`samples` processes the prompts in windows, and each batch of a window has its own seed.
+`samples` processes the prompts in windows, and each batch of a window has its own seed. The samples of a prompt thus
+depend on the settings and on the prompts of its window, but not on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from .data.tokens import prompt_tokens
 
 BATCHES_PER_WINDOW = 8
-"""Number of batches within which prompts are sorted by length. More batches save padding, but more work is lost when a
-run is killed.
+"""Number of batches within which prompts are sorted by length. More batches reduce padding, but more work is lost when
+a run is killed.
 """
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are drawn. The defaults are those of HALOs' `train.sample`.
+    """Settings for sampling completions. The defaults are those of HALOs' `train.sample`.
 
     Parameters:
         n: Completions per prompt.
         temperature: Sampling temperature; 0 selects the most likely token at each step.
         top_p: Sample from the smallest set of tokens with this total probability; 1 samples from all.
         max_tokens: Maximum number of tokens per completion, including the end token.
-        max_prompt_length: Maximum number of tokens per prompt; a longer one is refused by `prompt_tokens`. None: no
-            limit.
+        max_prompt_length: Maximum number of tokens per prompt; a longer prompt is refused. None: no limit.
         stop: Texts that end a completion and are not part of it. A text that is a single token of the vocabulary ends
             it like the end token.
         seed: Random seed.
@@ -67,15 +66,13 @@ class SamplingSettings:
             raise ValueError(f"`temperature` is {self.temperature}; expected a finite number of at least 0.")
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
-                f"`temperature` 0 gives the same completion every time, and `n` asks for {self.n} of each prompt. Set "
-                "`n` to 1, or raise the temperature."
+                f"`temperature` is 0, which gives the same completion every time, but `n` is {self.n}. Set `n` to 1, "
+                "or raise the temperature."
             )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` is {self.top_p}; expected a probability, above 0 and at most 1.")
         if not all(self.stop):
-            raise ValueError(
-                "`stop` contains an empty text, which would end every completion immediately. Leave it out."
-            )
+            raise ValueError("`stop` contains an empty text, which would end every completion immediately. Remove it.")
 
 
 class Completion(NamedTuple):
@@ -88,7 +85,7 @@ class Completion(NamedTuple):
     logprobs: list[float] | None
     """In nats, one per token."""
     finish_reason: str
-    """`stop`, or `length` if it was cut off at `max_tokens`."""
+    """`stop`, or `length` if it was truncated at `max_tokens`."""
 
 
 class Sampler(Protocol):
@@ -159,7 +156,7 @@ def load_sampler(name: str, **model_settings: Any) -> tuple[Any, Any]:
 class TransformersSampler:
     """Batched generation: prompts of similar length together, padded on the left. A `Sampler`.
 
-    `in_step`: processes that share a model's parameters generate until the last of them is done; all have to sample
+    `in_step`: processes that share a model's parameters generate until the last of them is done; all must sample
     for the same number of prompts.
     """
 
@@ -211,7 +208,7 @@ class TransformersSampler:
         return [self._completion(ids, logps) for ids, logps in zip(made_BT.tolist(), logps_BT, strict=True)]
 
     def _generation_config(self) -> GenerationConfig:
-        # What is not named is filled in from the model's own `generation_config.json`.
+        # Settings that are not passed are filled in from the model's own `generation_config.json`.
         settings = self.settings
         drawn = (
             {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}

@@ -47,7 +47,7 @@ def assign_whole(target: torch.Tensor, value: torch.Tensor) -> None:
 
 def shape_of(tensor: torch.Tensor) -> torch.Size:
     """The shape of the whole tensor."""
-    return getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 leaves nothing of the tensor itself
+    return getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3 replaces the tensor by an empty one
 
 
 def own_shard(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +83,7 @@ _IN_LAYER = re.compile(r"(?:.*?\.)?(?:layers|layer|h|blocks|block)\.\d+(?=\.)")
 
 
 def by_layer(names: Iterable[str]) -> list[list[str]]:
-    """Names of parameters in groups that are gathered at a time: a layer of the model, or a module outside of them."""
+    """Names of parameters in groups to gather at a time: a layer of the model, or a module outside the layers."""
     groups: dict[str, list[str]] = {}
     for name in names:
         layer = _IN_LAYER.match(name)

@@ -73,14 +73,14 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 @torch.no_grad()
 def write_quantized(layer: nn.Linear, weight: Tensor) -> None:
-    """Replace the layer's weight in place by `weight`, a full tensor, which is quantized."""
+    """Quantize `weight`, a full tensor, and write it to the layer in place."""
     packed = _packed(layer, weight.to(_parts(layer)[""].device))
     for part, tensor in _parts(layer).items():
         tensor.copy_(packed[part])
 
 
 def bytes_of(model: nn.Module, device: torch.device | None = None) -> int:
-    """Bytes of the weights, with each storage counted once; only of those on `device` if given."""
+    """Bytes of the weights, or only of those on `device` if given. Each storage is counted once."""
     storages = {}
     for tensor in weights_of(model).values():
         if device is None or tensor.device == device:
@@ -94,7 +94,7 @@ def bytes_of(model: nn.Module, device: torch.device | None = None) -> int:
 def _quantize(model: nn.Module, storage: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"`reference_storage={storage!r}` quantizes by bitsandbytes, which is not installed. Run "
+            f"`reference_storage={storage!r}` requires bitsandbytes, which is not installed. Run "
             "`pip install bitsandbytes`, or use 'bf16' or 'cpu'."
         )
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_no_cast_warning)
@@ -175,7 +175,7 @@ def _statistics(state: Any) -> dict[str, Tensor]:
 
 
 def _stream(model: Any, device: torch.device) -> nn.Module:
-    if hasattr(model, _STREAMED):  # an earlier trainer had it as its `ref_model`
+    if hasattr(model, _STREAMED):  # already the `ref_model` of another trainer
         return model
     # The whole model first, so that tied weights stay one tensor, and the hooks note where each one belongs.
     nn.Module.to(model, "cpu")

@@ -1,6 +1,4 @@
-"""The value head: a small network on the policy's last hidden states, and the file that it is saved in next to the
-policy.
-"""
+"""The value head, a small network on the policy's last hidden states, and its file."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int, seed: int = 0):
         super().__init__()
-        # Of the seed alone: the global random state, and with it the order of the data, stays as without a head.
+        # Initialized from the seed alone, so that the global random state, and thus the data order, is unaffected.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.summary = nn.Sequential(
@@ -56,7 +54,7 @@ class ValueHead(nn.Module):
 
 @contextlib.contextmanager
 def taken_off(causal_lm: Any) -> Iterator[None]:
-    """The policy without its value head, so that what is saved or loaded is the plain model."""
+    """Context in which the policy has no value head, to save or load the plain model."""
     head = getattr(causal_lm, NAME)
     delattr(causal_lm, NAME)
     try:

@@ -569,7 +569,7 @@ def test_reward_model_that_pads_otherwise_than_its_tokenizer_is_refused(fit, tok
 
 
 def test_what_is_no_reward_model_is_refused(fit, model, tokenizer):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.* gives logits of shape .*AutoModelForSequenceClass"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.* returns logits of shape .*AutoModelForSequenceClass"):
         fit(unpaired_rows(8), reward_model=model, reward_processing_class=tokenizer)
     with pytest.raises(ValueError, match="`reward_model` is 'some-id'; expected a model"):
         fit(unpaired_rows(8), reward_model="some-id", reward_processing_class=tokenizer)

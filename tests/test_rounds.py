@@ -283,7 +283,7 @@ def test_merge(files, tmp_path, method, data, capsys):
     assert command.main(["merge", "--adapter", str(tmp_path / "out")]) == 2
     assert "exists. Choose another folder" in capsys.readouterr().err
     assert command.main(["merge", "--adapter", str(files / "tiny")]) == 2
-    assert "not a folder with an adapter" in capsys.readouterr().err
+    assert "it is not the folder of an adapter" in capsys.readouterr().err
 
 
 # -- the pages -----------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def test_commands_of_the_pages_run(files, tmp_path, monkeypatch):
         (("--reward_function", "rewards.py:evne"), "there is no file rewards.py"),
         (("--reward_model", "some-model"), "Both `--reward_model` and `--reward_function` are given"),
         (("--threshold", "medain"), "The threshold is 'medain'"),
-        (("--temperature", "0"), "`temperature` 0 gives the same completion"),
+        (("--temperature", "0"), "`temperature` is 0, which gives the same completion"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_before_it_begins(files, tmp_path, flags, message, capsys):

@@ -1,4 +1,4 @@
-"""What all methods share: the reference, checks of option combinations, the hooks for a batch's loss, checkpoints."""
+"""Base of all trainers: the reference, checks of option combinations, the hooks for a batch's loss, checkpoints."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "loss" in vars(cls):  # what was said of another class's loss
+        if "loss" in vars(cls):  # the declarations of a parent class describe another loss
             for name in ("takes_precomputed", "takes_humanline", "takes_options"):
                 if name not in vars(cls):
                     setattr(cls, name, getattr(AlignmentTrainer, name))
@@ -147,7 +147,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
             raise ValueError(
                 "`precompute_ref_log_probs=True` stores one sum for each completion, but the loss of "
                 f"{type(self).__name__} may read single tokens of the reference. Disable it, or, if the loss only "
-                "uses sums over a row, declare `takes_precomputed = True` in the class."
+                "uses sums over a row, set `takes_precomputed = True` in the class."
             )
         if ref_model is not None and not self.needs_reference:
             raise ValueError(
@@ -163,13 +163,13 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         for name, why in unread.items():
             if getattr(args, name, defaults.get(name)) != defaults.get(name):
                 raise ValueError(
-                    f"`{name}={getattr(args, name)!r}` has no effect: {why}. Leave it out, or, if your own class has "
-                    "a loss that reads it, add it to `takes_options`."
+                    f"`{name}={getattr(args, name)!r}` has no effect: {why}. Leave it out, or, if the loss of your "
+                    "class reads it, add it to `takes_options`."
                 )
         if args.humanline and not self.takes_humanline:
             raise ValueError(
                 f"`humanline=True` is set, but the class does not declare that the loss of {type(self).__name__} "
-                "clamps. Take the log-ratios from `halos_trl.humanline.log_ratios(..., self.args.humanline_clamp)` "
+                "clamps. Compute the log-ratios with `halos_trl.humanline.log_ratios(..., self.args.humanline_clamp)` "
                 "and set `takes_humanline = True` in the class, or leave `humanline` out."
             )
 
@@ -182,10 +182,10 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         if self.ref_model is not None or not adapters:
             model = policy if self.ref_model is None else self.ref_model
             if self.ref_model is not None:
-                self.ref_model.eval()  # not every engine's returns the model
+                self.ref_model.eval()  # a separate statement, because not every engine's `eval` returns the model
             return FrozenCopy(model, *shared)
         if self.adapter_reference is None:
-            # Where a new adapter took a part of the base weights, the base alone is not what the policy was.
+            # If a new adapter has taken over a part of the base weights, the base model is not the initial policy.
             second = moves or REFERENCE_ADAPTER in adapters or edits_base_weights(adapters[POLICY_ADAPTER])
             self.adapter_reference = (FrozenAdapter if second else AdapterOff)(policy, *shared)
         return self.adapter_reference
@@ -207,7 +207,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
         return reference
 
     def _sync_before_last_backward(self, callback: ReferenceSync) -> None:
-        # Once per step, between its last loss and its update, which DeepSpeed makes inside `backward`.
+        # Once per optimizer step, after its last loss and before the update, which DeepSpeed runs inside `backward`.
         backward = self.accelerator.backward
 
         @functools.wraps(backward)
@@ -248,7 +248,7 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
 
     def before_update(self) -> None:
         super().before_update()
-        hold_reference(self)  # of what somebody has unfrozen since
+        hold_reference(self)  # parameters may have been unfrozen since the start
         self.is_at_start = False
 
     # -- the loss of a batch: what `loss.py` calls ---------------------------------------------------------------
@@ -292,9 +292,9 @@ class AlignmentTrainer(TrainingRun, Generic[ConfigT]):
             if table is not None and not torch.isfinite(table).all():
                 rows = (~torch.isfinite(table)).any(-1).nonzero().flatten().tolist()
                 raise ValueError(
-                    f"The {name} model gave log-probabilities that are NaN or infinite at {self.moment}, in rows "
-                    f"{rows} of the batch. The weights were not updated. Check the model's weights for NaN (a broken "
-                    "checkpoint), lower `learning_rate`, or use `bf16`/`float32` instead of `fp16`."
+                    f"The {name} model returned log-probs that are NaN or infinite at {self.moment}, in rows {rows} "
+                    "of the batch. The weights were not updated. Check the model's weights for NaN (a damaged "
+                    "checkpoint), lower `learning_rate`, or use `bf16` or float32 instead of `fp16`."
                 )
 
     # -- checkpoints -------------------------------------------------------------------------------------------

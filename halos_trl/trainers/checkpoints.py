@@ -24,7 +24,7 @@ from .processes import check_processes, missing_random_state
 logger = get_logger(__name__)
 
 _SETTINGS = "halos_trl.settings"
-"""Key under which the trainer state stores the settings that must not change."""
+"""Key of the trainer state for the settings that must not change."""
 
 _LOCK = "_training.lock"  # uploads leave out what begins with an underscore
 
@@ -52,9 +52,9 @@ def train_from(trainer: Resumable, resume_from_checkpoint: Any, train: Callable[
         if not checkpoint or not os.path.isdir(checkpoint):  # transformers refuses a path that leads nowhere
             if writes and any(Path(trainer.args.output_dir).glob("checkpoint-*")):
                 logger.warning(
-                    f"{trainer.args.output_dir!r} contains checkpoints of an earlier run, and this run starts from "
-                    "the beginning. Note that `resume_from_checkpoint=True` will later use the checkpoint with the "
-                    "highest step, regardless of which run wrote it."
+                    f"{trainer.args.output_dir!r} contains checkpoints of an earlier run, but this run starts from "
+                    "the beginning. `resume_from_checkpoint=True` will later use the checkpoint with the highest "
+                    "step, whichever run wrote it. Use another `output_dir` to keep them apart."
                 )
             return train(checkpoint)
         folder = os.fspath(checkpoint)
@@ -89,8 +89,9 @@ def only_run_in(output_dir: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"Another run is training in {output_dir!r} (it holds {_LOCK}). Their checkpoints would mix, e.g. the "
-            "weights of one run with the optimizer state of the other. Choose a different `output_dir`."
+            f"Another run is training in {output_dir!r} (it has locked {_LOCK}). The runs would mix their "
+            "checkpoints, e.g. the weights of one with the optimizer state of the other. Choose a different "
+            "`output_dir`."
         ) from None
     except (OSError, NotImplementedError) as error:  # a file system without locks
         logger.warning(f"{path} cannot be locked ({error}). Make sure that no other run uses the same `output_dir`.")
@@ -113,7 +114,7 @@ def begin_checkpoint(folder: str) -> None:
 
 
 def checkpoint_of(resume_from_checkpoint: Any, output_dir: str) -> Any:
-    """The checkpoint to resume from. True stands for the last complete one in the output directory."""
+    """The checkpoint to resume from; for True, the last complete one in the output directory."""
     if resume_from_checkpoint is not True:
         if not isinstance(resume_from_checkpoint, str | os.PathLike | bool | None):
             raise TypeError(
@@ -146,9 +147,9 @@ def require_complete(folder: str, *, deepspeed: bool | None = None) -> None:
     problem = problem_of(Path(folder), deepspeed=deepspeed)
     if problem is not None:
         raise ValueError(
-            f"{folder} cannot be resumed from: {problem}. Part of the state would silently be reset. Resume from "
-            "another checkpoint, one that was not written with `save_only_model`; or pass the folder as `model` to "
-            "start a new run from its weights."
+            f"Cannot resume from {folder}: {problem}. Part of the state would silently be reset. Resume from another "
+            "checkpoint, one that was not written with `save_only_model`, or pass the folder as `model` to start a "
+            "new run from its weights."
         )
 
 
@@ -211,7 +212,7 @@ def _file_problem(path: Path) -> str | None:
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, OSError) as error:
         return f"cannot be read ({error}); it is probably truncated"
-    except Exception as error:  # whatever the reader makes of what is no such file
+    except Exception as error:  # readers raise all kinds of errors for damaged files
         return f"cannot be read: {str(error).splitlines()[0]}"
     if not isinstance(content, dict) or not needed <= content.keys():
         return f"contains a `{type(content).__name__}`, which does not match its name"

@@ -18,10 +18,10 @@ _BATCH = 10_000
 def data_summary(trainer: Any) -> dict[str, Any]:
     """Statistics of the trainer's prepared datasets.
 
-    `train` and each evaluation set: `rows`; `lengths` in tokens, quantiles by column; `labels` and `scores` where the
-    rows have them; `prompts`, the number of different ones; `notes` on rows that were dropped or cut, with their
-    count. `overlap`, by evaluation set: how many of its different prompts, and of its rows, are in the training set.
-    A streamed dataset is named as such and not read.
+    For `train` and each evaluation set: `rows`; `lengths` in tokens, as quantiles by column; `labels` and `scores` if
+    the rows have them; `prompts`, the number of distinct prompts; `notes` on dropped and truncated rows, with their
+    counts. For each evaluation set, `overlap`: how many of its distinct prompts and rows are in the training set.
+    Streamed datasets are marked as such and not read.
     """
     notes = getattr(trainer, "row_notes", {})
     train = trainer.train_dataset
@@ -64,7 +64,7 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def overlap(train: Dataset, evaluation: Dataset) -> dict[str, int]:
-    """How many different prompts and rows `evaluation` has, and how many of them `train` has too, token by token."""
+    """Numbers of distinct prompts and rows in `evaluation`, and of those that are also in `train`, by token ids."""
     found: dict[str, int] = {}
     shared = [name for name in ("prompt_ids", *_SIDES) if {name} <= {*train.column_names} & {*evaluation.column_names}]
     for what, columns in (("prompts", [name for name in shared if name == "prompt_ids"]), ("rows", shared)):
@@ -90,7 +90,7 @@ def _lengths(data: Dataset, name: str) -> np.ndarray:
 
 
 def _keys(data: Dataset, columns: list[str]) -> Iterator[bytes]:
-    """A digest of each row's token ids, since sets of the ids themselves would take gigabytes for a million rows."""
+    """A digest of each row's token ids; a set of the ids themselves would take gigabytes for a million rows."""
     for table in _tables(data, columns):
         lists = [_list_column(table, name) for name in columns]
         for i in range(len(table)):
@@ -100,7 +100,7 @@ def _keys(data: Dataset, columns: list[str]) -> Iterator[bytes]:
 
 def _list_column(table: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Offsets of the lists of a column, and their concatenated values."""
-    # These functions accept every list type: tokenized rows of a user may be lists of a fixed length.
+    # These functions accept all list types; the user's tokenized rows may be lists of a fixed length.
     lengths = pc.list_value_length(table[name]).to_numpy()
     return np.append(0, np.cumsum(lengths)), pc.list_flatten(table[name]).to_numpy().astype(np.int64)
 

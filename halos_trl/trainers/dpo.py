@@ -74,7 +74,7 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
 
     def check_arguments(self, args: Any, model: Any, ref_model: Any) -> None:
         super().check_arguments(args, model, ref_model)
-        if type(self).loss is DPOTrainer.loss:  # a loss of one's own may read any option
+        if type(self).loss is DPOTrainer.loss:  # a user's own loss may read any option
             _refuse_without_effect(args)
 
     def mean_loss(self, tables: BatchTables) -> torch.Tensor:
@@ -87,7 +87,7 @@ class DPOTrainer(PairedPreferenceTrainer[DPOConfig]):
 
 
 def _refuse_without_effect(args: DPOConfig) -> None:
-    """Refuse options of single TRL losses while none of the losses in use reads them."""
+    """Refuse options that none of the losses in use reads."""
     named = set(args.loss_type)
     for name, (readers, more) in _READ_BY.items():
         unread = named.isdisjoint(readers) and named <= _TRL_LOSSES

@@ -15,8 +15,8 @@ from .scored import ScoredTrainer
 class GRPOTrainer(ScoredTrainer[GRPOConfig]):
     """GRPO (arXiv:2402.03300) on groups of existing, scored completions; nothing is generated.
 
-    As in HALOs, and unlike in the paper, the probability ratio is against the reference, which stands in for the model
-    that generated the completions; with `old_policy="sampler"`, it is against that model itself. Advantages are
+    As in HALOs, and unlike in the paper, the probability ratio is against the reference, which takes the place of the
+    model that generated the completions; with `old_policy="sampler"`, it is against that model itself. Advantages are
     relative to the whole group and stored in the dataset; all completions of a prompt are part of the same optimizer
     step; loss and gradient are means over the tokens of the step. Takes the arguments of `trl.KTOTrainer`.
 

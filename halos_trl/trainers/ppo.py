@@ -109,8 +109,8 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         )
         if self.optimizer is not None:
             raise ValueError(
-                "`optimizers` contains an optimizer that was created before the value head and would never train "
-                "it. Leave it out, and choose one with `optim` and `learning_rate`."
+                "`optimizers` contains an optimizer that was created before the value head and would not train it. "
+                "Leave it out, and use `optim` and `learning_rate` instead."
             )
         self.attach_value_head()
         if self._policy_folder is not None:
@@ -236,8 +236,8 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         super().refuse_non_finite(policy, reference_BT)
         if not torch.isfinite(known(policy.values_BT)).all():
             raise ValueError(
-                f"The value head gave NaN or infinite values at step {self.state.global_step + 1}. The weights were "
-                "not updated. Lower `learning_rate` or the scale of the scores."
+                f"The value head returned NaN or infinite values at step {self.state.global_step + 1}. The weights "
+                "were not updated. Lower `learning_rate` or the scale of the scores."
             )
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ class PPOTrainer(ScoredTrainer[PPOConfig], ValueHost):
         if self._saved is not None and self._is_between_epochs(self.state.global_step):
             save_rollouts(self._saved, path)
         else:
-            path.unlink(missing_ok=True)  # another run's, where the folder is written a second time
+            path.unlink(missing_ok=True)  # left by another run that wrote to this folder
 
     def restore(self, folder: str) -> None:
         super().restore(folder)

@@ -55,7 +55,7 @@ def check_processes(folder: Path, args: Any, *, deepspeed: bool) -> None:
 
 
 def missing_random_state(folder: Path) -> str | None:
-    """Which file of a random state is missing, of one per process; None if none is."""
+    """The first missing file of a random state, of which there is one per process; None if all exist."""
     names = {path.name for path in folder.glob("rng_state*.pth")}
     if "rng_state.pth" in names:
         return None

@@ -199,7 +199,7 @@ def _load_adapter(name: str, settings: dict[str, Any]) -> PreTrainedModel:
     base: Any
     if reward_head.is_classifier(base_config.architectures):
         base = load_reward_model(base_name, **base_settings)
-    else:  # a language model: the adapter has to bring the head
+    else:  # a language model, so the head must be part of the adapter
         base = AutoModelForSequenceClassification.from_pretrained(base_name, **{"num_labels": 1} | base_settings)
     adapted = PeftModel.from_pretrained(base, name, **place)
     reward_head.refuse_random_head(adapted, f"The base model {base_name!r} of the adapter {name!r}")

@@ -72,7 +72,7 @@ def refuse_random_head(model: Any, name: str) -> None:
     """Raise ValueError for a model from a checkpoint without a head that has not been trained since."""
     base = model.get_base_model() if is_peft_model(model) else model
     if not base.config.architectures or not is_new(model):
-        return  # built in memory: nothing is known
+        return  # built in memory, so the origin of the head is unknown
     random = [name for name in head_parameters(model) if not _saved_with_adapter(name)]
     if random:
         raise ValueError(

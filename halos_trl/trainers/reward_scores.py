@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 def _alone(sums: torch.Tensor) -> torch.Tensor:
-    # Processes score different numbers of batches, and nothing in their forward passes waits for the others.
+    # Processes may score different numbers of batches, since their forward passes do not communicate.
     return sums
 
 
@@ -33,7 +33,7 @@ class RewardModelScores:
     over the processes in contiguous runs, so that completions of the same prompt are batched together and share its
     tokens.
 
-    Raises ValueError for a model that ZeRO-3 has split, without a padding token, with a different number of labels, or
+    Raises ValueError for a model partitioned by ZeRO-3, without a padding token, with another number of labels, or
     with a random head.
     """
 
@@ -47,8 +47,8 @@ class RewardModelScores:
             )
         if any(shape_of(parameter) != parameter.shape for parameter in model.parameters()):
             raise ValueError(
-                "The reward model is split over the processes by DeepSpeed ZeRO-3, and no engine gathers it to score "
-                "the rows. Score them before training (`halos-trl label --feedback scalar`), or launch with ZeRO-2."
+                "The reward model was partitioned by DeepSpeed ZeRO-3, which does not gather it for scoring. Score "
+                "the rows before training (`halos-trl label --feedback scalar`), or launch with ZeRO-2."
             )
         if model.config.num_labels not in (1, 2):
             raise ValueError(
@@ -75,7 +75,7 @@ class RewardModelScores:
         state = PartialState()
         share = -(-len(dataset) // state.num_processes)
         own = range(len(dataset))[share * state.process_index :][:share]
-        # As the reward trainer sees rows, with this model's own tokenizer and template.
+        # Tokenized as in the reward trainer, with this model's own tokenizer and template.
         tokenize = RowTokenizer(self.processing_class, "scored", ("completion",), whole=True)
         ids = [tokenize(dataset[i], i)["completion_ids"] for i in own]
         self._report_truncation(ids)
@@ -83,7 +83,7 @@ class RewardModelScores:
 
     @property
     def limit(self) -> int:
-        """Maximum number of tokens of the reward model; of longer rows, it scores the beginning."""
+        """Maximum number of tokens of the reward model; longer rows are truncated."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return min(self.processing_class.model_max_length, positions or self.processing_class.model_max_length)
 
@@ -92,7 +92,7 @@ class RewardModelScores:
         if longer:
             logger.warning(
                 f"{longer} of {len(ids)} rows are longer than the {self.limit} tokens that the reward model accepts, "
-                "so only their beginning is scored. Shorten them, or use a reward model with a longer context."
+                "and are truncated. Shorten them, or use a reward model with a longer context."
             )
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class RewardModelScores:
             logits = score_sequences(self.model, dict(batch.to(device))).logits
             if logits.ndim != 2:
                 raise ValueError(
-                    f"The reward model ({type(self.model).__name__}) gives logits of shape {tuple(logits.shape)}; "
+                    f"The reward model ({type(self.model).__name__}) returns logits of shape {tuple(logits.shape)}; "
                     "expected one or two logits per completion. Pass an `AutoModelForSequenceClassification`."
                 )
             scores += logits[:, -1].float().tolist()

@@ -62,7 +62,7 @@ def roll_out(
         gae(values_BT, last_token_rewards(scores_B, mask_BT), mask_BT.float(), gamma=gamma, lam=lam)
         for values_BT, scores_B, mask_BT in zip(values, scores, masks, strict=True)
     ]
-    # `gae` whitens over what it is given; the returns give the advantages back as they were before.
+    # `gae` whitens over a single table; the unwhitened advantages are the returns minus the values.
     raw = [
         (estimate.returns - values_BT).where(mask_BT, 0.0)
         for estimate, values_BT, mask_BT in zip(estimates, values, masks, strict=True)
@@ -70,7 +70,7 @@ def roll_out(
     count = torch.stack([mask_BT.sum() for mask_BT in masks]).sum().to(raw[0].dtype)
     total, count = reduce_sum(torch.stack([torch.stack([x.sum() for x in raw]).sum(), count]))
     mean = total / count.clamp(min=1)
-    # A second pass around the mean: the difference of two large sums would lose the digits of a small variance.
+    # A second pass around the mean, since the difference of two large sums would lose a small variance.
     squares = [(x - mean).square().where(mask_BT, 0.0).sum() for x, mask_BT in zip(raw, masks, strict=True)]
     variance = reduce_sum(torch.stack(squares).sum()) / count.clamp(min=1)
     if not variance.isfinite():

@@ -1,4 +1,4 @@
-"""What every trainer of the package does around its host's training and evaluation loops."""
+"""Steps that every trainer of the package adds to its host's training and evaluation loops."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class TrainingRun(_Host):
         is short.
 
         The metrics of callbacks that have `evaluation_metrics(prefix)`, such as `GenerationCallback`, are added, so
-        that they are logged, compared for the best model and seen by other callbacks like all others.
+        that they are logged, used for the best model and passed to other callbacks like all others.
         """
 
         def loop() -> Any:

@@ -40,15 +40,14 @@ _LEFT_OUT = (
 class RunFiles(TrainerCallback):
     """Writes `run_summary.json`, `data_summary.json` and `train_log.jsonl`, in the main process.
 
-    A line of the log file is a line of `trainer.state.log_history` with `seconds`, the time spent in training up to
-    it without evaluations and checkpoints, and `memory_bytes`, the highest use so far: of the accelerator's memory
-    where there is one, else of the process's.
+    A line of the log file is a line of `trainer.state.log_history` with `seconds`, the training time so far without
+    evaluations and checkpoints, and `memory_bytes`, the peak memory so far of the GPU or, without one, of the process.
     """
 
     def __init__(self, trainer: TrainingRun):
         self.trainer = trainer
         self._clock: _Clock | None = None
-        """From the beginning of training on."""
+        """Set when training begins."""
 
     @property
     def folder(self) -> Path:
@@ -96,7 +95,7 @@ def _record_end(trainer: TrainingRun, end: dict[str, Any]) -> None:
     if trainer.is_world_process_zero() and path.is_file():
         with contextlib.suppress(OSError, ValueError):
             found = json.loads(path.read_text("utf-8"))
-            if found.get("process") == os.getpid():  # not that of an earlier run
+            if found.get("process") == os.getpid():  # written by this run
                 _write_json(path, {**found, **end, "ended": _now()})
 
 
@@ -199,7 +198,7 @@ def _write(path: Path, text: str, mode: str = "w") -> None:
         with path.open(mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        logger.warning_once(f"{path} cannot be written ({error.strerror}), so `halos-trl report` will lack it.")
+        logger.warning_once(f"{path} cannot be written ({error.strerror}), so the run's report will be incomplete.")
 
 
 __all__ = ["RunFiles", "recorded", "run_summary"]

@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 
 class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
-    """Base class of methods on rows of `prompt`, `completion` and `score`, in any form that `GRPOTrainer` accepts.
+    """Base class of methods on rows of `prompt`, `completion` and `score`, in any format that `GRPOTrainer` accepts.
 
     A new method is a subclass that defines `loss`, which receives a record of per-token log-probs `(B, T)` in nats and
     one advantage per completion, relative to all completions of its prompt. It returns a `LossOutput`, whose metrics
@@ -68,7 +68,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
                 f"`averages_over` of {type(self).__name__} is {self.averages_over!r}. Use 'tokens' for a `loss` that "
                 "returns `(B, T)`, or 'rows' for one that returns `(B,)`."
             )
-        # The data are prepared before the trainer has its `args`. Not every method's advantages come from groups.
+        # Datasets are prepared before the trainer has its `args`. Not all methods compute advantages from groups.
         self._scale_rewards = getattr(args, "scale_rewards", True)
         self._is_sampled = getattr(args, "old_policy", "reference") == "sampler"
         if getattr(args.accelerator_config, "split_batches", False):
@@ -132,7 +132,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
     def own_rows(self, batch: dict[str, Any]) -> torch.Tensor | None:
         if self.averages_over == "tokens":
             return repeats_left_out(self, batch)
-        # A micro-batch that got no example holds a row without a completion, which has no loss.
+        # A micro-batch without examples contains a row without a completion, which has no loss.
         return self.without_repeats(batch)["completion_mask"][:, 1:].any(-1).nonzero().flatten()
 
     def record(self, tables: BatchTables) -> Any:
@@ -141,11 +141,11 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         return GroupLogps(tokens.logps_BT, tables.reference_BT, tokens.mask_BT, advantages_B, old_BT)
 
     def sampler_logps(self, tables: BatchTables) -> torch.Tensor | None:
-        """Log-probs `(B, T)` in nats of the model that drew the completions; None where they are not read."""
+        """Log-probs `(B, T)` in nats of the model that sampled the completions; None if they are not used."""
         if not self._is_sampled:
             return None
         mask_BS = tables.batch["completion_mask"]
-        # Over all positions: a completion without a prompt has a token that no position scores.
+        # Over all positions, because the first token of a completion without a prompt is not scored.
         stored_BT = at_completion_tokens(tables.batch["logprobs"], mask_BS)[:, 1:]
         return tables.of_rows(stored_BT)
 
@@ -169,7 +169,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
             sums["advantages/abs"] = total(tables.of_rows(tables.batch["advantage"]).abs(), has_tokens_B)
         count = tokens.mask_BT.sum() if self.averages_over == "tokens" else has_tokens_B.sum()
         logged = loss_sums(output)
-        # The mean over no row or token is no number. Its name stays, since every process has to count the same ones.
+        # The mean over no rows is undefined, but the name is kept, since all processes must have the same names.
         own = {
             name: (mean.double().where(count > 0, 0.0) * count, count)
             for name, mean in output.metrics.items()
@@ -181,7 +181,7 @@ class ScoredTrainer(AlignmentTrainer[ConfigT], ScoredHost):
         return sums | logged | own | clamp_sums(tables, None, self.args.humanline_clamp)
 
     def count_tokens(self, batch: dict[str, Any]) -> None:
-        # A micro-batch that got no example holds a few tokens without a completion.
+        # A micro-batch without examples contains a few tokens without a completion.
         real_B1 = batch["completion_mask"].any(-1, keepdim=True)
         super().count_tokens({"attention_mask": batch["attention_mask"] * real_B1})
 
@@ -195,9 +195,9 @@ def _report_packing(sampler: GroupBatchSampler, rows: int) -> None:
             "the whole group. Raise `gradient_accumulation_steps` to keep them together."
         )
     fill, needed = rows / (sampler.steps * sampler.step_size), math.ceil(rows / sampler.step_size)
-    if fill < 3 / 4 and sampler.steps > needed:  # a short last step is nobody's fault
+    if fill < 3 / 4 and sampler.steps > needed:  # a last step with fewer examples is normal
         logger.warning(
-            f"Optimizer steps hold {fill:.0%} of up to {sampler.step_size} completions, because groups stay whole: "
+            f"Optimizer steps have {fill:.0%} of up to {sampler.step_size} completions, because groups stay whole: "
             f"an epoch takes {sampler.steps} steps, although {needed} would suffice for all rows. Choose "
             "`per_device_train_batch_size` and `gradient_accumulation_steps` so that a step (their product over all "
             "processes) is a multiple of the usual group size, or several times as large."

@@ -10,7 +10,7 @@ from .paired import PairedPreferenceTrainer
 
 
 class SimPOTrainer(PairedPreferenceTrainer[SimPOConfig]):
-    """SimPO (arXiv:2405.14734). Compares with no reference, so none is loaded."""
+    """SimPO (arXiv:2405.14734). Uses no reference, so none is loaded."""
 
     config_class = SimPOConfig
     takes_humanline = True

@@ -10,7 +10,7 @@ from .paired import PairedPreferenceTrainer
 
 
 class SLiCTrainer(PairedPreferenceTrainer[SLiCConfig]):
-    """SLiC-HF (arXiv:2305.10425). Compares with no reference, so none is loaded."""
+    """SLiC-HF (arXiv:2305.10425). Uses no reference, so none is loaded."""
 
     config_class = SLiCConfig
     takes_humanline = True

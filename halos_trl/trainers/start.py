@@ -1,4 +1,4 @@
-"""Checks before the first update: the models fit together, something is trained, and the reference is correct."""
+"""Checks before the first update: the models match, parameters are trained, and the reference is correct."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def _refuse_other_vocabulary(policy: Any, reference: Any) -> None:
     if abs(sizes[0] - sizes[1]) > PADDING_ROWS:
         raise ValueError(
             f"The policy has a vocabulary of {sizes[0]} tokens and `ref_model` one of {sizes[1]}: the same token ids "
-            "stand for different words, so their log-probabilities cannot be compared. Pass a reference with the "
-            "policy's tokenizer, or leave it out."
+            "mean different tokens, so their log-probs cannot be compared. Pass a `ref_model` with the policy's "
+            "tokenizer, or leave it out."
         )
 
 
@@ -62,7 +62,7 @@ def _config_of(model: Any, args: Any) -> Any:
     if isinstance(model, torch.nn.Module):
         return getattr(model, "config", None)
     options = {k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
-    with contextlib.suppress(OSError, ValueError):  # TRL has its own message for what cannot be loaded
+    with contextlib.suppress(OSError, ValueError):  # TRL raises an error for models that cannot be loaded
         return AutoConfig.from_pretrained(model, **options)
     return None
 
@@ -82,8 +82,8 @@ def refuse_frozen(model: torch.nn.Module) -> None:
         return
     if is_peft_model(model):
         remedy = (
-            "An adapter that was loaded for inference is frozen: load it with "
-            "`PeftModel.from_pretrained(base, folder, is_trainable=True)`."
+            "An adapter that was loaded for inference is frozen; load it with `PeftModel.from_pretrained(base, "
+            "folder, is_trainable=True)`."
         )
     else:
         remedy = "Call `model.requires_grad_(True)`, unfreeze a part of it, or pass a `peft_config`."
@@ -111,7 +111,7 @@ def hold_reference(trainer: AlignmentTrainer, resuming: bool = False) -> None:
     """Keep the initial values of parameters that train outside the adapter. Raises ValueError if that is
     not possible.
     """
-    # With stored log-probs there is one, too: it computes those of data that come later.
+    # Needed with stored log-probs, too, to compute those of datasets that are passed later.
     new = (trainer.adapter_reference or trainer.reference).keep_start()
     if not new:
         return
@@ -172,7 +172,7 @@ def check_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> None:
         return
     policy_BT, mask_BT = _policy_logps(trainer, batch, training=not noise_is_wanted)
     if not torch.isfinite(policy_BT).all():
-        return  # the loss has a message for that
+        return  # the loss raises an error for that
     tolerance = TOLERANCE["half" if _in_half_precision(trainer) else "float32"]
     compared_BT = _as_stored(trainer, policy_BT, mask_BT)
     if start_BT is not None and _distance(compared_BT, start_BT, mask_BT).mean <= tolerance:
@@ -191,10 +191,10 @@ def _refuse_noise(trainer: AlignmentTrainer, noise: _Distance, tolerance: float)
     rates = rates_in_config(trainer.accelerator.unwrap_model(trainer.model))
     settings = ", ".join(f"{name}={value}" for name, value in rates.items())
     raise ValueError(
-        "`disable_dropout=True`, but the policy's log-probabilities in training differ from those in evaluation by "
+        "`disable_dropout=True`, but the policy's log-probs in training mode differ from those in evaluation mode by "
         f"{noise}: the model applies dropout or other noise whose rate is not stored in any module. Load it with "
-        f"these settings of its config set to 0 ({settings or 'see its configuration'}), as in `model_init_kwargs` "
-        "or `from_pretrained(..., attention_dropout=0.0)`; or set `disable_dropout=False`."
+        f"these settings of its config set to 0 ({settings or 'see its configuration'}), e.g. with "
+        "`model_init_kwargs` or `from_pretrained(..., attention_dropout=0.0)`, or set `disable_dropout=False`."
     )
 
 
@@ -210,10 +210,10 @@ def _compare_starts(trainer: AlignmentTrainer, distance: _Distance, tolerance: f
         )
         return
     raise ValueError(
-        f"{message}, but no `ref_model` was passed, so they must be equal. Either the policy was changed after the "
-        "trainer was built, or loading it twice does not give the same weights (the checkpoint lacks some), or the "
-        "stored log-probabilities are those of another model, or `reference_storage` is too coarse for this model. "
-        "Pass `ref_model` if the difference is intended."
+        f"{message}, but no `ref_model` was passed, so they must be equal. Possible causes: the policy was changed "
+        "after the trainer was built; loading it twice gives different weights, because the checkpoint lacks some; "
+        "the stored log-probs are those of another model; `reference_storage` is too coarse for this model. Pass "
+        "`ref_model` if the difference is intended."
     )
 
 
@@ -223,7 +223,7 @@ def _reference_at_start(trainer: AlignmentTrainer, batch: dict[str, Any]) -> tor
     if isinstance(reference, NoReference) or reference.moved or not trainer.is_at_start:
         return None
     if isinstance(reference, PrecomputedColumn) and getattr(trainer.args, "ld_alpha", None) is not None:
-        return None  # sums in which tokens weigh differently
+        return None  # the stored sums weight tokens differently
     return reference.log_probs(batch)
 
 

@@ -1,7 +1,7 @@
 """One optimizer step as one batch, regardless of how it is split over micro-batches and processes.
 
-A micro-batch carries what it needs to know about its step, so `compute_loss` depends only on its batch and keeps no
-state between calls, and overriding it means the same as in TRL.
+Each micro-batch contains the information about its step, so `compute_loss` depends only on its batch, keeps no state
+between calls, and can be overridden as in TRL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepShare:
-    """What a training micro-batch knows about its optimizer step. Stored in the batch under `STEP_SHARE`."""
+    """Information about the optimizer step of a training micro-batch, stored in the batch under `STEP_SHARE`."""
 
     weight: torch.Tensor
     """Factor of the micro-batch's mean loss: own examples * processes * micro-batches / examples of the step. 1 if all
@@ -82,7 +82,7 @@ def mean_over_examples(trainer: TrainingRun, loop: Callable[[], Any], descriptio
     """
     predict, zero = trainer.prediction_step, torch.zeros((), device=trainer.accelerator.device)
     losses, batches = RunningMeans(), 0
-    losses.add({"loss": (zero, zero)})  # every process has to reduce
+    losses.add({"loss": (zero, zero)})  # all processes must take part in the reduction
 
     def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal batches

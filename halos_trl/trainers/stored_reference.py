@@ -1,4 +1,4 @@
-"""Which storages a reference may have: what the adapter, the engine and a model that was passed allow."""
+"""Checks of `reference_storage` against the adapter, the engine and an explicit `ref_model`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = get_logger(__name__)
 
 
 def refuse_unfit_storage(args: Any, model: Any, ref_model: Any, new_adapter: Any) -> None:
-    """Raise ValueError where `reference_storage` has no effect, or cannot have it."""
+    """Raise ValueError if `reference_storage` has no effect or is not supported."""
     storage = args.reference_storage
     if storage == "same":
         return

@@ -88,7 +88,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         return self._estimates(batches)
 
     def reference_logps(self, batch: dict[str, Any], prepared: KLEstimate) -> torch.Tensor | None:
-        # A `compute_loss` of one's own may have changed the batch.
+        # A user's `compute_loss` may have changed the batch.
         if prepared.tokens is not None and torch.equal(prepared.tokens, _tokens_of(batch)):
             return prepared.reference_BT
         return super().reference_logps(batch, prepared)
@@ -112,7 +112,7 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
             return [KLEstimate(zero)] * len(batches)
         model = self.model_wrapped if self.mode == "train" else self.model
         mismatched = self._kl_batches(batches)
-        # One process scores the prompts of its own rows, so a reference that packs them reads them once for both.
+        # A single process scores the prompts of its own rows, so with packed rows they are shared by both.
         alike = self.accelerator.num_processes == 1 and len(mismatched) == len(batches)
         parts, references = [], []
         for i, batch in enumerate(mismatched):
@@ -126,8 +126,8 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         kl = kl_sum / count.clamp(min=1)
         if not torch.isfinite(kl):
             raise ValueError(
-                f"The KL estimate is {kl.item()} at {self.moment}: a model gave NaN or infinite log-probabilities. "
-                "The weights were not updated. Check the model's weights for NaN, or lower `learning_rate`."
+                f"The KL estimate is {kl.item()} at {self.moment}: a model returned NaN or infinite log-probs. The "
+                "weights were not updated. Check the model's weights for NaN, or lower `learning_rate`."
             )
         kl = kl.clamp(min=0)
         self.record_metrics({"kl": (kl, torch.ones_like(kl))})
@@ -154,8 +154,8 @@ class UnpairedPreferenceTrainer(AlignmentTrainer[ConfigT], UnpairedHost):
         if not paired:
             logger.warning_once(
                 f"A step or evaluation batch of {len(whole)} rows has only one prompt. The KL estimate pairs each "
-                "prompt with a completion of another prompt, so these rows do not count, and its KL term is 0. "
-                "Shuffle the rows, or choose a number of examples per step that leaves more rows for the last step."
+                "prompt with a completion of another prompt, so its KL term is 0. Shuffle the rows, or choose a "
+                "number of examples per step that leaves more rows for the last step."
             )
             return []
         share = kl_partners.share_of(paired, self.accelerator.process_index, self.accelerator.num_processes)
