@@ -7,7 +7,7 @@
         --config configs/grpo.yaml --output_dir qwen-grpo \
         --use_peft --load_in_4bit --merge_adapter --push_to_hub
 
-Model and dataset are hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
 `completion`, `score` (and maybe `prompt_id`), or `prompt` with the lists `completions` and `scores`; labelled and
 paired rows count as scores of +1 and -1. Standard or conversational. `--help` lists all flags.
 """

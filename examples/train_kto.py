@@ -7,7 +7,7 @@
         --config configs/kto.yaml --output_dir qwen-kto \
         --use_peft --load_in_4bit --merge_adapter --push_to_hub
 
-Model and dataset are hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
 `completion` and a boolean `label`, or `prompt`, `chosen` and `rejected`, which are unpaired; standard or
 conversational. The flags are those of TRL's own KTO script, and a few more: `--help` lists them.
 """

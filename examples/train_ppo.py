@@ -6,7 +6,7 @@
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/kto-mix-14k \
         --config configs/ppo.yaml --output_dir qwen-ppo --reward_model_path reward-model
 
-Model and dataset are hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
 `completion` and a `score`, or a boolean `label` (+1 and -1), or are pairs; standard or conversational. Without a score
 column, `--reward_model_path` names the reward model that scores them, e.g. one of `BradleyTerryTrainer`.
 `--help` lists all flags.
@@ -35,7 +35,7 @@ class PPOScriptConfig(PPOConfig):
     """`PPOConfig` and the flag of this script."""
 
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "Reward model (hub id or folder) for rows without a score column."}
+        default=None, metadata={"help": "Reward model (Hub id or folder) for rows without a score column."}
     )
 
 

@@ -6,7 +6,7 @@
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \
         --config configs/reward.yaml --output_dir qwen-reward
 
-Model and dataset are hub ids or local paths. Rows hold `chosen`, `rejected` and maybe `prompt`, standard or
+Model and dataset are Hub ids or local paths. Rows hold `chosen`, `rejected` and maybe `prompt`, standard or
 conversational. The flags are those of TRL's own reward script, and a few more: `--help` lists them. A dataset with a
 test split ends with the share of its pairs whose chosen completion scores higher, before and after training.
 """

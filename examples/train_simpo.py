@@ -8,7 +8,7 @@
 
     python examples/train_simpo.py --humanline                   # embedded default under the humanline clamp
 
-Model and dataset are hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `chosen`,
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `chosen`,
 `rejected` and maybe `prompt`, standard or conversational. The flags are those of TRL's own DPO script, and a few more:
 `--help` lists them.
 """

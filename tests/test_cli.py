@@ -168,7 +168,7 @@ def test_halos_files_in_a_mixture_become_rows(here, tmp_path):
         assert len(rows) == 2 + 12 and rows["label"][:2] == [False, False]
         assert rows["sources"][0] == [f"{files['train']}#0"] and rows["sources"][2] is None
     mixed = config_file(tmp_path, datasets=[{"path": "json", "data_files": [files["train"], "rows.jsonl"]}])
-    with pytest.raises(ValueError, match=r"is in a format of HALOs, beside rows\.jsonl"):
+    with pytest.raises(ValueError, match=r"is in one of HALOs.* formats, together with rows\.jsonl"):
         parse("--config", mixed, data=None)
 
 
@@ -289,7 +289,7 @@ def test_help_lists_every_flag_of_trl_and_ours(capsys):
         (["stray"], r"Unknown argument `stray`"),
         (["--beta", "-1"], r"beta=-1.0"),
         (["--dataset_train_split", "trian"], r"splits \['train'\], not 'trian'. .*--dataset_train_split"),
-        (["--eval_strategy", "steps"], r"not 'test'.*`--eval_strategy no`.*one folder"),
+        (["--eval_strategy", "steps"], r"not 'test'.*`--eval_strategy no`.*into a folder"),
         (["--dataset_config", "x"], r"`rows.jsonl` is local"),
         (["--streaming"], r"use `--dataset_streaming`"),
         (["--test_split_size", "0.5"], r"apply to a `datasets` mixture"),

@@ -69,8 +69,8 @@ def test_numbers_are_numbers(name, make_config):
         for value in values + ([math.inf, -math.inf] if number != "max_grad_norm" else []):
             message = refused_for(config, number, value)
             assert message.startswith(f"`{number}={value!r}` cannot work: it is "), message
-    assert "Pass a whole number or None" in refusal(make_config, CONFIGS[name], max_length="long")
-    assert "Pass a whole number" in refusal(make_config, CONFIGS[name], max_steps=1.5)
+    assert "Pass an integer or None" in refusal(make_config, CONFIGS[name], max_length="long")
+    assert "Pass an integer" in refusal(make_config, CONFIGS[name], max_steps=1.5)
 
 
 @pytest.mark.parametrize("name", METHODS)

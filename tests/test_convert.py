@@ -88,9 +88,8 @@ def test_nothing_is_overwritten_unasked_and_nothing_written_in_part(convert, tmp
     broken.write_text(path.read_text()[:-30])
     assert convert(broken, "out.jsonl", "--overwrite", "--format", "halos")[0] == 2
     assert len(read("out.jsonl")) == 2
-    assert (
-        convert(path, "feedback.json", "--overwrite")[1].strip().endswith("is one of the inputs. Name another file.")
-    )
+    said = convert(path, "feedback.json", "--overwrite")[1]
+    assert said.strip().endswith("is one of the inputs. Choose another file.")
 
 
 def test_other_columns_of_a_table_may_be_of_any_type(convert):

@@ -185,7 +185,7 @@ def test_what_cannot_be_sampled_or_scored_is_refused(model, tokenizer, make_conf
 
 REFUSED = {
     "--generate_on_eval 4": "--eval_strategy",
-    "--generate_on_eval 4 --eval_strategy steps": "Nothing scores",
+    "--generate_on_eval 4 --eval_strategy steps": "needs scores for the completions",
     "--generate_on_eval 0 --eval_strategy steps --reward_model x": "at least 1",
     "--generate_on_eval 4 --eval_strategy steps --reward_model x --reward_function y:z": "Leave one",
     "--reward_function y:z": "--generate_on_eval",
@@ -201,7 +201,7 @@ def test_flags_that_do_not_go_together_are_refused(flags, tmp_path):
 
 def test_a_reward_model_has_no_completions_to_sample(tmp_path):
     flags = ["--generate_on_eval", "4", "--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path)]
-    with pytest.raises(ValueError, match="writes no completions"):
+    with pytest.raises(ValueError, match="generates no completions"):
         cli.parse(BradleyTerryConfig, "paired", None, flags)
 
 

@@ -233,7 +233,7 @@ def test_flags_in_the_documentation_exist():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": []}, "nothing to label"),
+        ({"samples": []}, "no samples to label"),
         ({"output": "out.csv"}, "ends in '.csv'"),
         ({"output": "samples.jsonl", "overwrite": True}, "is one of the inputs"),
         ({"samples": ["nowhere.jsonl"]}, "nowhere.jsonl cannot be opened"),

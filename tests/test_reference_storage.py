@@ -261,8 +261,8 @@ def test_the_start_is_still_compared(make, model, storage):
     ("settings", "message"),
     [
         ({"storage": "2bit"}, "reference_storage='2bit'"),
-        ({"storage": "bf16", "precompute_ref_log_probs": True}, "no reference is held"),
-        ({"storage": "4bit", "sync_ref_model": True}, "a step of the quantized weights would be lost"),
+        ({"storage": "bf16", "precompute_ref_log_probs": True}, "needs no reference model"),
+        ({"storage": "4bit", "sync_ref_model": True}, "changes smaller than the quantization step would be lost"),
         ({"storage": "4bit", "peft_config": LoraConfig(task_type="CAUSAL_LM")}, "quantization_config"),
     ],
 )

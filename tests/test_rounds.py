@@ -186,7 +186,7 @@ def test_rounds_of_an_adapter(files, tmp_path):
 
 def test_prompts_end_before_the_rounds_do(files, tmp_path, capsys):
     assert rounds(files, tmp_path / "run", "--rounds", "3", "--prompts_per_round", "20") == 0
-    assert "used up after 2 rounds" in capsys.readouterr().out
+    assert "no prompts left after 2 rounds" in capsys.readouterr().out
     assert len(lines(tmp_path / "run" / "round-02" / "samples.jsonl")) == 20
 
 
@@ -208,7 +208,7 @@ def test_without_matplotlib_the_numbers_are_written_and_a_message_says_what_to_d
         (["--samples_per_prompt", "1"], "dpo", "compares samples of the same prompt"),
         (["--use_peft"], "kto", "Pass `--reference first`"),
         (["--save_only_model", "true"], "kto", "cannot be used with rounds"),
-        (["--reward_function", ""], "kto", "The samples need a score"),
+        (["--reward_function", ""], "kto", "There is no scorer for the samples"),
         (["--beta_", "1"], "kto", "Unknown argument `--beta_`. Did you mean `--beta`?"),
     ],
 )

@@ -289,7 +289,7 @@ def test_alpaca_eval_file_of_a_run_that_was_killed_before_it(files, tmp_path):
     ("turns", "more", "message"),
     [
         (user("a"), [], "needs one output per prompt, not 3"),
-        (user("a"), ["--alpaca_eval", "outputs.jsonl"], "AlpacaEval reads files that end in `.json`"),
+        (user("a"), ["--alpaca_eval", "outputs.jsonl"], "AlpacaEval reads only `.json` files"),
         (
             [{"role": "system", "content": "s"}, *user("a")],
             ["--num_samples_per_prompt", "1"],
@@ -368,8 +368,8 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, message, capsys):
     ("setting", "message"),
     [
         ("dtype: float23", "`dtype` is 'float23'; expected one of 'auto', 'float32'"),
-        ("num_prompts: 2.5", "`num_prompts` is 2.5; expected a whole number"),
-        ("seed: true", "`seed` is True; expected a whole number"),
+        ("num_prompts: 2.5", "`num_prompts` is 2.5; expected an integer"),
+        ("seed: true", "`seed` is True; expected an integer"),
         ("top_p: [1]", "`top_p` is [1]; expected a number"),
     ],
 )

@@ -10,7 +10,7 @@ KTO pairs each prompt with a   TRL is told that there is no KL term, so it neith
 neighbour's completion once    refuses shuffling and batch size 1; `UnpairedPreferenceTrainer` pairs within
 and forbids shuffling          the optimizer step
 reloads the reference from     the model instance is copied, so that policy and reference start out equal
-the hub id of the policy
+the Hub id of the policy
 loads a reference for every    no reference is loaded if `needs_reference` is false
 DPO-like method
 averages micro-batch means     sums and counts are kept on the device and divided once per log line

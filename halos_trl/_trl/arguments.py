@@ -110,7 +110,7 @@ def _check_tokenizer(tokenizer: Any, model: Any) -> None:
     _require(tokenizer is None or is_one, "processing_class", tokenizer, wanted)
     if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", None):
         raise ValueError(
-            "`processing_class` was not passed, and the model does not say which hub id or folder it was loaded from. "
+            "`processing_class` was not passed, and the model does not say which Hub id or folder it was loaded from. "
             f"Pass {wanted}."
         )
 
@@ -155,5 +155,5 @@ def _check_adapter(config: Any) -> None:
     rank = getattr(config, "r", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(
-            f"`peft_config` has `r={rank!r}`; it is the rank of the adapter. Use a whole number, 1 or more."
+            f"`peft_config` has `r={rank!r}`; it is the rank of the adapter. Use an integer of at least 1."
         )

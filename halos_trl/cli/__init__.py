@@ -1,4 +1,4 @@
-"""What the example scripts share: flags, data, the run itself, and the embedded default task; and the command."""
+"""The command `halos-trl`, and code shared by the example scripts: flags, data, the run, and the embedded task."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

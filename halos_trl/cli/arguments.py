@@ -60,7 +60,7 @@ def check_values(arguments: Any) -> None:
         kind = next((kind for kind in (int, float) if hint in (kind, kind | None)), None)
         accepted = int if kind is int else (int, float)
         if kind and value is not None and (isinstance(value, bool) or not isinstance(value, accepted)):
-            raise ValueError(f"`{field.name}` is {value!r}; expected {'a whole' if kind is int else 'a'} number.")
+            raise ValueError(f"`{field.name}` is {value!r}; expected {'an integer' if kind is int else 'a number'}.")
         if get_origin(hint) is list and not isinstance(value, list):
             setattr(arguments, field.name, [value])
 
@@ -86,7 +86,7 @@ def split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "it is not UTF-8 text" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
-        # Neither the parser's message nor its context: both quote the file, which may be one of keys given by mistake.
+        # Without the parser's message and context: both quote the file, which may contain keys if passed by mistake.
         raise ValueError(f"`--config {known.config}` cannot be read as YAML: {where}.") from None
     if not isinstance(settings, dict):
         raise ValueError(
@@ -99,7 +99,7 @@ def split_off_config(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
 def refuse_unknown(parser: argparse.ArgumentParser, argv: list[str], config: dict[str, Any]) -> dict[str, Any]:
     """Raise ValueError for a flag or a name in the config file that the parser does not have. Returns the flags."""
     flags = argv[2:] if argv[:1] == ["--config"] else argv
-    # argparse itself, so that `--help`, abbreviations and `--flag=value` mean here what they mean in the real parse.
+    # Uses argparse itself, so that `--help`, abbreviations and `--flag=value` are handled as in the real parse.
     namespace, unknown = parser.parse_known_args(flags)
     known = vars(namespace)
     if unknown:

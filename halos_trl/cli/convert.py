@@ -106,37 +106,37 @@ def _with_names(text: str, copied: dict[str, str]) -> str:
 
 def _checked_output(arguments: ConvertArguments) -> Path:
     if not arguments.input or arguments.output is None:
-        raise ValueError("Name the files to read with `--input` and the file to write with `--output`.")
+        raise ValueError("Pass the files to read as `--input` and the file to write as `--output`.")
     output = Path(arguments.output)
     for path in (*map(Path, arguments.input), output):
         if path.suffix not in _SUFFIXES:
             raise ValueError(f"`{path}` has the suffix {path.suffix!r}; supported are {', '.join(_SUFFIXES)}.")
     if any(Path(name).resolve() == output.resolve() for name in arguments.input):
-        raise ValueError(f"`--output {output}` is one of the inputs. Name another file.")
+        raise ValueError(f"`--output {output}` is one of the inputs. Choose another file.")
     if output.exists() and not arguments.overwrite:
-        raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or name another file.")
+        raise ValueError(f"`--output {output}` exists. Pass `--overwrite` to replace it, or choose another file.")
     if arguments.format == "halos" and output.suffix == ".parquet":
         raise ValueError("HALOs reads JSON, not Parquet. Write a `.json` file, or rows with `--format trl`.")
     if arguments.format == "halos" and arguments.for_ is not None:
         raise ValueError(
-            "`--for_` applies to `--format trl`; items of HALOs' files keep their kind. Leave it out, or convert to "
-            "rows first and then convert those."
+            "`--for_` applies to `--format trl`; items of HALOs' files keep their type. Leave it out, or convert to "
+            "rows first and convert those to HALOs' format."
         )
     _refuse_without_effect(arguments)
     return output
 
 
 def _refuse_without_effect(arguments: ConvertArguments) -> None:
-    """Flags that say how scores become pairs or labels, where nothing does."""
+    """Refuse flags for deriving pairs or labels from scores when nothing is derived."""
     if arguments.format != "halos":
         return
     defaults = ConvertArguments()
     for name in ("pair_mode", "pair_threshold", "label_threshold", "seed"):
         if getattr(arguments, name) != getattr(defaults, name):
             raise ValueError(
-                f"`--{name} {getattr(arguments, name)}` has no effect with `--format halos`: items of HALOs keep the "
-                "scores, labels and pairs that they have. Leave it out, or make rows first (`--format trl --for_ "
-                "paired` or `unpaired`) and convert those."
+                f"`--{name} {getattr(arguments, name)}` has no effect with `--format halos`, which keeps the scores, "
+                "labels and pairs of the input. Leave it out, or create rows first (`--format trl --for_ paired` or "
+                "`unpaired`) and convert those."
             )
 
 
@@ -156,8 +156,8 @@ def _as_json(path: Path, folder: Path) -> Path:
 
 
 def _line(row: dict[str, Any], where: str) -> str:
-    """A row as JSON. In columns that no format uses, other types are written as text, since only the column names
-    matter.
+    """A row as JSON. In columns that no format uses, other types are written as text, since only the column names are
+    used.
     """
     others = {key: value if key in _READ else str(value) for key, value in row.items() if value is not None}
     try:
@@ -240,7 +240,7 @@ _READ = {
 
 
 def _not_kept(inputs: list[Path], arguments: ConvertArguments) -> str:
-    """A message about keys of the first items that are not in the output."""
+    """A message about keys of the input's first items that are not in the output."""
     firsts = set(itertools.chain.from_iterable(next(read_items(path)).value for path in inputs))
     others = sorted(firsts - _READ)
     keeps_sampler = arguments.format == "halos" or _purpose(inputs, arguments) == "group"

@@ -30,7 +30,7 @@ def load_data(
     `save_to_disk` folder, or a TRL mixture.
 
     `for_` is the purpose of the rows that are built from a file in one of HALOs' formats, which is recognized by its
-    content, in a mixture too; None leaves it unchanged. `evaluates`: also read the test split of such a file.
+    content, also in a mixture; None leaves such a file unchanged. `evaluates`: also read its test split.
     """
     if mixture.datasets:
         duplicates: Duplicates = getattr(script_args, "dataset_duplicates", "error")
@@ -50,14 +50,14 @@ def load_data(
             return _from_disk(name, streaming)
         return datasets.load_dataset(name, name=script_args.dataset_config, streaming=streaming)
     except (DatasetsError, OSError) as error:
-        if isinstance(error, ConnectionError):  # nothing that other flags would repair
+        if isinstance(error, ConnectionError):  # cannot be fixed with other flags
             raise
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"`--dataset_name {name}` cannot be loaded: {reason}") from error
 
 
 def _part_of_rows(part: Any, for_: Purpose, duplicates: Duplicates) -> Any:
-    """A part of a mixture (TRL's `DatasetConfig`), with the rows of files in HALOs' formats in their place."""
+    """A part of a mixture (TRL's `DatasetConfig`), in which files in HALOs' formats are replaced by their rows."""
     named = part.data_files.get(part.split, []) if isinstance(part.data_files, dict) else part.data_files
     files = [named] if isinstance(named, str) else list(named or [part.path])
     feedback = [name for name in files if is_feedback_file(name)]
@@ -66,8 +66,8 @@ def _part_of_rows(part: Any, for_: Purpose, duplicates: Duplicates) -> Any:
     if len(feedback) < len(files):
         others = ", ".join(sorted(set(files) - set(feedback)))
         raise ValueError(
-            f"A part of the `datasets` mixture has {feedback[0]}, which is in a format of HALOs, beside {others}. "
-            "Name them in parts of their own."
+            f"A part of the `datasets` mixture has {feedback[0]}, which is in one of HALOs' formats, together with "
+            f"{others}. List them as separate parts."
         )
     rows = load_feedback(files, for_, part.split, duplicates=duplicates)
     cached = [file["filename"] for file in rows.cache_files]
@@ -150,12 +150,14 @@ def check_splits(script_args: ScriptArguments, training_args: Any, data: Any) ->
     for flag, split in wanted.items():
         if split not in data:
             remedy = (
-                ", or use `--eval_strategy no`. A single file is one split, `train`; put `train` and `test` files "
-                "into one folder and name the folder."
+                ", or use `--eval_strategy no`. A single file has one split, `train`; to use two, put a `train` and a "
+                "`test` file into a folder and pass the folder."
                 if flag == "dataset_test_split"
                 else "."
             )
-            raise ValueError(f"The dataset has splits {sorted(data)}, not {split!r}. Name one with `--{flag}`{remedy}")
+            raise ValueError(
+                f"The dataset has splits {sorted(data)}, not {split!r}. Choose one with `--{flag}`{remedy}"
+            )
 
 
 def dataset_names(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:

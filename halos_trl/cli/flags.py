@@ -23,12 +23,12 @@ from .generation import check_generation, toy_generation
 
 _USAGE = "%(prog)s [--config FILE.yaml] [--flag [value ...]] ..."
 _DESCRIPTION = """\
-The flags of TRL's own script for this method, and a few more. `--config FILE.yaml` sets flags by name from a file;
-a flag on the command line wins over the file. `--model_name_or_path` and `--dataset_name` are hub ids or local paths.
-Without both, the script runs on its embedded default task (no network), with defaults of its own for some settings.
+The flags of TRL's own script for this method, and a few more. `--config FILE.yaml` sets flags by name; flags on the
+command line take precedence. `--model_name_or_path` and `--dataset_name` are Hub ids or local paths. Without both, the
+script runs on the embedded task, which needs no network and has its own defaults for some settings.
 """
 
-# The embedded model is small and trains from a high learning rate; these hold only where no flag says otherwise.
+# Settings for the small embedded model; flags take precedence.
 TOY_DEFAULTS: dict[str, Any] = {
     "output_dir": "outputs/toy",
     "bf16": False,
@@ -41,7 +41,7 @@ TOY_DEFAULTS: dict[str, Any] = {
 }
 
 
-# What a file in one of HALOs' formats is read for, by the kind of feedback that a method takes.
+# Purpose of the rows from a file in one of HALOs' formats, by the type of feedback that a method uses.
 _PURPOSES: dict[str, Purpose] = {"unpaired": "unpaired", "paired": "paired", "scored": "group"}
 
 
@@ -108,25 +108,28 @@ class HalosScriptArguments(ScriptArguments):
     generate_on_eval: int | None = field(
         default=None,
         metadata={
-            "help": "At each evaluation, sample completions for so many prompts of the evaluation split and score "
-            "them with `reward_function` or `reward_model`. Logs `eval_generation_score` and `eval_win_rate` against "
-            "the start, which `metric_for_best_model` can name."
+            "help": "At each evaluation, sample completions for this number of prompts of the evaluation split and "
+            "score them with `reward_function` or `reward_model`. Logs `eval_generation_score`, and "
+            "`eval_win_rate` against the samples from before training, which can be used for "
+            "`metric_for_best_model`."
         },
     )
     generate_max_tokens: int = field(
-        default=256, metadata={"help": "Tokens of a completion that `generate_on_eval` samples."}
+        default=256, metadata={"help": "Maximum number of tokens of a completion for `generate_on_eval`."}
     )
     reward_function: str | None = field(
         default=None,
         metadata={
-            "help": "What scores those completions: `module:function` or `file.py:function`, called with `prompt` and "
-            "`completion`."
+            "help": "Function that scores these completions: `module:function` or `file.py:function`, called with "
+            "`prompt` and `completion`."
         },
     )
-    reward_model: str | None = field(default=None, metadata={"help": "Or a reward model: hub id or local path."})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Reward model that scores these completions: Hub id or local path."}
+    )
 
     samples_itself: ClassVar[bool] = False
-    """Whether the method samples completions on its own, and reads `reward_function` for them."""
+    """Whether the method samples completions itself and scores them with `reward_function`."""
 
     # Set by `parse`, not by a flag.
     embedded: bool = field(default=False, init=False)
@@ -202,7 +205,7 @@ def refuse_half_named(has_model: bool, has_data: bool) -> None:
         named, missing = ("a model", "dataset_name") if has_model else ("a dataset", "model_name_or_path")
         raise ValueError(
             f"The flags name {named} but not `--{missing}`. Pass both (Hub ids or local paths), or neither to run on "
-            "the embedded default task."
+            "the embedded task."
         )
 
 
@@ -260,7 +263,7 @@ def _refuse_what_cannot_work(
 
 
 def _checkpoint(training_args: Any) -> str | None:
-    """The checkpoint to resume from; `true` stands for the last one in the output directory."""
+    """The checkpoint to resume from; for `true`, the last one in the output directory."""
     wanted = str(training_args.resume_from_checkpoint or "false")
     if wanted.lower() in ("false", "none"):
         return None
@@ -273,7 +276,7 @@ def _checkpoint(training_args: Any) -> str | None:
                 "`--output_dir`, or leave the flag out to start from the beginning."
             )
         return last
-    # The folder of a finished run has a trainer state too, but nothing that training could go on from.
+    # The folder of a finished run has a trainer state, too, but cannot be resumed from.
     problem = problem_of(Path(wanted)) if os.path.isdir(wanted) else "there is no such folder"
     if problem:
         raise ValueError(

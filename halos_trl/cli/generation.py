@@ -1,4 +1,4 @@
-"""`--generate_on_eval`: completions at each evaluation of a training script, and what scores them."""
+"""`--generate_on_eval`: completions at each evaluation of a training script, with scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def toy_generation(given: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Defaults on the embedded task, where the flags ask for completions."""
+    """Defaults on the embedded task, if the flags enable completions."""
     if not (given.get("generate_on_eval") or config.get("generate_on_eval")):
         return {}
     function = None if given.get("reward_model") or config.get("reward_model") else "halos_trl.toy:reward"
@@ -34,27 +34,30 @@ def check_generation(script_args: HalosScriptArguments, training_args: Any) -> N
     if number is None:
         if named and not script_args.samples_itself:
             raise ValueError(
-                f"`--{named[0]}` scores completions that are sampled at evaluations, and none are. Pass "
+                f"`--{named[0]}` scores completions sampled at evaluations, but none are sampled. Pass "
                 "`--generate_on_eval N` for N prompts, or leave it out."
             )
         return
     problems = (
-        (number < 1, f"`--generate_on_eval {number}` counts prompts and has to be at least 1."),
+        (number < 1, f"`--generate_on_eval {number}` is a number of prompts and must be at least 1."),
         (
             script_args.samples_itself,
-            "`--generate_on_eval` is for offline methods: this one samples and scores completions at each evaluation "
-            "itself. Leave it out.",
+            "`--generate_on_eval` is for offline methods, but this one samples and scores completions at each "
+            "evaluation by itself. Leave it out.",
         ),
         (
             isinstance(training_args, RewardConfig),
-            "`--generate_on_eval` needs a language model, and a reward model writes no completions. Leave it out.",
+            "`--generate_on_eval` needs a language model, but a reward model generates no completions. Leave it out.",
         ),
         (
             training_args.eval_strategy == "no",
-            "`--generate_on_eval` samples at evaluations, and there are none. Pass `--eval_strategy steps` (or "
+            "`--generate_on_eval` samples at evaluations, but there are none. Pass `--eval_strategy steps` (or "
             "`epoch`).",
         ),
-        (not named, "Nothing scores the completions. Pass `--reward_function` or `--reward_model`."),
+        (
+            not named,
+            "`--generate_on_eval` needs scores for the completions. Pass `--reward_function` or `--reward_model`.",
+        ),
         (len(named) > 1, "Both `--reward_function` and `--reward_model` are given. Leave one of them out."),
     )
     for applies, message in problems:
@@ -63,7 +66,7 @@ def check_generation(script_args: HalosScriptArguments, training_args: Any) -> N
 
 
 def add_generation(trainer: Any, script_args: HalosScriptArguments) -> None:
-    """Add the callback that `--generate_on_eval` asks for."""
+    """Add the callback for `--generate_on_eval`."""
     if script_args.generate_on_eval is None:
         return
     reward: Any = script_args.reward_function

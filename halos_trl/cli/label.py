@@ -116,7 +116,7 @@ def check_label(arguments: LabelArguments) -> None:
 
 def _checked_output(arguments: LabelArguments) -> Path:
     if not arguments.samples:
-        raise ValueError("There is nothing to label. Pass files of samples with `--samples`.")
+        raise ValueError("There are no samples to label. Pass files of samples with `--samples`.")
     output = Path(arguments.output)
     if output.suffix not in (".json", ".jsonl"):
         raise ValueError(
@@ -155,7 +155,7 @@ def _chosen_scorer(arguments: LabelArguments) -> str | None:
 
 
 def _scorer(arguments: LabelArguments) -> Scorer | None:
-    """Create the scorer. Its module is imported here, since a reward model needs imports that the others do not."""
+    """Create the scorer. Modules are imported here, since reward models need imports that the others do not."""
     _chosen_scorer(arguments)
     if arguments.reward_model is not None:
         from ..scoring.reward_model import RewardModelScorer
@@ -172,7 +172,7 @@ def _judge(arguments: LabelArguments) -> Scorer:
     from ..scoring.chat_client import ChatClient
     from ..scoring.judge import PATTERN, TEMPLATE, JudgePrompt, JudgeScorer
 
-    options: Any = arguments.judge_options  # a config file may have it as settings by name
+    options: Any = arguments.judge_options  # in a config file, it may be a mapping
     try:
         options = json.loads(options) if isinstance(options, str) else options
     except ValueError as error:
@@ -263,7 +263,7 @@ def _scores_file(arguments: LabelArguments, output: Path, scorer: Scorer, sample
         digest.update(json.dumps(content, sort_keys=True, default=repr).encode())
     settings = {"samples": arguments.samples, "content": digest.hexdigest()[:16], **scorer.settings}
     path = output.with_name(f"{output.name}.scores")
-    # Scores cost more than labels: those of the same settings are kept when the output is replaced.
+    # Scores are expensive: those computed with the same settings are kept when the output is replaced.
     anew = arguments.overwrite and begun_with(path) != settings
     return OutputFile(path, settings, overwrite=anew, reopen=True)
 
@@ -321,7 +321,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _general(reason: str | None) -> str:
-    """The reason without details of the single sample."""
+    """The reason, without the details of the individual sample."""
     return str(reason).split(":")[0]
 
 

@@ -78,7 +78,7 @@ class LabelArguments:
         default=None,
         metadata={
             "help": (
-                "File with the question for the judge, a text with `{prompt}`, `{completion}` and `{<column>}`. The "
+                "File with the prompt for the judge, a text with `{prompt}`, `{completion}` and `{<column>}`. The "
                 "default asks for a score from 0 to 10 on a last line `Score: ...`."
             )
         },
@@ -106,8 +106,8 @@ class LabelArguments:
         default=7,
         metadata={
             "help": (
-                "Number of retries after a connection error, a server error or a rate limit, with delays of 1, 2, "
-                "4, ... seconds or as long as the server asks for."
+                "Number of retries after a connection error, a server error or a rate limit, with delays of 1, 2, 4, "
+                "... seconds or as long as the server requests."
             )
         },
     )

@@ -9,16 +9,16 @@ from importlib.metadata import version
 
 COMMANDS = {
     "train": "align a model (kto, dpo, cdpo, ipo, simpo, slic, grpo, ppo), or train a reward model",
-    "sample": "write completions of a model for the prompts of a dataset",
+    "sample": "sample completions of a model for the prompts of a dataset",
     "label": "score samples, and write labels, pairs or scores",
     "rounds": "sample, label and train repeatedly",
     "convert": "convert between HALOs' feedback files, rows for trainers and Parquet",
     "merge": "merge an adapter into its base model",
-    "plan": "print the memory that a run will take on each device, part by part",
+    "plan": "estimate the memory of a training run on each device",
     "examples": "copy the example scripts and configs to a folder",
-    "report": "write a page about a run, or one that compares several",
+    "report": "write an HTML report on a run, or a comparison of several",
 }
-"""Each is implemented by the module of the same name in this folder, by its `main(argv)`."""
+"""Each is implemented by `main(argv)` in the module of the same name in this folder."""
 
 HELP = """\
 usage: halos-trl COMMAND [--config FILE.yaml] [--flag value ...]

@@ -14,7 +14,7 @@ from .arguments import read_arguments
 class MergeArguments:
     """Merge an adapter into its unquantized base model, check the result against the adapter, and save it."""
 
-    adapter: str | None = field(default=None, metadata={"help": "Folder that training with `--use_peft` wrote."})
+    adapter: str | None = field(default=None, metadata={"help": "Folder of a trained adapter (`--use_peft`)."})
     output: str | None = field(default=None, metadata={"help": "Folder to write. None: `<adapter>-merged`."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Dtype of the base model; auto: the checkpoint's."}

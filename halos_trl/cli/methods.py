@@ -39,7 +39,7 @@ class PPOScriptArguments(HalosScriptArguments):
     """The script arguments, and PPO's reward model."""
 
     reward_model_path: str | None = field(
-        default=None, metadata={"help": "Reward model (hub id or folder) for rows without a score column."}
+        default=None, metadata={"help": "Reward model (Hub id or folder) for rows without a score column."}
     )
 
 
@@ -83,9 +83,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(words: list[str], command: str, methods: Mapping[str, Method]) -> tuple[str, list[str]]:
-    """The method at the beginning of the command line, and the flags after it. Raises ValueError for an unknown
-    method.
-    """
+    """The method at the start of the command line, and the flags after it. Raises ValueError for an unknown method."""
     if not words or words[0].startswith("-"):
         raise ValueError(
             f"`halos-trl {command}` needs a method: {', '.join(methods)}. E.g. `halos-trl {command} kto`; `halos-trl "

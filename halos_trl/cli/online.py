@@ -14,7 +14,7 @@ from .flags import HalosScriptArguments
 
 @dataclass
 class OnlineArguments(HalosScriptArguments):
-    """The script arguments, with what scores the completions."""
+    """The script arguments, with the scorers of completions."""
 
     samples_itself: ClassVar[bool] = True
 
@@ -41,7 +41,9 @@ def rewards(script_args: OnlineArguments) -> list[Any]:
     if script_args.reward_function:
         named.append(resolve_function(script_args.reward_function))
     if not named:
-        raise ValueError("The completions need a score. Pass `--reward_function` or `--reward_model_name_or_path`.")
+        raise ValueError(
+            "There is no scorer for the completions. Pass `--reward_function` or `--reward_model_name_or_path`."
+        )
     return named
 
 

@@ -26,8 +26,8 @@ class OutputFile:
 
     Parameters:
         path: The file. Its folder is created if necessary.
-        settings: Everything that the content depends on: JSON values by name. Omit what does not affect the content
-            (such as a batch size, or a key in a URL), and add a `fingerprint` of the inputs.
+        settings: Everything that the content depends on, as JSON values by name, including a `fingerprint` of the
+            inputs. Omit settings that do not affect the content, such as a batch size.
         overwrite: Start over, replacing an existing file.
         reopen: Also continue a finished file with the same settings.
 
@@ -90,7 +90,7 @@ class OutputFile:
 
     def write(self, *items: Mapping[str, Any]) -> None:
         """Append items, one per line, and flush them to the file."""
-        # A half of a surrogate pair, which a judge may reply with, becomes its escape.
+        # Lone surrogates, which a judge's reply may contain, are escaped.
         texts = (json.dumps(item, ensure_ascii=False) for item in items)
         self._file.write(b"".join(text.encode(errors="backslashreplace") + b"\n" for text in texts))
         self._file.flush()
@@ -169,7 +169,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
 
 
 def _settings_path(path: Path) -> Path:
-    # Hidden: `datasets` takes every other file of a folder for data.
+    # Hidden, because `datasets` reads all other files of a folder as data.
     return path.with_name(f".{path.name}.settings.yaml")
 
 

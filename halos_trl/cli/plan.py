@@ -1,4 +1,4 @@
-"""`halos-trl plan`: what a run will hold in memory, and on which engine it fits."""
+"""`halos-trl plan`: estimates the memory of a training run, and lists the engines on which it fits."""
 
 from __future__ import annotations
 
@@ -40,34 +40,36 @@ SIZES = {
 """The shapes of Llama 3.2 1B and of Llama 3.1 8B and 70B."""
 
 SIZE_RANGE = (0.3e9, 1e12)
-"""Parameters: from the shape of 1B with a single layer, 0.32 billion, to models that take a minute to build."""
+"""Range of parameters: from the shape of 1B with a single layer (0.32 billion) to models that take a minute to build.
+"""
 
 SEQUENCES = {"dpo": 2, "cdpo": 2, "ipo": 2, "simpo": 2, "slic": 2, "kto": 1, "grpo": 1, "ppo": 1}
-"""Sequences of an example."""
+"""Number of sequences per example."""
 
 WITHOUT_REFERENCE = ("simpo", "slic")
 
 
 @dataclass
 class PlanArguments:
-    """Print the memory that a training run takes on each device, part by part, and the engines on which it fits."""
+    """Print the estimated memory of a training run on each device, part by part, and the engines on which it fits."""
 
     model: list[str] = field(
         default_factory=lambda: ["8B"],
         metadata={
-            "help": "Folder, `config.json`, hub id, or a size such as 8B (the shapes of Llama 3). Several: a table in "
+            "help": "Folder, `config.json`, Hub id, or a size such as 8B (the shapes of Llama 3). Several: a table in "
             "Markdown."
         },
     )
     method: Literal["kto", "dpo", "cdpo", "ipo", "simpo", "slic", "grpo", "ppo"] = field(
-        default="kto", metadata={"help": "Sets the sequences per example, and whether there is a reference."}
+        default="kto",
+        metadata={"help": "Determines the number of sequences per example, and whether there is a reference."},
     )
     engine: Literal["one_device", "ddp", "fsdp2", "zero2", "zero3"] = field(
         default="ddp", metadata={"help": "Engine of the detailed list; the summary covers all of them."}
     )
     num_processes: int = field(default=8, metadata={"help": "Number of devices."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per device in a micro-batch."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a sequence: prompt and completion."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Examples per micro-batch on each device."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens per sequence, prompt and completion together."})
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "Data type in which weights are loaded."}
     )
@@ -76,9 +78,12 @@ class PlanArguments:
         default=True, metadata={"help": "Keep one hidden state per layer and recompute the rest."}
     )
     humanline: bool = field(default=False, metadata={"help": "The reference follows the policy."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of adapters on all linear layers."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, on all linear layers."})
     packed_share: float = field(
-        default=0.44, metadata={"help": "Different real tokens among those of padded rows (chat-like pairs: 0.44)."}
+        default=0.44,
+        metadata={
+            "help": "Number of distinct real tokens divided by the tokens of padded rows (chat-like pairs: 0.44)."
+        },
     )
     gpu_memory: float = field(default=80.0, metadata={"help": "Memory of a device in GB."})
 
@@ -96,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(arguments: PlanArguments) -> None:
-    """Raise ValueError for numbers of which nothing can be computed."""
+    """Raise ValueError for numbers out of range."""
     for name in ("num_processes", "per_device_train_batch_size", "max_length", "lora_r", "gpu_memory"):
         if not 0 < getattr(arguments, name) < math.inf:
             raise ValueError(f"`--{name}` is {getattr(arguments, name)}; expected a finite number above 0.")
@@ -105,7 +110,7 @@ def check(arguments: PlanArguments) -> None:
 
 
 def run_of(arguments: PlanArguments, engine: Engine | None = None) -> Run:
-    """The numbers of the run that the flags describe, on their engine or another one."""
+    """The run that the flags describe, on their engine or another one."""
     engine = engine or arguments.engine
     return Run(
         engine=engine,
@@ -123,9 +128,9 @@ def run_of(arguments: PlanArguments, engine: Engine | None = None) -> Run:
 
 
 def shape_of(name: str) -> tuple[Shape, str]:
-    """The numbers of a model, and what was assumed to get them. Weights are neither loaded nor allocated.
+    """The sizes of a model, and the assumption behind them. Weights are neither loaded nor allocated.
 
-    Raises ValueError for what is neither a model nor a size.
+    Raises ValueError if `name` is neither a model nor a size.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?)([BM])", name, re.IGNORECASE)
     if size and not Path(name).exists():
@@ -135,24 +140,24 @@ def shape_of(name: str) -> tuple[Shape, str]:
             config, assumed = AutoConfig.from_pretrained(name), f"the config of {name}"
         except (OSError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
             raise ValueError(
-                f"`--model {name}` is no folder, `config.json` or hub id of a model, and no size such as 8B: "
+                f"`--model {name}` is no folder, `config.json` or Hub id of a model, and no size such as 8B: "
                 f"{str(error).splitlines()[0]}"
             ) from error
     try:
         with torch.device("meta"):
             return shape_of_model(AutoModelForCausalLM.from_config(config)), assumed
-    except Exception as error:  # whatever the code of an architecture makes of values that it cannot use
+    except Exception as error:  # models raise all kinds of errors for values that they do not support
         raise ValueError(
-            f"`--model {name}` has no plan, which needs a decoder-only language model with attention and "
-            f"`torch.nn.Linear` layers: {str(error).splitlines()[0]}"
+            f"`--model {name}` is not supported, because estimates need a decoder-only language model with attention "
+            f"and `torch.nn.Linear` layers: {str(error).splitlines()[0]}"
         ) from error
 
 
 def shape_of_model(model: Any) -> Shape:
-    """The numbers of a causal LM of transformers.
+    """The sizes of a causal LM of transformers.
 
-    Raises ValueError or AttributeError for a model without attention, of whose MLP the config does not give the width,
-    or whose layers are not `torch.nn.Linear` (GPT-2).
+    Raises ValueError or AttributeError for a model without attention, whose config does not contain the width of the
+    MLP, or whose layers are not `torch.nn.Linear` (GPT-2).
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
@@ -178,14 +183,13 @@ def shape_of_model(model: Any) -> Shape:
 
 
 def _config_of_size(name: str, parameters: float) -> tuple[LlamaConfig, str]:
-    """The nearest of the known shapes, with as many layers as it takes.
+    """The nearest of the known shapes, with more or fewer layers.
 
-    Raises ValueError for sizes that its width cannot have.
+    Raises ValueError for sizes out of range.
     """
     if not SIZE_RANGE[0] <= parameters <= SIZE_RANGE[1]:
         raise ValueError(
-            f"`--model {name}`: the shapes of Llama 3 stand for sizes from 0.3B to 1000B. Pass the `config.json` of "
-            "the model instead."
+            f"`--model {name}`: sizes must be from 0.3B to 1000B. Pass the `config.json` of the model instead."
         )
     known = {size: float(size[:-1]) * 1e9 for size in SIZES}
     nearest = min(known, key=lambda size: abs(known[size] - parameters))
@@ -204,7 +208,7 @@ def _config_of_size(name: str, parameters: float) -> tuple[LlamaConfig, str]:
 
 
 def listing(arguments: PlanArguments, name: str, shape: Shape, assumed: str) -> str:
-    """Each part on a device, the reference in each form, the engines that fit."""
+    """The detailed listing: each part on a device, the reference in each storage, the engines that fit."""
     run = run_of(arguments)
     packed = dataclasses.replace(run, tokens=round(run.tokens * arguments.packed_share))
     lines = [
@@ -241,7 +245,7 @@ def _reference_rows(shape: Shape, run: Run) -> list[str]:
 
 
 def smallest(arguments: PlanArguments, shape: Shape, engine: Engine, tuning: Tuning) -> dict[str, float]:
-    """Bytes of the whole run on each device, by kind of reference."""
+    """Total bytes on each device, by kind of reference."""
     run = run_of(arguments, engine)
     run = dataclasses.replace(run, tokens=round(run.tokens * arguments.packed_share))
     kinds: dict[str, float | None] = {"none": 0}
@@ -272,7 +276,8 @@ def _assumptions(arguments: PlanArguments, shape: Shape, run: Run) -> list[str]:
         f"Assumed: AdamW, weights in {arguments.dtype}, sums {kept} gradient checkpointing, adapters of rank "
         f"{arguments.lora_r} on all linear layers, packed rows with {arguments.packed_share:.0%} of the padded "
         "tokens, an attention that does not keep its scores (sdpa), reads of a reference without stored activations.",
-        f"All logits would be {unfused_logits(shape, run) / 1e9:.2f} GB; the fused LM head holds a tile of them.",
+        f"All logits would take {unfused_logits(shape, run) / 1e9:.2f} GB; the fused LM head has one tile of them in "
+        "memory.",
         "Not counted: the CUDA context (about 0.5 GB), communication buffers, fragmentation. Leave 10 % free.",
     ]
 

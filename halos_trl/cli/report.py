@@ -1,4 +1,4 @@
-"""`halos-trl report RUN_DIR [RUN_DIR ...]`: a page about a run, or one that compares several."""
+"""`halos-trl report RUN_DIR [RUN_DIR ...]`: an HTML report on a run, or a comparison of several."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_report(runs: Sequence[Run], output: Path, *, png: bool = False) -> list[Path]:
-    """Write the page to `output`, and with `png` a PNG of each picture beside it. Returns the paths.
+    """Write the report to `output`, and with `png` each chart as PNG next to it. Returns the paths.
 
-    Raises ValueError where matplotlib is missing.
+    Raises ValueError if matplotlib is missing.
     """
     check_matplotlib()
     figures = {panel.key: draw(panel, runs) for panel in panels_of(runs)}
@@ -42,8 +42,8 @@ def write_report(runs: Sequence[Run], output: Path, *, png: bool = False) -> lis
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="halos-trl report",
-        description="Write one HTML page about a run: findings, settings, data, curves, samples, final figures. "
-        "Several runs are compared.",
+        description="Write an HTML report on a run: findings, settings, data, charts, samples, final values. With "
+        "several runs, compare them.",
     )
     parser.add_argument(
         "run_dir", nargs="+", metavar="RUN_DIR", help="The `output_dir` of a run, or a checkpoint of it."
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="Defaults to `report.html` in the run's folder (`comparison.html` in the first).",
     )
-    parser.add_argument("--png", action="store_true", help="Also write each picture as PNG beside the page.")
+    parser.add_argument("--png", action="store_true", help="Also write each chart as PNG next to the report.")
     return parser
 
 

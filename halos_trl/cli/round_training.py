@@ -27,7 +27,7 @@ def train_round(run: Rounds, number: int, rows: Dataset) -> dict[str, Any]:
     folder = run.folder(number)
     args = copy.copy(run.training)
     args.output_dir = str(folder)
-    args.ignore_data_skip = True  # the rows before were those of another round
+    args.ignore_data_skip = True  # the checkpoint's position belongs to the rows of the previous round
     trainer = make_trainer(run.method, _model(run, number), args, run.model, train_dataset=rows)
     if trainer.is_world_process_zero():
         for checkpoint in folder.glob("checkpoint-*"):

@@ -40,7 +40,8 @@ usage: halos-trl rounds METHOD [--config FILE.yaml] [--flag [value ...]] ...
 
 Rounds of sampling from the policy, labelling the samples, and training on the feedback. METHOD is one of
 {", ".join(ONLINE)}. `halos-trl rounds METHOD --help` lists the flags.
-On several processes: `accelerate launch -m halos_trl.cli.main rounds METHOD ...`; the first samples and labels."""
+With several processes (`accelerate launch -m halos_trl.cli.main rounds METHOD ...`), the main process samples and
+labels."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def run_rounds(run: Rounds) -> list[dict[str, Any]]:
     for number in range(1, run.flags.rounds + 1):
         if not _prompts(run, number):
             if run.training.process_index == 0:
-                print(f"The prompts are used up after {number - 1} rounds.")
+                print(f"There are no prompts left after {number - 1} rounds.")
             break
         rounds.append(_round(run, number))
     if run.training.process_index == 0:
@@ -142,7 +143,9 @@ def _refuse_what_cannot_work(flags: RoundsArguments, training: Any, model: Model
             "the whole model."
         )
     if not (flags.reward_function or flags.reward_model or flags.judge_model):
-        raise ValueError("The samples need a score. Pass `--reward_function`, `--reward_model` or `--judge_model`.")
+        raise ValueError(
+            "There is no scorer for the samples. Pass `--reward_function`, `--reward_model` or `--judge_model`."
+        )
     if training.save_only_model or training.resume_from_checkpoint:
         raise ValueError(
             "`--save_only_model` and `--resume_from_checkpoint` cannot be used with rounds: each round continues "

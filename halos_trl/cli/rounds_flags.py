@@ -19,19 +19,19 @@ class RoundsArguments:
         default="previous",
         metadata={
             "help": "The reference of a round: the policy at its start, or the model of the first round. Under "
-            "humanline the reference moves and is carried over."
+            "humanline, the reference moves and is carried over."
         },
     )
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Hub id, local file or folder with prompts. None, and no model: the embedded task."},
+        metadata={"help": "Hub id, local file or folder with prompts. Without dataset and model: the embedded task."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split that provides the prompts."})
     temperature: float = field(default=0.7, metadata={"help": "Of the samples."})
     top_p: float = field(default=0.95, metadata={"help": "Of the samples."})
     max_tokens: int = field(default=2048, metadata={"help": "Maximum number of tokens per sample."})
-    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a sample."})
+    stop: list[str] = field(default_factory=list, metadata={"help": "Stop strings, which end a sample."})
     sample_batch_size: int = field(default=64, metadata={"help": "Number of samples generated in one batch."})
     engine: Literal["auto", "vllm", "transformers"] = field(
         default="auto", metadata={"help": "Sampling engine; `auto`: vLLM if it is installed."}

@@ -27,7 +27,8 @@ EMBEDDED_PROMPTS = 1000
 
 @dataclass
 class SampleArguments:
-    """Write completions of a model for the distinct prompts of a dataset, as JSON Lines in HALOs' sample format.
+    """Sample completions of a model for the distinct prompts of a dataset, and write them as JSON Lines in HALOs'
+    sample format.
 
     An interrupted run continues when it is started again with the same flags, and gives the same file.
     """
@@ -40,7 +41,7 @@ class SampleArguments:
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id, a name such as `shp` (docs/data.md), local file or folder."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split that provides the prompts."})
     num_prompts: int | None = field(default=None, metadata={"help": "Number of prompts to sample for. None: all."})
     num_skip: int = field(default=0, metadata={"help": "Number of prompts to skip at the start."})
@@ -57,7 +58,7 @@ class SampleArguments:
         default=None,
         metadata={"help": "Maximum number of tokens per prompt; a longer prompt is an error. None: no limit."},
     )
-    stop: list[str] = field(default_factory=list, metadata={"help": "Texts that end a completion."})
+    stop: list[str] = field(default_factory=list, metadata={"help": "Stop strings, which end a completion."})
     seed: int = field(default=0, metadata={"help": "Decides the draws."})
     logprobs: bool = field(
         default=False,
@@ -126,7 +127,7 @@ def prompts_of(arguments: SampleArguments) -> list[dict[str, Any]]:
         splits = load_data(names, DatasetMixtureConfig())
         if arguments.dataset_split not in splits:
             raise ValueError(
-                f"The dataset has splits {sorted(splits)}, not {arguments.dataset_split!r}. Name one with "
+                f"The dataset has splits {sorted(splits)}, not {arguments.dataset_split!r}. Choose one with "
                 "`--dataset_split`."
             )
         rows = unique_prompts(splits[arguments.dataset_split], f"`{arguments.dataset_name}`")
@@ -193,7 +194,9 @@ def check_alpaca_eval(arguments: SampleArguments, prompts: Sequence[dict[str, An
         return
     path = Path(arguments.alpaca_eval)
     if path.suffix != ".json":
-        raise ValueError(f"`--alpaca_eval {path}`: AlpacaEval reads files that end in `.json`. Choose such a name.")
+        raise ValueError(
+            f"`--alpaca_eval {path}`: AlpacaEval reads only `.json` files. Choose a name that ends in `.json`."
+        )
     if path.exists() and not arguments.overwrite:
         raise ValueError(f"`{path}` exists. Choose another file, or pass `--overwrite` to replace it.")
     if arguments.num_samples_per_prompt != 1:

@@ -1,4 +1,4 @@
-"""`halos-trl train METHOD`: does the same as `examples/train_<method>.py`, for every method."""
+"""`halos-trl train METHOD`: equivalent to `examples/train_<method>.py`, for every method."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def save_and_push(trainer: Any, script_args: HalosScriptArguments) -> None:
     args, say = trainer.args, trainer.accelerator.print
     trainer.save_state()
     if args.push_to_hub:
-        # Saves first. `save_model` would push as well, and everything would be sent twice.
+        # `push_to_hub` also saves; with `save_model`, everything would be pushed twice.
         trainer.push_to_hub(dataset_name=script_args.used_datasets)
         say(f"Model saved to {args.output_dir} and pushed to {trainer.hub_model_id}")
     else:

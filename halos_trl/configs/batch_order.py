@@ -46,7 +46,7 @@ class BatchOrderConfig:
         )  # fmt: skip
 
 
-# What does not go together with HALOs' batches, and why.
+# Settings that cannot be combined with HALOs' batches, and why.
 _NOT_WITH_HALOS = {
     "train_sampling_strategy": "HALOs shuffles with its own random generator.",
     "group_by_length": "HALOs shuffles with its own random generator.",

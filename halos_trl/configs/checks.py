@@ -21,13 +21,13 @@ def require_positive(config: Any, *names: str) -> None:
 
 def require_not_negative(config: Any, name: str, why: str) -> None:
     value = getattr(config, name)
-    require(is_number(value) and value >= 0, name, value, why, "Use a finite number, 0 or more.")
+    require(is_number(value) and value >= 0, name, value, why, "Use a finite number of at least 0.")
 
 
 def require_count(config: Any, name: str, why: str) -> None:
     value = getattr(config, name)
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    require(whole and value >= 1, name, value, why, "Use a whole number, 1 or more.")
+    require(whole and value >= 1, name, value, why, "Use an integer of at least 1.")
 
 
 def is_number(value: Any) -> bool:

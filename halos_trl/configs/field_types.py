@@ -24,8 +24,8 @@ from .checks import require
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 _STANDS_FOR_NONE = {"max_grad_norm": 0.0}
-"""Fields whose annotation does not include `None`, but for which it means "no limit", and the value by which every
-version of the Trainer understands that.
+"""Fields for which `None` means "no limit" although their annotation does not include it, and the equivalent value
+that all versions of the Trainer accept.
 """
 
 _MAY_BE_INFINITE = {"max_grad_norm"}
@@ -58,17 +58,17 @@ def check_types(config: Any) -> None:
     _check_what_hosts_trip_over(config)
     for name in _COUNTS:
         value = getattr(config, name, None)
-        require(value is None or value >= 1, name, value, "it must be at least 1.", "Use a whole number, 1 or more.")
+        require(value is None or value >= 1, name, value, "it must be at least 1.", "Use an integer of at least 1.")
 
 
 _REPORTS_TO_NONE = TrainingArguments.__dataclass_fields__["report_to"].default is None
-"""Whether transformers takes None, as its older versions do."""
+"""Whether transformers accepts None, as its older versions do."""
 _TEXTS = ("metric_for_best_model", "optim_args", "output_dir", "run_name")
 _KEYS_AND_VALUES = re.compile(r"\s*[^=,]+=[^=,]*(,\s*[^=,]+=[^=,]*)*")
 
 
 def _check_what_hosts_trip_over(config: Any) -> None:
-    """Check fields of transformers that would otherwise fail with a message that does not name them."""
+    """Check fields of transformers whose own errors do not name the field."""
     for name in _TEXTS:
         value = getattr(config, name, None)
         require(
@@ -87,12 +87,12 @@ def _check_what_hosts_trip_over(config: Any) -> None:
     noise = config.neftune_noise_alpha
     require(
         noise is None or noise >= 0, "neftune_noise_alpha", noise, "it is the magnitude of the noise.",
-        "Use a number, 0 or more, or leave it out.",
+        "Use a number of at least 0, or leave it out.",
     )  # fmt: skip
     multiple = getattr(config, "pad_to_multiple_of", None)
     require(
         multiple in (None, "auto") or (isinstance(multiple, int) and multiple >= 1), "pad_to_multiple_of", multiple,
-        "no length is a multiple of it.", "Use a whole number, 1 or more, or leave it out.",
+        "lengths are padded to a multiple of it.", "Use an integer of at least 1, or leave it out.",
     )  # fmt: skip
     settings = config.accelerator_config
     require(
@@ -126,7 +126,7 @@ def _hints(config_class: type) -> dict[str, Any]:
     for base in config_class.__mro__:
         try:
             return typing.get_type_hints(base)
-        except NameError:  # a user's class may annotate with what exists for the type checker only
+        except NameError:  # a user's class may use names that are imported only for type checkers
             continue
     return {}
 
@@ -153,7 +153,9 @@ def _checked(field: dataclasses.Field, kinds: set[type], value: Any) -> Any:
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    return isinstance(value, (list, tuple, str) if kind is list else kind)  # TRL takes a string for a list of one
+    return isinstance(
+        value, (list, tuple, str) if kind is list else kind
+    )  # TRL accepts a string for a list of one element
 
 
 def _number(value: Any, kinds: set[type]) -> int | float | None:
@@ -173,7 +175,7 @@ def _number(value: Any, kinds: set[type]) -> int | float | None:
 
 
 def _names(kinds: set[type]) -> str:
-    words = {bool: "True or False", float: "a number", int: "a whole number", str: "a string", list: "a list"}
+    words = {bool: "True or False", float: "a number", int: "an integer", str: "a string", list: "a list"}
     words |= {dict: "a dict", type(None): "None"}
     return " or ".join(text for kind, text in words.items() if kind in kinds and not (kind is int and float in kinds))
 

@@ -27,7 +27,7 @@ _TRL_FIELDS = {f.name: f for f in fields(trl.DPOConfig)}
 class DPOConfig(
     BatchOrderConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, CompletionConfig, RowsConfig, trl.DPOConfig
 ):
-    """`trl.DPOConfig` plus humanline; every field means what it means there."""
+    """`trl.DPOConfig` plus humanline; all other fields have the same meaning as in TRL."""
 
     sync_ref_model: bool = field(default=False, metadata={"help": SYNC_HELP})
 
@@ -48,14 +48,14 @@ class DPOConfig(
             all(map(is_number, weights)), "loss_weights", weights, "each loss type is multiplied by its weight.",
             "Use one finite number for each loss type.",
         )  # fmt: skip
-        require(len(self.loss_type) > 0, "loss_type", self.loss_type, "no loss is selected.", "Name one or more.")
+        require(len(self.loss_type) > 0, "loss_type", self.loss_type, "no loss is selected.", "Pass one or more.")
         for name, values in (("loss_type", self.loss_type), ("f_divergence_type", [self.f_divergence_type])):
-            # Newer releases of TRL may know more of them, and list those here.
+            # Newer releases of TRL may support more of them, and list those here.
             listed = _TRL_FIELDS[name].metadata["help"]
             for value in values:
                 require(
                     re.search(rf"[`']{re.escape(str(value))}[`']", listed) is not None, name, value,
-                    "the installed TRL does not know it.", f"TRL says: {listed}",
+                    "the installed TRL does not have it.", f"TRL says: {listed}",
                 )  # fmt: skip
         require(
             self.ld_alpha is None or is_share(self.ld_alpha), "ld_alpha", self.ld_alpha,
@@ -67,7 +67,7 @@ class DPOConfig(
         )  # fmt: skip
         require(
             "robust" not in self.loss_type or self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing,
-            "the `robust` loss divides by 1 - 2 * it.", "Use a number in [0, 0.5).",
+            "the `robust` loss divides by 1 - 2 * `label_smoothing`.", "Use a number in [0, 0.5).",
         )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ class _PairedConfig(DPOConfig):
     _refused: ClassVar[tuple[str, ...]] = DPO_LOSS_FIELDS
 
     def __post_init__(self) -> None:
-        # Before TRL normalizes any value.
+        # Checked before TRL normalizes any value.
         defaults = defaults_of(type(self))
         for name in self._refused:
             require(

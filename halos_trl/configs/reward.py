@@ -18,4 +18,4 @@ class BradleyTerryConfig(BatchOrderConfig, ForwardConfig, RowsConfig, trl.Reward
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.center_rewards_coefficient is not None:
-            require_not_negative(self, "center_rewards_coefficient", "it drives the scores apart from 0.")
+            require_not_negative(self, "center_rewards_coefficient", "it pushes the scores away from 0.")

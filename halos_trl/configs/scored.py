@@ -19,7 +19,7 @@ GRPO_LOSS_FIELDS = ("epsilon", "epsilon_high", "sequence_level", "old_policy")
 class _ScoredConfig(
     BatchOrderConfig, ForwardConfig, HumanlineConfig, ReferenceConfig, CompletionConfig, RowsConfig, trl.KTOConfig
 ):
-    """Base of the methods on scored completions: the fields of `trl.KTOConfig` that are not about KTO's loss."""
+    """Base of the methods on scored completions: `trl.KTOConfig` without the fields of KTO's loss."""
 
     _refused: ClassVar[tuple[str, ...]] = KTO_LOSS_FIELDS
 
@@ -78,9 +78,10 @@ class GRPOConfig(_ScoredConfig):
         sequence_level (`bool`, *optional*, defaults to `False`):
             One ratio per completion (GSPO) instead of one per token.
         old_policy (`str`, *optional*, defaults to `"reference"`):
-            Whom the probability ratio is against: `"reference"`, as in HALOs; or `"sampler"`, the model that drew the
-            completions. Its rows bring `token_ids` and `logprobs`, as `halos-trl sample --logprobs` writes them, and
-            are trained on as these tokens. The KL penalty is to the reference in either case.
+            The policy in the denominator of the probability ratio: `"reference"`, as in HALOs, or `"sampler"`, the
+            model that generated the completions. The latter requires rows with `token_ids` and `logprobs`, as written
+            by `halos-trl sample --logprobs`, and trains on exactly these tokens. The KL penalty is relative to the
+            reference in either case.
 
     Raises ValueError for `old_policy="sampler"` with `humanline` or with `batch_order="halos"`.
     """
@@ -101,8 +102,8 @@ class GRPOConfig(_ScoredConfig):
     old_policy: str = field(
         default="reference",
         metadata={
-            "help": "Whom the ratio is against: `reference`, or `sampler` by the `token_ids` and `logprobs` of the "
-            "rows, as `halos-trl sample --logprobs` writes them.",
+            "help": "The policy in the denominator of the ratio: `reference`, or `sampler`, which requires rows with "
+            "`token_ids` and `logprobs` as written by `halos-trl sample --logprobs`.",
             "choices": ["reference", "sampler"],
         },
     )
@@ -117,7 +118,7 @@ class GRPOConfig(_ScoredConfig):
         known = ("reference", "sampler")
         require(
             self.old_policy in known, "old_policy", self.old_policy,
-            "the ratio is against the reference or against the model that drew the completions.",
+            "the ratio is against the reference or the model that generated the completions.",
             f"Use one of {known}.",
         )  # fmt: skip
         if self.old_policy == "reference":
@@ -128,7 +129,7 @@ class GRPOConfig(_ScoredConfig):
         )  # fmt: skip
         require(
             self.batch_order == "trl", "old_policy", self.old_policy,
-            "`batch_order='halos'` tokenizes completions as HALOs does, and not as they were sampled.",
+            "`batch_order='halos'` tokenizes completions again, as HALOs does.",
             "Leave one of them out.",
         )  # fmt: skip
 
@@ -149,7 +150,8 @@ class PPOConfig(_ScoredConfig):
         gamma (`float`, *optional*, defaults to `0.99`):
             Discount per token, in [0, 1].
         lam (`float`, *optional*, defaults to `0.95`):
-            Mixing of the advantage estimates, in [0, 1]: 0 looks one token ahead, 1 to the end.
+            Lambda of generalized advantage estimation, in [0, 1]: 0 is the one-step estimate, 1 uses all future
+            rewards.
         ppo_epochs (`int`, *optional*, defaults to `1`):
             Optimizer steps on each batch; values and advantages are computed once, before the first of them.
         v_head_max_grad_norm (`float`, *optional*, defaults to `0.1`):
@@ -166,7 +168,7 @@ class PPOConfig(_ScoredConfig):
     critic_coef: float = field(default=0.01, metadata={"help": "Weight of the critic's squared error, at least 0."})
     kl_coef: float = field(default=0.1, metadata={"help": "Weight of the KL penalty, at least 0."})
     gamma: float = field(default=0.99, metadata={"help": "Discount per token, in [0, 1]."})
-    lam: float = field(default=0.95, metadata={"help": "Mixing of the advantage estimates, in [0, 1]."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalized advantage estimation, in [0, 1]."})
     ppo_epochs: int = field(
         default=1, metadata={"help": "Optimizer steps on each batch, with values and advantages computed once."}
     )

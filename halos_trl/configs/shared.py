@@ -17,7 +17,7 @@ ASSISTANT_HELP = (
 
 @dataclass
 class CompletionConfig:
-    """Which tokens of a row are trained on.
+    """The tokens of a row to train on.
 
     Parameters:
         assistant_only_loss (`bool`, *optional*, defaults to `False`):
@@ -116,7 +116,7 @@ class RowsConfig(PickledWithoutTokens):
 
 
 STORAGES = ("same", "bf16", "8bit", "4bit", "cpu")
-"""How the weights of a reference that is a second model may be stored."""
+"""Formats in which a reference that is a second model can be stored."""
 
 
 @dataclass
@@ -127,7 +127,7 @@ class ReferenceConfig:
         reference_storage (`str`, *optional*, defaults to `"same"`):
             `"same"`: as the policy. `"bf16"`: rounded to bfloat16. `"8bit"` and `"4bit"`: linear layers quantized by
             bitsandbytes (LLM.int8; NF4 with double quantization), the rest in bfloat16. `"cpu"`: as the policy, in
-            CPU memory; each module's weights come to the device while it runs.
+            CPU memory; each module's weights are on the device only while it runs.
     """
 
     reference_storage: str = field(
@@ -146,14 +146,14 @@ class ReferenceConfig:
             return
         require(
             not getattr(self, "precompute_ref_log_probs", False), "reference_storage", self.reference_storage,
-            "with `precompute_ref_log_probs=True` no reference is held while training.", "Leave one of them out.",
+            "`precompute_ref_log_probs=True` needs no reference model during training.", "Leave one of them out.",
         )  # fmt: skip
         require(
             self.reference_storage not in ("8bit", "4bit") or not getattr(self, "sync_ref_model", False)
             or self.ref_model_mixup_alpha == 1.0,  # type: ignore[attr-defined]
             "reference_storage", self.reference_storage,
-            "`sync_ref_model` adds a part of the policy at a time, and a part that is smaller than a step of the "
-            "quantized weights would be lost.",
+            "`sync_ref_model` mixes in a fraction of the policy, and changes smaller than the quantization step would "
+            "be lost.",
             "Use 'bf16' or 'cpu', or `ref_model_mixup_alpha=1`, which copies the policy.",
         )  # fmt: skip
 

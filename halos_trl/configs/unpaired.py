@@ -46,7 +46,7 @@ class KTOConfig(
             require_not_negative(self, name, "a negative weight flips the sign of that term.")
         require(
             self.desirable_weight + self.undesirable_weight > 0, "desirable_weight", self.desirable_weight,
-            "`undesirable_weight` is 0 too, so nothing would be learned.", "Set one of them above 0.",
+            "`undesirable_weight` is also 0, so nothing would be learned.", "Set one of them above 0.",
         )  # fmt: skip
         known = ("kto", "apo_zero_unpaired")
         require(
