@@ -50,7 +50,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 
 REMEDY = re.compile(
     r"\b(Add|Apply|Ask|Build|Call|Check|Choose|Convert|Create|Cut|Disable|Drop|Expected|Fill|Fix|Give|"
-    r"Install|Keep|Leave|Let|Load|Look|Lower|Make|Mend|Move|Name|Needs|Omit|Pass|Point|Provide|Put|Raise|"
+    r"Install|Keep|Leave|Let|Load|Look|Lower|Make|Mend|Move|Name|Needs|Omit|Pass|Point|Provide|Put|Raise|Free|"
     r"Read|Remove|Rename|Replace|Rescale|Resize|Return|Sample|Save|Score|Set|Shorten|Split|Start|Switch|"
     r"Take|Train|Turn|Unexpected keyword argument|Unfreeze|Use|Wrap|Write)\b",
     re.IGNORECASE,

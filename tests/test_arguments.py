@@ -62,7 +62,7 @@ def test_a_model_that_gives_no_log_probs(model, tokenizer, make_config, head):
 def test_an_optimizer_of_other_parameters(model, tokenizer, make_config):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     arguments = {"args": make_config(DPOConfig), "train_dataset": paired_rows(4), "processing_class": tokenizer}
-    with pytest.raises(ValueError, match="holds none of the parameters"):
+    with pytest.raises(ValueError, match="contains none of the trained parameters"):
         DPOTrainer(model, optimizers=(optimizer, None), **arguments)
     DPOTrainer(model, optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None), **arguments)
 

@@ -437,8 +437,11 @@ def test_what_was_cut_is_counted(halos_tokenizer, make_config, said):
         toy.tiny_model(halos_tokenizer), args=config, train_dataset=rows_for("paired", "pairwise_feedback"),
         processing_class=halos_tokenizer,
     )  # fmt: skip
-    assert "of 21 rows of the train dataset (the first is row 0) have a completion that is cut as in HALOs" in said()
-    assert "have a prompt that is longer than `max_prompt_length` allows" in said()
+    assert (
+        "of 21 rows of the train dataset (the first is row 0) have a completion that is truncated as in HALOs"
+        in said()
+    )
+    assert "have a prompt that exceeds `max_prompt_length`" in said()
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
@@ -479,7 +482,7 @@ def as_text(rows):
         (stream, {}, "The train dataset is a IterableDataset"),
         (as_text, {}, "Row 0 of the train dataset has text as `prompt`"),
         (None, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, "on one process leaves no other"),
-        (None, {"per_device_train_batch_size": 16}, "has 12 rows, and `batch_order='halos'` drops what does not fill"),
+        (None, {"per_device_train_batch_size": 16}, "has 12 rows, but `batch_order='halos'` drops examples that do"),
         (None, {"max_length": 2, "max_prompt_length": 1}, "Row 0 of the train dataset has no room for its completion"),
     ],
 )  # fmt: skip

@@ -184,7 +184,9 @@ def test_run_that_ends_inside_its_warm_up_is_warned_of(name, settings, warmup, m
         model=model, args=config, train_dataset=paired_rows(8), processing_class=tokenizer
     )
     trainer.create_optimizer_and_scheduler(settings["max_steps"])
-    message = f"The run has {settings['max_steps']} optimizer steps and the learning rate warms up for {warmup} of"
+    message = (
+        f"The run has {settings['max_steps']} optimizer steps, but the warm-up of the learning rate takes {warmup} "
+    )
     assert (message in said()) == (warmup is not None)
 
 

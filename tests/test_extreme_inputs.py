@@ -246,7 +246,7 @@ def test_ppo_trains_on_the_largest_scores(make_trainer: Any) -> None:
 def test_weights_that_overflowed_in_the_last_step_are_not_saved(make_trainer: Any, tmp_path: Any, name: str) -> None:
     trainer = make_trainer(name, optim="sgd", learning_rate=3e38, max_steps=1, weight_decay=1e3)
     trainer.train()
-    with pytest.raises(ValueError, match="hold NaN or infinite numbers after step 1, so the model is not saved"):
+    with pytest.raises(ValueError, match="contain NaN or infinite numbers after step 1, so the model is not saved"):
         trainer.save_model(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

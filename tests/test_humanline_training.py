@@ -565,7 +565,7 @@ def test_only_a_new_trainer_can_go_back_to_where_the_reference_stood_still(make,
     settings = SAVE | {"humanline_sync_steps": 3}
     whole = make(**settings)
     whole.train()
-    with pytest.raises(ValueError, match="Make a new trainer"):
+    with pytest.raises(ValueError, match="Create a new trainer"):
         whole.train(resume_from_checkpoint=str(checkpoint))
     resumed = make(**settings)
     resumed.train(resume_from_checkpoint=str(checkpoint))
@@ -584,7 +584,7 @@ def test_tr_dpo_resumes_exactly(make, checkpoint):
 
 def test_checkpoint_with_a_reference_needs_a_run_that_moves_it(make, checkpoint):
     make(**SAVE).train()
-    with pytest.raises(ValueError, match="holds a reference that has moved"):
+    with pytest.raises(ValueError, match="contains a reference that has moved"):
         make(**SAVE, humanline=False).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -600,8 +600,8 @@ def test_a_stored_reference_is_used_whatever_the_new_period(make, checkpoint):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"reference\.safetensors is missing.*silently restart"),
-        ({"humanline": False}, "holds a reference that has moved"),
+        ({}, r"reference\.safetensors is missing.*silently continue"),
+        ({"humanline": False}, "contains a reference that has moved"),
         ({"humanline_sync_steps": 100}, r"reference\.safetensors is missing"),
     ],
 )
@@ -627,7 +627,7 @@ def test_reference_of_another_model_is_an_error(make, checkpoint, change):
     stored = load_file(checkpoint / REFERENCE_FILE)
     stored["model.norm.weight"] = change(stored["model.norm.weight"])
     save_file(stored, checkpoint / REFERENCE_FILE)
-    with pytest.raises(ValueError, match=r"another model's reference: 'model\.norm\.weight'"):
+    with pytest.raises(ValueError, match=r"the reference of a different model: 'model\.norm\.weight'"):
         make(**SAVE).train(resume_from_checkpoint=str(checkpoint))
 
 

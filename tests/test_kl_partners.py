@@ -147,7 +147,7 @@ def test_own_columns_are_not_taken_for_ours(fit, said, stored):
     foreign = data.add_column("KL_completion_ids", [[5, 6]] * 16).add_column("ref_logps", [7.0] * 16)
     plain, given = (fit(rows, precompute_ref_log_probs=stored) for rows in (data, foreign))
     torch.testing.assert_close(weights(given.model), weights(plain.model), rtol=0, atol=0)
-    assert "['KL_completion_ids', 'ref_logps'] of the train dataset are not read" in said()
+    assert "['KL_completion_ids', 'ref_logps'] of the train dataset are ignored" in said()
 
 
 def test_own_columns_of_pairs(model, tokenizer, make_config, said):
@@ -167,4 +167,4 @@ def test_partners_of_another_dataset_are_made_anew(fit, said):
     part = whole._prepare_dataset(whole.train_dataset.select(range(8)), whole.processing_class, whole.args, "part")
     assert list(part["KL_completion_ids"]) == [*part["completion_ids"][1:8], part["completion_ids"][0]]
     assert "ref_logps" not in part.column_names
-    assert "made anew" in said()
+    assert "so they are recomputed" in said()

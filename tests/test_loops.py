@@ -192,9 +192,9 @@ def test_own_prediction_step_decides_the_evaluation_loss(make):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": 0}, "`max_steps=0`: there is nothing to train"),
+        ({"max_steps": 0}, "`max_steps=0` allows no optimizer step"),
         ({"max_steps": -1, "num_train_epochs": 0}, "`num_train_epochs=0` without `max_steps`"),
-        ({"dataloader_drop_last": True, "rows": 6}, "drops a batch of fewer than 8 rows"),
+        ({"dataloader_drop_last": True, "rows": 6}, "drops batches of fewer than 8 rows"),
     ],
     ids=["steps", "epochs", "drop_last"],
 )
@@ -214,7 +214,7 @@ def test_stream_of_no_row_is_refused(make):
 
 
 def test_evaluation_without_a_batch_is_refused(make):
-    with pytest.raises(ValueError, match="drops a batch of fewer than 8 rows"):
+    with pytest.raises(ValueError, match="drops batches of fewer than 8 rows"):
         make("DPO", dataloader_drop_last=True, per_device_eval_batch_size=8).evaluate()
 
 

@@ -592,7 +592,7 @@ def test_rows_without_any_reward_are_refused(fit):
 
 def test_optimizer_that_cannot_know_the_head_is_refused(fit, model, tokenizer, make_config):
     optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None)
-    with pytest.raises(ValueError, match=r"`optimizers\[0\]` holds none of the parameters"):
+    with pytest.raises(ValueError, match=r"`optimizers\[0\]` contains none of the trained parameters"):
         fit(scored(4), optimizers=optimizers)  # it trains a copy of the model
     arguments = (model, None, make_config(PPOConfig), None, scored(4), None, tokenizer, None, None, optimizers)
     with pytest.raises(ValueError, match="`optimizers` contains an optimizer that was created before the value head"):

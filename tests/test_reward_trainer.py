@@ -154,7 +154,7 @@ def test_rows_dropped_for_their_length_are_counted(fit, said):
     rows = paired_rows(8).to_list()
     rows[5]["rejected"] = assistant("a" * 40)
     trainer = fit(datasets.Dataset.from_list(rows), max_length=40, train=False)
-    assert "Dropped 1 of 8 rows of the train dataset (the first is row 5): a side is longer than" in said()
+    assert "Dropped 1 of 8 rows of the train dataset (the first is row 5): `chosen` or `rejected` is longer" in said()
     # Rows that were tokenized before are dropped by TRL.
     fit(trainer.train_dataset, max_length=len(trainer.train_dataset[0]["chosen_ids"]), train=False)
     assert re.search(r"TRL dropped \d of 7 rows of the train dataset", said())

@@ -54,7 +54,7 @@ def test_dropped_and_cut_rows_are_noted(model, tokenizer, make_config):
     found = written(trainer, DATA_SUMMARY)["train"]
     assert found["rows"] == 2
     notes = sorted((text.split("`max_length`")[0].strip(), count) for text, count in found["notes"].items())
-    assert notes == [("dropped: their prompt alone fills", 1), ("have a completion that is cut at", 1)]
+    assert notes == [("dropped: their prompt alone fills", 1), ("have a completion that is truncated at", 1)]
 
 
 def test_settings_and_log_lines(model, tokenizer, make_config):

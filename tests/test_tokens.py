@@ -293,7 +293,7 @@ def test_paired_batches_score_the_assistants_tokens(build, model, tokenizer, tru
 def test_without_it_the_turns_are_trained_and_counted(build, said):
     rows = dialogues() + unpaired_rows(2).to_list()
     trainer = build(KTOTrainer, KTOConfig, rows)
-    assert "4 of 6 rows of the train dataset (the first is row 0) have turns of the other side" in said()
+    assert "4 of 6 rows of the train dataset (the first is row 0) have turns of other roles" in said()
     assert "completion_mask" not in trainer.train_dataset.column_names
     # The prompt's tokens only.
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -530,7 +530,7 @@ def test_cut_completions_are_counted(build, said, streaming):
         rows[i]["completion"] = assistant("a" * 30)
     list(build(KTOTrainer, KTOConfig, rows, max_length=30, streaming=streaming).train_dataset)
     count = "2 rows of the streamed" if streaming else "2 of 5 rows of the train dataset (the first is row 2) have a"
-    assert count in said() and "cut at `max_length`=30" in said()
+    assert count in said() and "truncated at `max_length`=30" in said()
 
 
 def test_which_completions_are_cut_and_which_rows_have_no_room():

@@ -1,7 +1,7 @@
 """The only package that uses private names of TRL and transformers.
 
 TRL loads models, tokenizes, prepares adapters, evaluates and saves. Where its built-in behavior does not suit this
-package, it is changed here and nowhere else; every other module uses public names only.
+package, it is changed here; all other modules use public names only.
 
 =============================  =========================================================================
 TRL's behavior                 behavior here

@@ -22,7 +22,9 @@ def check_types(given: Mapping[str, Any], needs_language_head: bool) -> None:
         check_loaded_model("ref_model", given["ref_model"], needs_language_head)
     evaluation = given.get("eval_dataset")
     if isinstance(evaluation, dict) and not evaluation:
-        raise ValueError("`eval_dataset` is an empty dict. Pass datasets by name, a single one, or leave it out.")
+        raise ValueError(
+            "`eval_dataset` is an empty dict. Pass a dict of datasets by name, a single dataset, or leave it out."
+        )
     _check_tokenizer(given.get("processing_class"), given.get("model"))
     for name in ("data_collator", "compute_metrics", "preprocess_logits_for_metrics"):
         value = given.get(name)
@@ -53,7 +55,7 @@ def _require(condition: bool, name: str, value: Any, wanted: str) -> None:
 
 # -- models --------------------------------------------------------------------------------------------------------
 
-_MODEL = "the model id, a folder, or a model made with `from_pretrained`"
+_MODEL = "a Hub id, a folder, or a model loaded with `from_pretrained`"
 
 
 def check_model(model: Any, needs_language_head: bool) -> None:
@@ -70,12 +72,12 @@ def check_loaded_model(name: str, model: Any, needs_language_head: bool) -> None
     """Raise an error for a loaded model that cannot be trained or used as a reference."""
     is_model = isinstance(model, torch.nn.Module) and hasattr(model, "config")
     _require(
-        is_model, name, model, _MODEL if name == "model" else "a model made with `from_pretrained`, or leave it out"
+        is_model, name, model, _MODEL if name == "model" else "a model loaded with `from_pretrained`, or leave it out"
     )
     if any(parameter.device.type == "meta" for parameter in model.parameters()) and not _is_partitioned(model):
         raise ValueError(
-            f"`{name}` ({type(model).__name__}) has parameters on the meta device, which hold no weights. Load it "
-            "with `from_pretrained` and without `device_map`."
+            f"`{name}` ({type(model).__name__}) has parameters on the meta device, so their weights are not loaded. "
+            "Load it with `from_pretrained` and without `device_map`."
         )
     if needs_language_head:
         _check_language_head(name, model)
@@ -92,7 +94,7 @@ def _check_language_head(name: str, model: Any) -> None:
         )
     if base.get_output_embeddings() is None:
         raise ValueError(
-            f"`{name}` ({type(base).__name__}) has no language-model head, so it gives no log-probs. Load it with "
+            f"`{name}` ({type(base).__name__}) has no language-model head to compute log-probs. Load it with "
             "`AutoModelForCausalLM.from_pretrained`."
         )
 
@@ -110,8 +112,8 @@ def _check_tokenizer(tokenizer: Any, model: Any) -> None:
     _require(tokenizer is None or is_one, "processing_class", tokenizer, wanted)
     if tokenizer is None and not isinstance(model, str) and not getattr(model.config, "_name_or_path", None):
         raise ValueError(
-            "`processing_class` was not passed, and the model does not say which Hub id or folder it was loaded from. "
-            f"Pass {wanted}."
+            "`processing_class` was not passed, and the model's config does not contain the Hub id or folder that it "
+            f"was loaded from. Pass {wanted}."
         )
 
 
@@ -134,16 +136,16 @@ def _check_optimizers(optimizers: Any) -> None:
 
 
 def check_optimizer_parameters(optimizer: Any, model: torch.nn.Module) -> None:
-    """Raise an error for an optimizer that holds none of the model's parameters."""
+    """Raise an error for an optimizer that contains none of the model's parameters."""
     if optimizer is None:
         return
     own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     groups = getattr(optimizer, "param_groups", [])
     if groups and not any(id(parameter) in own for group in groups for parameter in group["params"]):
         raise ValueError(
-            "`optimizers[0]` holds none of the parameters that the trainer trains, so nothing would be learned. Make "
-            "it from the parameters of the model that you pass (with `peft_config` the adapter is made later: leave "
-            "`optimizers` out, and choose one with `optim` and `learning_rate`)."
+            "`optimizers[0]` contains none of the trained parameters, so nothing would be learned. Create it from the "
+            "parameters of the model that you pass. With `peft_config`, the adapter is created later; leave "
+            "`optimizers` out, and use `optim` and `learning_rate` instead."
         )
 
 
@@ -155,5 +157,5 @@ def _check_adapter(config: Any) -> None:
     rank = getattr(config, "r", 1)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(
-            f"`peft_config` has `r={rank!r}`; it is the rank of the adapter. Use an integer of at least 1."
+            f"`peft_config` has `r={rank!r}`; expected the rank of the adapter. Use an integer of at least 1."
         )

@@ -28,9 +28,9 @@ class FiniteUpdates(_Mixin):
         """Raise before a NaN or infinite loss is logged or differentiated."""
         if not torch.isfinite(loss).all():
             raise ValueError(
-                f"The loss is {loss.item()} at {self.moment}. The weights were not updated with it. Look for NaN in "
-                "the model's weights (a broken checkpoint) and for extreme scores, lower `learning_rate`, or use "
-                "`bf16` or `float32` instead of `fp16`."
+                f"The loss is {loss.item()} at {self.moment}. The weights were not updated with it. Check the model's "
+                "weights for NaN (a damaged checkpoint) and the scores for extreme values, lower `learning_rate`, or "
+                "use `bf16` or float32 instead of `fp16`."
             )
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -43,9 +43,9 @@ class FiniteUpdates(_Mixin):
         if self.skips_overflow:
             return None  # not logged
         raise ValueError(
-            f"The gradient's norm is {value} at step {self.state.global_step + 1}. The weights were not updated "
-            "with it (DeepSpeed, which updates earlier, may have done so). Lower `learning_rate`, or look for "
-            "extreme values in the model's weights."
+            f"The gradient's norm is {value} at step {self.state.global_step + 1}. The weights were not updated with "
+            "it (DeepSpeed, which updates earlier, may have done so). Lower `learning_rate`, or check the model's "
+            "weights for extreme values."
         )
 
     @property
@@ -63,20 +63,19 @@ class FiniteUpdates(_Mixin):
                 if math.isnan(value) or (name == "lr" and math.isinf(value)):
                     raise ValueError(
                         f"The optimizer's `{name}` is {value} at step {self.state.global_step + 1}. The weights were "
-                        "not updated with it. Look at `learning_rate`, at the schedule, and at the optimizer's "
-                        "settings."
+                        "not updated with it. Check `learning_rate`, the schedule, and the optimizer's settings."
                     )
 
     def refuse_non_finite_weights(self, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Raise before trained weights with NaN or infinity are written to a file."""
-        # No loss is computed after the last update of a run, so only this check can detect a bad one.
+        # No loss is computed after the last update of a run, so only this check can detect a bad update.
         trained = {name: p for name, p in parameters_by_name(self.model).items() if p.requires_grad}
         for name, parameter in trained.items():
             tensor = own_shard(parameter) if state_dict is None else state_dict.get(name, parameter.new_empty(0))
             if not torch.isfinite(tensor).all():
                 raise ValueError(
-                    f"The weights {name!r} hold NaN or infinite numbers after step {self.state.global_step}, so the "
-                    "model is not saved. Lower `learning_rate`, and go on from an earlier checkpoint."
+                    f"The weights {name!r} contain NaN or infinite numbers after step {self.state.global_step}, so "
+                    "the model is not saved. Lower `learning_rate`, and resume from an earlier checkpoint."
                 )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""TRL's fused LM head, added such that a deep copy of the model uses the copy's weights."""
+"""TRL's fused LM head, added so that a deep copy of the model uses its own weights."""
 
 from __future__ import annotations
 

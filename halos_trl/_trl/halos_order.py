@@ -101,7 +101,7 @@ class HalosOrder(_Mixin):
         if size * processes < self.fewest_examples:
             raise ValueError(
                 f"`per_device_train_batch_size={size}` on one process leaves no other completion for the KL term, "
-                "which `batch_order='halos'` takes from the same micro-batch. Set it to 2 or more, or use "
+                "which `batch_order='halos'` computes within a micro-batch. Set it to at least 2, or use "
                 "`batch_order='trl'`."
             )
         sampler = self.halos_batches(
@@ -121,14 +121,14 @@ class HalosOrder(_Mixin):
         step = sampler.microbatch_size * sampler.microbatches * sampler.num_processes
         if not len(sampler):
             raise ValueError(
-                f"The train dataset has {sampler.rows} rows, and `batch_order='halos'` drops what does not fill a "
-                f"batch (an optimizer step of all processes has {step} examples), so none is left. Lower "
+                f"The train dataset has {sampler.rows} rows, but `batch_order='halos'` drops examples that do not "
+                f"fill a batch (an optimizer step has {step} examples over all processes), so none is left. Lower "
                 "`per_device_train_batch_size` or `gradient_accumulation_steps`, or set `batch_order='trl'`."
             )
         if sampler.left_out:
             logger.warning(
-                f"`batch_order='halos'` leaves {sampler.left_out} of {sampler.rows} rows out of every epoch, others "
-                "each time, because they do not fill a batch. `batch_order='trl'` uses all of them."
+                f"`batch_order='halos'` leaves {sampler.left_out} of {sampler.rows} rows out of every epoch, "
+                "different ones each time, because they do not fill a batch. `batch_order='trl'` uses all rows."
             )
 
 
@@ -136,7 +136,7 @@ def halos_rows(dataset: Any, name: str, prepare: Callable[[Dataset], Any]) -> Da
     """Prepare the rows of a dataset and sort them into HALOs' flat list. Raises ValueError for streams."""
     if not isinstance(dataset, Dataset):
         raise ValueError(
-            f"The {name} dataset is a {type(dataset).__name__}, and `batch_order='halos'` orders all rows before the "
+            f"The {name} dataset is a {type(dataset).__name__}, but `batch_order='halos'` orders all rows before the "
             "first batch. Pass a map-style `datasets.Dataset` (do not stream), or set `batch_order='trl'`."
         )
     return in_flat_order(prepare(with_positions(dataset)), name)
@@ -149,7 +149,7 @@ class PreparesHalosRows(HalosOrder, PreparesRows):
         dataset = super()._checked_before_trl(dataset, name)
         if self._in_halos_order and isinstance(dataset, Dataset) and {"image", "images"} & columns_of(dataset, name):
             raise ValueError(
-                f"The {name} dataset has images, which HALOs does not know. Set `batch_order='trl'`, or remove the "
+                f"The {name} dataset has images, which HALOs does not support. Set `batch_order='trl'`, or remove the "
                 "column."
             )
         return dataset

@@ -67,10 +67,10 @@ def _advice_on_config(given: type, wanted: type, name: str) -> str:
     if host is not None and not _is_ours(given):
         return (
             f"It derives from `trl.{host.__name__}` and lacks the settings of this package and their checks. Derive "
-            f"it from `{name}`, which extends `trl.{host.__name__}`: `class {given.__name__}({name}): ...`. Where a "
-            "framework defines it, call `halos_trl.patch_trl()` before that framework is imported."
+            f"it from `{name}`, which extends `trl.{host.__name__}`: `class {given.__name__}({name}): ...`. If a "
+            "framework defines it, call `halos_trl.patch_trl()` before importing the framework."
         )
-    return f"Its fields are not those of this method. Use `{name}`, or a class derived from it."
+    return f"It is the config of another method. Use `{name}`, or a class derived from it."
 
 
 class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
@@ -96,7 +96,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         cls._tag_names = ["trl", "halos-trl", cls._name.lower()]
 
     def _refuse_foreign_config(self, args: Any) -> None:
-        # Subclasses are refused too: `IPOConfig` extends `DPOConfig`, but DPO would ignore its `tau`.
+        # Subclasses are refused, too: `IPOConfig` extends `DPOConfig`, but DPO would ignore its `tau`.
         own = next((c for c in type(args).__mro__ if _is_ours(c)), object)
         if isinstance(args, self.config_class) and issubclass(self.config_class, own):
             return
@@ -138,9 +138,9 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         warmup = self.args.get_warmup_steps(num_training_steps)
         if warmup >= num_training_steps and self.args.lr_scheduler_type != "constant":
             logger.warning(
-                f"The run has {num_training_steps} optimizer steps and the learning rate warms up for {warmup} of "
-                f"them (`warmup_steps={self.args.warmup_steps}`), so it ends before the rate has reached its peak. "
-                "Lower `warmup_steps`; a number below 1 is a share of the run, e.g. 0.1."
+                f"The run has {num_training_steps} optimizer steps, but the warm-up of the learning rate takes "
+                f"{warmup} (`warmup_steps={self.args.warmup_steps}`), so the run ends before the learning rate "
+                "reaches its peak. Lower `warmup_steps`; a number below 1 is a fraction of the run's steps, e.g. 0.1."
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -227,8 +227,8 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         own = {id(parameter) for parameter in model.parameters()} if isinstance(model, torch.nn.Module) else set()
         if ref_model is not None and any(id(parameter) in own for parameter in ref_model.parameters()):
             raise ValueError(
-                "`ref_model` shares parameters with `model`, so it would change with the policy. Leave it out, and a "
-                "reference is made from the policy as it is; or pass a model with weights of its own."
+                "`ref_model` shares parameters with `model`, so it would change with the policy. Pass a separate "
+                "model, or leave `ref_model` out to use a copy of the initial policy."
             )
 
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
@@ -284,8 +284,8 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         means, dropped = finite(self._means[mode].drain(self._reduce_sum))
         if dropped:
             logger.warning_once(
-                f"The metrics {dropped} are NaN or infinite, so they are left out of the log. The loss is finite: a "
-                "model that gives some tokens the probability 0 has such logits."
+                f"The metrics {dropped} are NaN or infinite, so they are left out of the log. The loss is finite; "
+                "models that assign probability 0 to some tokens have such logits."
             )
         self._metrics[mode].update({name: [mean] for name, mean in means.items()})
         super().log(logs, start_time)

@@ -62,15 +62,15 @@ class CleanLoops(Mixin):
         """Raise ValueError for settings that allow no optimizer step."""
         if args.max_steps == 0 or args.max_steps < -1:
             raise ValueError(
-                f"`max_steps={args.max_steps}`: there is nothing to train, and transformers would train for "
-                "`num_train_epochs` instead. Pass a positive number, or leave it at -1 to count epochs."
+                f"`max_steps={args.max_steps}` allows no optimizer step, and transformers would train for "
+                "`num_train_epochs` instead. Pass a positive number, or -1 to train for `num_train_epochs`."
             )
         # accelerate would split a collated batch of pairs between its chosen and its rejected half.
         dispatch = getattr(args.accelerator_config, "dispatch_batches", None)
         if dispatch and args.world_size > 1:
             raise ValueError(
-                "`accelerator_config={'dispatch_batches': True}` hands parts of one process's collated batches to the "
-                "others, which takes pairs apart and fails where widths differ. Leave it out: each process reads its "
+                "`accelerator_config={'dispatch_batches': True}` distributes slices of one process's collated "
+                "batches, which splits pairs and fails if widths differ. Leave it out, so that each process reads its "
                 "own rows."
             )
 
@@ -78,8 +78,8 @@ class CleanLoops(Mixin):
         """As `Trainer.train`. Raises ValueError if there would be no optimizer step."""
         if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
             raise ValueError(
-                f"`num_train_epochs={self.args.num_train_epochs}` without `max_steps`: there is nothing to train. "
-                "Pass a positive number of one of them."
+                f"`num_train_epochs={self.args.num_train_epochs}` without `max_steps` allows no optimizer step. Pass "
+                "a positive number for one of them."
             )
         self._tokens_before = self._trained_tokens
         return super().train(*args, **kwargs)
@@ -104,11 +104,11 @@ class CleanLoops(Mixin):
         size = self._train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         if self.args.dataloader_drop_last:
             return (
-                f"`dataloader_drop_last=True` drops a batch of fewer than {size} rows on each of "
-                f"{self.accelerator.num_processes} processes. Switch it off, lower `per_device_{mode}_batch_size`, or "
+                f"`dataloader_drop_last=True` drops batches of fewer than {size} rows on each of "
+                f"{self.accelerator.num_processes} processes. Disable it, lower `per_device_{mode}_batch_size`, or "
                 "add rows."
             )
-        return "Look at what is left of its rows: a streamed set may have been filtered to nothing."
+        return "Check its rows: all rows of a streamed dataset may have been filtered out."
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer.evaluation_loop`, with metrics of `predict` or an interrupted evaluation dropped first."""

@@ -52,17 +52,17 @@ class StoresReference(_Mixin):
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         if self.accelerator.num_processes > 1 and isinstance(dataset, Dataset) and not dataset.cache_files:
             raise ValueError(
-                f"`precompute_ref_log_probs=True` in {self.accelerator.num_processes} processes hands the log-probs "
-                f"over through the cache folder of the {name} dataset, but that dataset exists in memory only. Save "
-                "it with `save_to_disk` and load it with `load_from_disk`, or set `precompute_ref_log_probs=False`."
+                f"`precompute_ref_log_probs=True` with {self.accelerator.num_processes} processes shares the "
+                f"log-probs through the cache folder of the {name} dataset, but that dataset exists only in memory. "
+                "Save it with `save_to_disk` and load it with `load_from_disk`, or set "
+                "`precompute_ref_log_probs=False`."
             )
         if self._has_stored(dataset):
             return dataset
         there = [column for column in STORED_COLUMNS if column in (dataset.column_names or ())]
         if there:
             logger.warning(
-                f"Columns {there} of the {name} dataset are not known to be those of this trainer's reference. They "
-                "are computed anew."
+                f"Columns {there} of the {name} dataset may be of a different reference, so they are recomputed."
             )
             dataset = dataset.remove_columns(there)
         with overridden(self, _precompute_model_hash=self._key()):
@@ -127,5 +127,5 @@ class StoresReference(_Mixin):
 def _hash_of(collator: Any) -> str:
     try:
         return str(Hasher.hash(collator))
-    except Exception:  # a user's collator may raise anything; the key is then unique to this run
+    except Exception:  # a user's collator may raise any error; the key is then unique to this run
         return uuid.uuid4().hex

@@ -74,8 +74,8 @@ class PreparesRows(SamplesByLength):
             return dataset
         if self._assistant_only:
             raise ValueError(
-                f"The {name} dataset has images, whose rows are tokenized only when a batch is made, so "
-                "`assistant_only_loss=True` cannot tell turns apart there. Set `assistant_only_loss=False`."
+                f"The {name} dataset has images. Its rows are tokenized only when a batch is collated, so "
+                "`assistant_only_loss=True` cannot locate turns. Set `assistant_only_loss=False`."
             )
         # TRL prepares images in its collator.
         return self.check_rows(dataset, name)

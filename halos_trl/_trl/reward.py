@@ -103,8 +103,8 @@ class RewardHost(HalosOrder, SamplesByLength, SavesPolicy, NamedTrainer, HostTra
         prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(dataset, Dataset) and len(prepared) < len(dataset):
             logger.warning(
-                f"TRL dropped {len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset, in "
-                f"which a side is longer than `max_length`={args.max_length}. Raise it to keep them."
+                f"TRL dropped {len(dataset) - len(prepared)} of {len(dataset)} rows of the {dataset_name} dataset, "
+                f"because `chosen` or `rejected` is longer than `max_length`={args.max_length}. Raise it to keep them."
             )
         limits = token_limits(self, processing_class)
         return check_token_ids(prepared, ("chosen_ids", "rejected_ids"), limits, dataset_name)

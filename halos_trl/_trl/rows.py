@@ -34,11 +34,11 @@ def drop_foreign_columns(dataset: Any, name: str) -> Any:
     """Drop columns of a raw dataset whose names clash with those of tokenized rows, with a warning."""
     columns = set(next(iter(dataset), ()))
     foreign = sorted(column for column in columns if column in _MADE_HERE or column.startswith("KL_"))
-    if not foreign or "prompt_ids" in columns:  # prepared already, and passed to `evaluate`
+    if not foreign or "prompt_ids" in columns:  # already prepared, and passed to `evaluate`
         return dataset
     logger.warning(
-        f"Columns {foreign} of the {name} dataset are not read: reference log-probs and KL partners are made by the "
-        "trainer (`precompute_ref_log_probs=True` stores them). Rename what you need for something else."
+        f"Columns {foreign} of the {name} dataset are ignored, because the trainer computes reference log-probs and "
+        "KL partners itself. Rename these columns if you need them for something else."
     )
     return dataset.remove_columns(foreign)
 
@@ -84,27 +84,27 @@ def _numbered(row: dict[str, Any], index: int) -> dict[str, Any]:
 def _texts(tokenizer: RowTokenizer) -> dict[str, str]:
     """Text of the warning for each note, to follow the number of rows."""
     limit = f"`max_length`={tokenizer.max_length}"
-    no_room = "a side is longer than" if tokenizer.whole else "their prompt alone fills"
+    no_room = "`chosen` or `rejected` is longer than" if tokenizer.whole else "their prompt alone fills"
     return {
         NO_ROOM: f"{no_room} {limit}. Raise `max_length` or shorten the prompts.",
-        tokens.CUT: f"have a completion that is cut at {limit}: its end, and with it the EOS token, is not "
+        tokens.CUT: f"have a completion that is truncated at {limit}, so its end, including the EOS token, is not "
         "trained on. Raise `max_length` or shorten the rows.",
-        turns.REPEATED: "repeat their prompt at the start of the completion. It was taken out of the completion.",
-        tokens.REPEATED_TEXT: "have a completion that begins with the text of the prompt, which is there twice: "
-        "once as context, once as completion. If that is not meant, take it out of the completion.",
-        turns.OTHER_TURNS: "have turns of the other side (user, tool, system) in the completion, and their tokens are "
-        "trained on like the assistant's. Set `assistant_only_loss=True` to leave them out.",
-        turns.CONTINUED: "have a prompt that ends in a turn of the assistant. The completion continues this turn.",
-        tokens.DOUBLE_BOS: "begin with the BOS token, which the tokenizer also adds by itself. It stands there once.",
-        CUT_PROMPT: "have a prompt that is longer than `max_prompt_length` allows. As in HALOs, the first turn that "
-        "does not fit is cut at its end, and the turns after it are left out, the last question too.",
-        CUT_COMPLETION: f"have a completion that is cut as in HALOs, so that prompt and completion are within "
-        f"{limit}; the end of the turn is kept.",
-        tokens.BOUNDARY: "have a prompt whose tokens are not the beginning of the tokens of prompt and completion, "
-        "because tokens merge across the boundary or the chat template renders the prompt alone in another way. The "
-        "completion begins where they part, so the end of the prompt counts as completion, and what the "
-        "model is prompted with at inference differs. End prompts on a token boundary, or use a template that "
-        "renders them equally.",
+        turns.REPEATED: "repeat their prompt at the start of the completion. The repetition was removed.",
+        tokens.REPEATED_TEXT: "have a completion that starts with the text of the prompt, which thus occurs twice. If "
+        "this is not intended, remove it from the completion.",
+        turns.OTHER_TURNS: "have turns of other roles (user, tool, system) in the completion, whose tokens are "
+        "trained on like the assistant's. Set `assistant_only_loss=True` to exclude them.",
+        turns.CONTINUED: "have a prompt that ends with an assistant turn. The completion continues this turn.",
+        tokens.DOUBLE_BOS: "start with the BOS token, which the tokenizer also adds. It was added only once.",
+        CUT_PROMPT: "have a prompt that exceeds `max_prompt_length`. As in HALOs, the first turn that does not fit is "
+        "truncated, and the turns after it are dropped, including the last question.",
+        CUT_COMPLETION: "have a completion that is truncated as in HALOs, so that prompt and completion fit into "
+        f"{limit}; the end-of-turn token is kept.",
+        tokens.BOUNDARY: "have a tokenized prompt that is not a prefix of the tokenized prompt and completion, "
+        "because tokens merge across the boundary or the chat template renders the prompt "
+        "differently on its own. Tokens after the common prefix count as completion, so the model is "
+        "prompted differently at inference. End prompts on a token boundary, or use a template that "
+        "renders them consistently.",
     }
 
 
@@ -147,7 +147,7 @@ def _counted(dataset: Dataset, name: str, texts: dict[str, str], *, numbered: bo
 
 
 def _summary(kind: str, texts: dict[str, str]) -> str:
-    """A note in a few words."""
+    """A short form of a note."""
     if kind == INVALID:
         return "dropped: not valid"
     return f"dropped: {texts[kind]}" if kind == NO_ROOM else texts[kind]
@@ -186,8 +186,8 @@ def token_limits(trainer: Any, processing_class: Any) -> TokenLimits:
     pad = getattr(processing_class, "tokenizer", processing_class).pad_token_id
     if pad is not None and limits.vocabulary is not None and pad >= limits.vocabulary:
         raise ValueError(
-            f"The padding token has id {pad}, but the model knows {limits.vocabulary} tokens. Call "
-            "`model.resize_token_embeddings(len(tokenizer))` first, or pad with another token (`pad_token`)."
+            f"The padding token has id {pad}, but the model has {limits.vocabulary} token embeddings. Call "
+            "`model.resize_token_embeddings(len(tokenizer))` first, or set another `pad_token`."
         )
     return limits
 
@@ -220,8 +220,8 @@ def check_token_ids(dataset: Any, columns: tuple[str, ...], limits: TokenLimits,
             if not ids or not all(isinstance(token, int) and 0 <= token < top for token in ids):
                 raise ValueError(
                     f"Row {index} of the {name} dataset has `{column}` {str(ids)[:200]}; expected a list of token "
-                    f"ids, whole numbers from 0 to {top - 1}. Tokenize the rows with the model's own tokenizer, or "
-                    "pass them as text or messages."
+                    f"ids, integers from 0 to {top - 1}. Tokenize the rows with the model's own tokenizer, or pass "
+                    "them as text or messages."
                 )
         return True
 
@@ -239,8 +239,8 @@ def refuse_without_special_tokens(processing_class: Any, args: Any) -> None:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise ValueError(
-            "The tokenizer has neither a padding token nor an EOS token, so it can neither fill batches nor end a "
-            "text. Set `tokenizer.eos_token` (and `pad_token`), or `eos_token` in the config."
+            "The tokenizer has neither a padding token nor an EOS token, which are needed to pad batches and to end "
+            "texts. Set `tokenizer.eos_token` (and `pad_token`), or `eos_token` in the config."
         )
 
 

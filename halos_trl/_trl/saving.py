@@ -70,9 +70,9 @@ class SavesPolicy:
             if not self.is_fsdp_enabled:
                 raise
             raise ValueError(
-                f"The optimizer of {checkpoint} cannot be restored under FSDP: torch has no way to do so for one "
-                f"without state, e.g. `optim='sgd'` without momentum ({error}). Pass the folder as `model` to start a "
-                "new run from its weights, with an optimizer that has a state, e.g. `optim='adamw_torch'`."
+                f"The optimizer of {checkpoint} cannot be restored under FSDP, because torch does not support "
+                f"optimizers without state, e.g. `optim='sgd'` without momentum ({error}). Pass the folder as `model` "
+                "to start a new run from its weights, with an optimizer that has state, e.g. `optim='adamw_torch'`."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -91,7 +91,7 @@ def _explained(folder: str) -> Iterator[None]:
         if type(error) is RuntimeError and not any(sign in str(error) for sign in of_torch_save):
             raise
         raise OSError(
-            f"{folder} could not be written ({error}). It is incomplete and will not be resumed from. Make room, or "
-            "keep fewer checkpoints with `save_total_limit`; `resume_from_checkpoint=True` then goes on from the "
-            "last complete one."
+            f"{folder} could not be written ({error}). It is incomplete and will not be used for resuming. Free disk "
+            "space, or keep fewer checkpoints with `save_total_limit`; `resume_from_checkpoint=True` then resumes "
+            "from the last complete one."
         ) from error

@@ -26,8 +26,8 @@ def _report_balance(desirable: int, rows: int, args: Any) -> None:
     if 0 in (desirable, undesirable):
         missing = "desirable" if desirable == 0 else "undesirable"
         logger.warning(
-            f"All {rows} rows of the train dataset have the same label, so there is no {missing} example, and no "
-            "weight that would balance the two sides."
+            f"All {rows} rows of the train dataset have the same label: there is no {missing} example, so weights "
+            "cannot balance the two labels."
         )
         return
     ratio = (weights[0] * desirable) / (weights[1] * undesirable)
@@ -92,7 +92,9 @@ class UnpairedHost(TrainerHost, HostTrainer):
                 return dataset
             # The partners have changed, so their stored log-probs no longer apply.
             stale = {"KL_completion_ids", "ref_logps", "ref_KL_logps"} & set(dataset.column_names)
-            logger.warning(f"Columns {sorted(stale)} of the {name} dataset belong to other rows and are made anew.")
+            logger.warning(
+                f"Columns {sorted(stale)} of the {name} dataset were computed for other rows, so they are recomputed."
+            )
             dataset = dataset.remove_columns(sorted(stale))
         return dataset.add_column("KL_completion_ids", partners, feature=dataset.features["completion_ids"])
 
@@ -166,7 +168,8 @@ class _OtherPrompts:
         if equal:
             batch["KL_completion_mask"][equal] = 0
             logger.warning_once(
-                "Two neighbours in a batch have the same prompt and image. With images, KTO's KL estimate gives each "
-                "prompt the completion of the row before it, so such rows do not count in it. Shuffle the rows."
+                "Two neighbouring rows in a batch have the same prompt and image. With images, KTO's KL estimate "
+                "pairs each prompt with the completion of the previous row, so such rows do not count. Shuffle the "
+                "rows."
             )
         return batch

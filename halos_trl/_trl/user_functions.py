@@ -23,9 +23,9 @@ class CheckedCollator:
     def __call__(self, rows: list) -> Any:
         batch = self.collator(rows)
         if not isinstance(batch, Mapping):
-            raise TypeError(f"`data_collator` returned {shown(batch)}. Return a dict of tensors from it.")
+            raise TypeError(f"`data_collator` returned {shown(batch)}. Return a dict of tensors.")
         if not batch:
-            raise ValueError("`data_collator` returned an empty batch. Return a dict of tensors from it.")
+            raise ValueError("`data_collator` returned an empty batch. Return a dict of tensors.")
         return batch
 
 
@@ -38,7 +38,7 @@ class CheckedMetrics:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         metrics = self.compute(*args, **kwargs)
         if not isinstance(metrics, dict) and kwargs.get("compute_result", True):
-            raise TypeError(f"`compute_metrics` returned {shown(metrics)}. Return a dict of numbers from it.")
+            raise TypeError(f"`compute_metrics` returned {shown(metrics)}. Return a dict of numbers.")
         return metrics
 
 

@@ -45,7 +45,7 @@ def _attach(head: ValueHead, causal_lm: Any) -> None:
     @functools.wraps(fused_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = fused_forward(self, *args, **kwargs)
-        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN, None)  # None if another trainer's head has taken it
+        hidden_BSH = vars(self.base_model).pop(_LAST_HIDDEN, None)  # None if another trainer has replaced the head
         if not kwargs.get("fused_lm_head"):
             return outputs
         wanted_BTH = hidden_BSH if only_wanted() else hidden_BSH[:, :-1]
@@ -68,14 +68,14 @@ class ValueHost(ScoredHost):
         """Add a new value head to the policy. Raises ValueError if its gradient cannot be clipped separately."""
         if not hasattr(transformers.Trainer, "_clip_grad_norm"):
             raise ValueError(
-                f"{type(self).__name__} limits the gradients of the value head apart from the policy's, which "
-                f"transformers {transformers.__version__} has no place for. Use transformers 5."
+                f"{type(self).__name__} clips the gradient of the value head separately from the policy's, which "
+                f"transformers {transformers.__version__} does not support. Use transformers 5."
             )
         if self.is_deepspeed_enabled and "optimizer" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
             raise ValueError(
-                f"The `optimizer` section of DeepSpeed's configuration puts all parameters into one group, but "
-                f"{type(self).__name__} limits the gradients of the value head apart from the policy's. Leave that "
-                "section out, and choose the optimizer with `optim` and `learning_rate`."
+                "The `optimizer` section of DeepSpeed's configuration puts all parameters into one group, but "
+                f"{type(self).__name__} clips the gradient of the value head separately from the policy's. Leave that "
+                "section out, and set `optim` and `learning_rate` instead."
             )
         causal_lm = self._causal_lm()
         config = causal_lm.config.get_text_config()
@@ -96,7 +96,7 @@ class ValueHost(ScoredHost):
             marker = f"{VALUE_HEAD}."
             head = {name.split(marker, 1)[1]: t for name, t in state_dict.items() if marker in name}
             state_dict = {name: t for name, t in state_dict.items() if marker not in name}
-        if head and self.args.should_save:  # FSDP calls this on every process, but gathers on one only
+        if head and self.args.should_save:  # FSDP calls this on every process, but gathers on only one
             save_value_head(head, folder)
         with taken_off(self._causal_lm()):
             super()._save(output_dir, state_dict)

@@ -35,8 +35,8 @@ class OwnLimit:
         groups = getattr(zero, "bit16_groups", None) or getattr(zero, "fp16_groups", None)
         if not groups or not hasattr(zero, "unscale_and_clip_grads"):
             raise ValueError(
-                f"DeepSpeed trains with {type(zero).__name__}, which has no place for a gradient limit of the value "
-                "head. Use ZeRO stage 2 or 3, e.g. configs/accelerate/zero2.yaml."
+                f"DeepSpeed trains with {type(zero).__name__}, which does not support separate gradient clipping for "
+                "the value head. Use ZeRO stage 2 or 3, e.g. configs/accelerate/zero2.yaml."
             )
         self.zero = zero
         self._max_norm = max_norm

@@ -27,7 +27,7 @@ _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 
 class PackedForwardError(ValueError):
-    """The model cannot run on a packed row, e.g. because packed rows do not support its attention's arguments."""
+    """The model does not support packed rows, e.g. because of its attention's arguments."""
 
 
 @contextlib.contextmanager
@@ -96,5 +96,5 @@ def packed_attention(
     """
     asked = [name for name, value in others.items() if value is not None and name not in _WITHOUT_EFFECT]
     if asked or others.get("is_causal") is False:
-        raise PackedForwardError(f"its attention takes {asked or ['is_causal=False']}")
+        raise PackedForwardError(f"its attention uses {asked or ['is_causal=False']}")
     return attend(Call(query, key, value, layout, dropout, scaling, sliding_window, softcap, s_aux))

@@ -1,9 +1,9 @@
 """Kernels for the attention of a packed row, and the choice among them.
 
 On a CPU, and if no other kernel is available, `scaled_dot_product_attention` runs once for all spans of the same
-lengths. On CUDA the whole row needs one launch: variable-length FlashAttention, from torch or from the package
-`flash_attn`, else FlexAttention with a block mask. Before first use for each kind of call, a kernel's result is
-compared with that of the spans.
+lengths. On CUDA, the whole row needs one launch: variable-length FlashAttention, from torch or from the package
+`flash_attn`, else FlexAttention with a block mask. Before its first use for each kind of call, a kernel is compared
+with the computation by spans.
 """
 
 from __future__ import annotations
@@ -315,8 +315,9 @@ BACKENDS = {"cuda": _CUDA}
 _verdicts: dict[object, bool] = {}
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Tolerance for the difference from the spans, relative to the largest result or gradient if that is above 1; 0.05 in
-half precision."""
+"""Tolerance for the difference from the computation by spans, relative to the largest result or gradient if that is
+above 1; 0.05 in half precision.
+"""
 
 
 def _agrees(backend: Backend, call: Call) -> bool:
@@ -327,9 +328,9 @@ def _agrees(backend: Backend, call: Call) -> bool:
         reason = why_not(backend, call)
         _verdicts[kind] = reason is None
         if reason is None:
-            logger.info(f"Attention of packed rows runs on {backend.name}.")
+            logger.info(f"Packed rows use the attention kernel {backend.name}.")
         else:
-            logger.warning(f"Attention of packed rows does not run on {backend.name}: {reason}.")
+            logger.warning(f"Packed rows do not use the attention kernel {backend.name}: {reason}.")
     return _verdicts[kind]
 
 

@@ -1,4 +1,4 @@
-"""Computing heads only at the wanted positions, by hooks that run inside the model's forward pass.
+"""Computing heads only at the wanted positions, with hooks inside the model's forward pass.
 
 Engines that shard parameters gather a head's weights only there.
 """
@@ -48,7 +48,7 @@ def reads_wanted(model: torch.nn.Module) -> bool:
 def read_wanted_hidden(causal_lm: PreTrainedModel) -> str | None:
     """Restrict LM head and value head to the positions of `wanted_positions`; returns why that fails, or None."""
     if causal_lm.base_model is causal_lm:
-        return "its backbone and its head are one module"
+        return "its backbone and its head are the same module"
     if not reads_wanted(causal_lm):
         setattr(causal_lm, _INSTALLED, True)
         # Before other hooks, so that a value head reads the same positions.
@@ -92,7 +92,7 @@ def read_wanted_scores(classifier: PreTrainedModel) -> str | None:
     """Make a sequence classifier support `wanted_scores`; returns why that fails, or None."""
     head = getattr(classifier, "score", None)
     if not isinstance(head, torch.nn.Module):
-        return "it has no head `score` that reads single positions"
+        return "it has no head `score` that is applied to single positions"
     if not reads_wanted(classifier):
         setattr(classifier, _INSTALLED, True)
         head.register_forward_hook(_note_scores)

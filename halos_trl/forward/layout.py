@@ -81,7 +81,7 @@ class TokenLayout(Layout):
 def table(values_M: Tensor, mask_BT: Tensor) -> Tensor:
     """Scatter `(M,)` numbers to the `M` True positions of a mask `(B, T)`; 0 elsewhere. Differentiable."""
     mask_BT = mask_BT.to(values_M.device)
-    # With `masked_scatter` even a batch without wanted positions stays connected to the model's graph.
+    # With `masked_scatter`, even a batch without wanted positions stays connected to the model's graph.
     return values_M.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_M)
 
 
@@ -171,7 +171,7 @@ def _pack(ids: list[list[int]], runs: Iterable[list[_Row]]) -> tuple[_Packed, li
             own = packed.add([ids[number][s] for s in where[shared:]], shared, (start, start + shared))
             for k, s in enumerate(where):
                 positions[number][s] = start + k if k < shared else own + k - shared
-    if not packed.ids:  # the model must still run, as on the other processes
+    if not packed.ids:  # the model must run nevertheless, as on the other processes
         packed.add(ids[0][:1], 0, (0, 0))
     return packed, positions
 

@@ -65,7 +65,7 @@ class Packing:
             return False
         others = inputs.keys() - _INPUTS
         if others:
-            self.give_up(f"its batches bring {sorted(others)}, which a packed row has no place for")
+            self.give_up(f"its batches contain {sorted(others)}, which packed rows do not support")
         return not others
 
     def serves(self, inputs: dict[str, Any], difference: Callable[[], tuple[Tensor, int]]) -> bool:
@@ -91,7 +91,7 @@ class Packing:
         verdict = torch.tensor([float(reason is not None), float(tokens)], device=PartialState().device)
         failed, seen = self.reduce_sum(verdict).tolist()
         if failed:
-            self.give_up(reason or "another process found that it gives other results with them")
+            self.give_up(reason or "its results with packed rows differ on another process")
         elif seen:
             self.is_open, self.active = False, True
 
@@ -100,8 +100,8 @@ class Packing:
             return None
         if layers < self.layers:
             return (
-                f"{self.layers - layers} of its {self.layers} layers are no attention layers, or compute their "
-                "attention without transformers' `AttentionInterface`"
+                f"{self.layers - layers} of its {self.layers} layers are not attention layers, or compute attention "
+                "without transformers' `AttentionInterface`"
             )
         rounds = self.rounds or torch.is_autocast_enabled(difference.device.type)
         measure, limit = (difference.mean(), LOW_PRECISION_TOLERANCE) if rounds else (difference.max(), TOLERANCE)
@@ -114,12 +114,10 @@ class Packing:
         self.active = self.is_open = False
         if self.mode == "on":
             raise ValueError(
-                f"`packed='on'` was set, but {self.name} cannot be given packed rows: {reason}. Use `packed='auto'`, "
+                f"`packed='on'` was set, but {self.name} does not support packed rows: {reason}. Use `packed='auto'`, "
                 "which falls back to padded rows, or `packed='off'`."
             )
-        logger.warning(
-            f"{self.name} is given padded rows, which cost more time and memory than packed ones: {reason}."
-        )
+        logger.warning(f"{self.name} uses padded rows, which take more time and memory than packed ones: {reason}.")
 
 
 _sum_over_processes = partial(reduce, reduction="sum")
@@ -136,8 +134,8 @@ def give_packing(
 
     `obstacle` is a reason not to pack that does not depend on the models. `read_wanted` restricts a model's head to
     the wanted positions and returns why that fails, or None: `read_wanted_hidden` for a causal LM,
-    `read_wanted_scores` for a sequence classifier. `reduce_sum` makes all processes decide alike. Raises ValueError as
-    `Packing` does.
+    `read_wanted_scores` for a sequence classifier. `reduce_sum` lets all processes make the same decision. Raises
+    ValueError as `Packing` does.
     """
     for wrapped in models:
         if wrapped is not None:
@@ -148,7 +146,7 @@ def give_packing(
 
 def compiled_rows(args: Any) -> str | None:
     """Why rows are not packed with these training arguments; None if they may be."""
-    return "`torch_compile=True` would compile a layout that is another one in each batch" * args.torch_compile or None
+    return "`torch_compile=True` would compile a layout that changes with each batch" * args.torch_compile or None
 
 
 def packing_of(model: torch.nn.Module) -> Packing | None:
@@ -176,14 +174,14 @@ def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
     if not implementation.startswith(PREFIX):  # the config may have been copied from a prepared model
         model.set_attn_implementation(register(implementation))
         if not model.config._attn_implementation.startswith(PREFIX):
-            return "its attention does not come from transformers' `AttentionInterface`"
+            return "its attention does not use transformers' `AttentionInterface`"
     return None
 
 
 def _known_obstacle(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
     config = model.config
     if config.get_text_config() is not config:
-        return "it takes other inputs than text"
+        return "it has inputs other than text"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
         return "its attention has ALiBi biases"
     if any(peft.is_prompt_learning for peft in getattr(wrapped, "peft_config", {}).values()):
@@ -211,7 +209,7 @@ def both_ways(
             return expected, packed()
         except (PackedForwardError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # model code may raise anything for unexpected arguments
+        except Exception as error:  # model code may raise any error for unexpected arguments
             raise PackedForwardError(f"it fails on a packed row ({type(error).__name__}: {error})") from error
 
 

@@ -74,7 +74,7 @@ def score_together(model: torch.nn.Module, batches: list[dict[str, Any]]) -> lis
     """
     packing, first = packing_of(model), batches[0]
     packed = packing is not None and all(packing.takes(model_inputs(batch)) for batch in batches)
-    # Also before packing is decided by the first batch, so that a resumed run joins the same batches as before.
+    # Also before the first batch decides about packing, so that a resumed run joins the same batches.
     if not (packed and packing and packing.serves(model_inputs(first), lambda: _difference(model, first))):
         return [score_tokens(model, batch).logps_BT for batch in batches]
     tables = score_tokens(model, _joined(batches)).logps_BT.split([len(batch["input_ids"]) for batch in batches])

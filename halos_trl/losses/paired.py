@@ -57,7 +57,9 @@ def cdpo(
     Gives the same numbers as HALOs. TRL's `robust` loss is different: it corrects the bias due to wrong labels with a
     negative weight on the swapped term.
     """
-    check_number("epsilon", epsilon, "[0, 0.5)", "It is the rate of wrong labels; from 0.5 on, labels say nothing.")
+    check_number(
+        "epsilon", epsilon, "[0, 0.5)", "It is the rate of wrong labels; at 0.5, labels carry no information."
+    )
     as_labelled = dpo(logps, beta=beta, humanline=humanline)
     flipped = dpo(logps.swapped(), beta=beta, humanline=humanline)
     return as_labelled._replace(losses=(1 - epsilon) * as_labelled.losses + epsilon * flipped.losses)
@@ -139,7 +141,12 @@ def slic(
     """
     check_record(logps, reference=False)
     check_number("beta", beta, "(0, inf)", "It is the margin between two log-probs, in nats per sequence.")
-    check_number("lambda_coef", lambda_coef, "[0, inf)", "It weighs the chosen completion's likelihood; 0 drops it.")
+    check_number(
+        "lambda_coef",
+        lambda_coef,
+        "[0, inf)",
+        "It is the weight of the chosen completion's likelihood; 0 disables the term.",
+    )
     chosen_BT, rejected_BT, metrics = _log_ratios(_without_reference(logps), humanline)
     chosen_B = sequence_sum(chosen_BT, logps.chosen_mask)
     rejected_B = sequence_sum(rejected_BT, logps.rejected_mask)

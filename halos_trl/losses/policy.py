@@ -1,7 +1,8 @@
 """Clipped policy-gradient losses over scored completions. Shape legend: see `halos_trl.records`.
 
-Results are per-token terms (B, T), exactly 0 at masked positions; the loss of a batch, microbatch or optimizer step is
-their sum over its number of completion tokens. Metrics are means over the completion tokens unless they say otherwise.
+Results are per-token terms (B, T), exactly 0 at masked positions; the loss of a batch, micro-batch or optimizer step
+is their sum over its number of completion tokens. Metrics are means over the completion tokens unless they say
+otherwise.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def grpo(
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     check_record(logps)
     check_number("epsilon", epsilon, "(0, inf)", "It is the clip range below a ratio of 1; 0.01 to 0.2 is usual.")
-    check_number("epsilon_high", epsilon_high, "(0, inf)", "It is the clip range above 1; None takes epsilon.")
+    check_number(
+        "epsilon_high", epsilon_high, "(0, inf)", "It is the clip range above a ratio of 1; None means epsilon."
+    )
     check_number("beta", beta, "[0, inf)", "It weighs the KL penalty; 0 drops it.")
 
     advantages_B1 = at_least_float32(logps.advantages).detach().unsqueeze(-1)

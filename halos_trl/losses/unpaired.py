@@ -40,8 +40,10 @@ def kto(
     """
     check_record(logps)
     check_number("beta", beta, "(0, inf)", "It multiplies the log-ratios; 0.1 is the usual start.")
-    check_number("desirable_weight", desirable_weight, "[0, inf)", "It weighs the desirable rows; 1 is neutral.")
-    check_number("undesirable_weight", undesirable_weight, "[0, inf)", "It weighs the undesirable rows; 1 is neutral.")
+    check_number("desirable_weight", desirable_weight, "[0, inf)", "It is the weight of desirable rows; 1 is neutral.")
+    check_number(
+        "undesirable_weight", undesirable_weight, "[0, inf)", "It is the weight of undesirable rows; 1 is neutral."
+    )
     if isinstance(kl, Tensor) and kl.ndim != 0:
         raise ValueError(
             f"kl has shape {tuple(kl.shape)}; expected one number. Reduce the sums and counts of `kto_kl` over the "
@@ -79,7 +81,7 @@ def kto_kl(
 
     Returns:
         (sum, count), both 0-d and without gradient, of the log-ratios' dtype: the summed log-ratios of all rows
-        (nats), and the number of rows whose summed log-ratio is not exactly 0. Add both over microbatches and
+        (nats), and the number of rows whose summed log-ratio is not exactly 0. Add both over micro-batches and
         processes; the reference point is sum / max(count, 1), clamped at 0. Clamping or dividing earlier biases it.
 
     As in HALOs, rows that are exactly 0 (including rows without tokens) do not count; TRL averages over all rows.

@@ -37,7 +37,7 @@ def write_reference(reference: Reference, model: Any, state: TrainerState, folde
     written = uuid.uuid4().hex
     if keep:
         save_reference(tensors, folder, {"written": written})
-    # Recorded in the trainer's state, so that a later run can check that the file exists and is of the same run.
+    # Recorded in the trainer state, so that a resuming run can check that the file exists and is of the same run.
     state.stateful_callbacks[_MOVED] = {"args": {"written": written}, "attributes": {}}
 
 
@@ -47,9 +47,9 @@ def restore_reference(reference: Reference, sync: ReferenceSync | None, model: A
     stored = os.path.isfile(os.path.join(folder, REFERENCE_FILE)) or _MOVED in state.stateful_callbacks
     if stored and sync is None:
         raise ValueError(
-            f"{folder} holds a reference that has moved ({REFERENCE_FILE}), but this run's stands still: "
-            "it would silently be another one. Resume with the `humanline` or `sync_ref_model` setting of the run "
-            "that wrote it."
+            f"{folder} contains a reference that has moved ({REFERENCE_FILE}), but this run has a fixed reference, so "
+            "the reference would silently change. Resume with the `humanline` or `sync_ref_model` setting of the run "
+            "that wrote the checkpoint."
         )
     if stored or (sync and sync.syncs_until(state.global_step)):
         load_reference(reference.tensors(model), folder)
@@ -57,8 +57,8 @@ def restore_reference(reference: Reference, sync: ReferenceSync | None, model: A
         reference.moved = True
     elif reference.moved:
         raise ValueError(
-            f"The reference of {folder} had not left its start, but this trainer has trained before and its "
-            "reference has. Make a new trainer and resume with that one."
+            f"The reference of {folder} has not moved yet, but this trainer has already trained and moved its "
+            "reference. Create a new trainer to resume."
         )
 
 
@@ -71,8 +71,8 @@ def restore_best_reference(reference: Reference, model: Any, folder: str) -> Non
         load_reference(reference.tensors(model), folder)
     else:
         logger.warning(
-            f"{folder}, the best checkpoint, was written before the reference had moved, so it holds none. The policy "
-            "is that of the checkpoint; the reference stays that of the last step."
+            f"{folder}, the best checkpoint, was written before the reference moved, so it contains no reference. The "
+            "policy was restored from it; the reference remains that of the last step."
         )
 
 
@@ -82,8 +82,8 @@ def _refuse_another_runs(folder: str, state: TrainerState) -> None:
     expected = _args_of(state, _MOVED).get("written")
     if written != expected and None not in (written, expected):
         raise ValueError(
-            f"{REFERENCE_FILE} and {TRAINER_STATE_NAME} of {folder} were written by different runs, which shared an "
-            "output directory. Resume from a checkpoint that one run wrote alone."
+            f"{REFERENCE_FILE} and {TRAINER_STATE_NAME} of {folder} were written by different runs with the same "
+            "output directory. Resume from a checkpoint written by a single run."
         )
 
 
@@ -114,12 +114,11 @@ def save_reference(
 def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> None:
     """Restore a moved reference in place. Raises ValueError if the file is missing, damaged or of another model."""
     path = Path(checkpoint_dir) / REFERENCE_FILE
-    consequence = "Training cannot resume exactly without it, and would silently restart from another reference."
+    consequence = "Without it, training would silently continue with a different reference."
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing: this run moves its reference (`humanline` or `sync_ref_model`), and so must have the "
-            f"run that wrote the checkpoint. {consequence} Resume from another checkpoint, or train with the settings "
-            "that the checkpoint was written with."
+            f"{path} is missing, but this run moves its reference (`humanline` or `sync_ref_model`). {consequence} "
+            "Resume from another checkpoint, or with the settings of the run that wrote it."
         )
     try:
         stored = load_file(path)
@@ -135,9 +134,9 @@ def load_reference(tensors: dict[str, torch.Tensor], checkpoint_dir: str) -> Non
     )
     if differing:
         raise ValueError(
-            f"{path} holds another model's reference: {differing[0]!r} and {len(differing) - 1} more tensors do not "
-            "match. Resume with the model, adapter configuration and `reference_storage` that the checkpoint was "
-            "written with."
+            f"{path} contains the reference of a different model: {differing[0]!r} and {len(differing) - 1} more "
+            "tensors do not match. Resume with the model, adapter configuration and `reference_storage` of the run "
+            "that wrote the checkpoint."
         )
     for name, tensor in tensors.items():
         assign_whole(tensor, stored[name])

@@ -50,8 +50,8 @@ class Reference:
     def sync(self, policy: torch.nn.Module, mix: float = 1.0) -> None:
         """reference := mix * policy + (1 - mix) * reference; `mix=1` copies bit for bit."""
         raise ValueError(
-            f"{type(self).__name__} cannot follow the policy. Switch off `humanline` or `sync_ref_model`, or leave "
-            "out what fixes the reference (`precompute_ref_log_probs`)."
+            f"{type(self).__name__} cannot follow the policy. Disable `humanline` and `sync_ref_model`, or "
+            "`precompute_ref_log_probs`, which requires a fixed reference."
         )
 
     def tensors(self, policy: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -169,10 +169,10 @@ class FrozenAdapter(AdapterOff):
             except ValueError as error:
                 raise ValueError(
                     "`humanline` and `sync_ref_model` keep the reference in a second adapter, and PEFT cannot add one "
-                    f"to this model: {error} Change the adapter's configuration, or switch the setting off."
+                    f"to this model: {error} Change the adapter's configuration, or disable the setting."
                 ) from error
         for name, module in peft_model.named_modules():
-            # TRL's own losses expect it in the policy's mode.
+            # TRL's own losses expect it to be in the same mode as the policy.
             if isinstance(module, torch.nn.Dropout) and name.endswith(f".{REFERENCE_ADAPTER}"):
                 module.p = 0.0
         for reference, policy in _adapter_pairs(peft_model).values():
@@ -226,7 +226,7 @@ def _adapter_pairs(peft_model: torch.nn.Module) -> dict[str, tuple[torch.Tensor,
 
 
 def _move(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], mix: float) -> None:
-    """Move the reference of each (reference, policy) pair. Under ZeRO-3 one layer at a time is gathered."""
+    """Move the reference of each (reference, policy) pair. Under ZeRO-3, one layer at a time is gathered."""
     for names in by_layer(pairs):
         targets, sources = zip(*(pairs[name] for name in names), strict=True)
         _move_layer(targets, sources, mix)
