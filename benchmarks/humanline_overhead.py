@@ -1,11 +1,11 @@
-"""Step time with humanline over without, on a model of about ten million parameters.
+"""Ratio of the step times with and without humanline, on a model of about ten million parameters.
 
     python benchmarks/humanline_overhead.py
 
-Two trainers of the same kind take turns in one process, a block of steps each, so that whatever else the machine does
-hits both. A ratio compares the medians of two neighbouring blocks; what is reported is the median of the ratios, once
-of wall-clock times and once of CPU times (of all threads), which do not see the time that other programs take. The
-other number is the extra memory that the moving reference holds, in bytes, beside the size of one adapter.
+Two trainers take turns in one process, a block of steps each, so that other load on the machine affects both. A ratio
+compares the medians of two neighbouring blocks; the median of the ratios is reported for wall-clock time and for CPU
+time (of all threads), which excludes the time of other programs. The memory of the moving reference is printed in
+bytes, with the size of one adapter for comparison.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def build_model(tokenizer):
 
 
 def rows(n, length):
-    """Pairs of random letters, all of one length, so that every step costs the same."""
+    """Pairs of random letters with the same length, so that all steps cost the same."""
     generator = torch.Generator().manual_seed(0)
 
     def text(size):
@@ -83,7 +83,7 @@ def build_trainer(kind, humanline, options, output_dir):
 
 
 def block(trainer, timer):
-    """Median seconds of a step, by clock."""
+    """Median seconds per step, by clock."""
     timer.seconds.clear()
     trainer.train()
     return [statistics.median(times) for times in zip(*timer.seconds[1:], strict=True)]
@@ -92,7 +92,7 @@ def block(trainer, timer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=10, help="pairs of blocks")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a block, the first of which is not counted")
+    parser.add_argument("--steps", type=int, default=6, help="steps per block; the first one is not counted")
     parser.add_argument("--batch_size", type=int, default=8, help="pairs per step")
     parser.add_argument("--length", type=int, default=128, help="characters (tokens) of prompt and completion")
     parser.add_argument("--rank", type=int, default=16)
@@ -125,7 +125,7 @@ def main():
                 )
             if kind == "lora":
                 adapter = sum(p.nbytes for n, p in trainer.model.named_parameters() if ".default." in n)
-                print(f"  the reference holds {held} bytes, the adapter {adapter}")
+                print(f"  the reference takes {held} bytes, the adapter {adapter}")
 
 
 if __name__ == "__main__":

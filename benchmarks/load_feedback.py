@@ -3,9 +3,9 @@
     python benchmarks/load_feedback.py
     python benchmarks/load_feedback.py --items 10000 20000 --format scalar_feedback --for_ group
 
-Each file is a JSON array as HALOs writes it, four completions to a prompt, the items of a prompt spread over the file.
-A process of its own loads it into a new cache. Its peak resident memory is the operating system's figure (`ru_maxrss`)
-and includes Python, torch and the other libraries ("before": after the import).
+Each file is a JSON array as written by HALOs, with four completions per prompt, spread over the file. A separate
+process loads it into a new cache. Its peak resident memory is reported by the operating system (`ru_maxrss`) and
+includes Python, torch and the other libraries ("before": after the imports).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMPLETIONS = 4
 
 
 def items(count: int, form: str) -> Iterator[dict[str, Any]]:
-    """Items of prompts with a few dozen words, in an order in which those of a prompt lie far apart."""
+    """Items of prompts with a few dozen words, in an order in which the items of a prompt are far apart."""
     prompts = -(-count // COMPLETIONS)
     draws = random.Random(0)
     for i in range(count):
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--items", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
     parser.add_argument("--format", default="binary_feedback", help="the `type` of the items")
-    parser.add_argument("--for_", default="unpaired", help="what `load_feedback` makes of them")
+    parser.add_argument("--for_", default="unpaired", help="the type of rows that `load_feedback` returns")
     args = parser.parse_args()
     print("| items | file, MB | rows | seconds | CPU seconds | items per CPU second | GB before | GB at peak |")
     print("|---|---|---|---|---|---|---|---|", flush=True)

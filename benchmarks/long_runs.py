@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/long_runs.py                  # 500 steps of each
 
-Compares steps 50 to 100 with the last 50. Memory is the resident set of the process after a garbage collection; one
-process runs all trainers, so it may keep what an earlier one needed. The step time is the median, in CPU time of the
-process. Prints a table in Markdown.
+Compares steps 50 to 100 with the last 50. Memory is the resident set size of the process after a garbage collection;
+one process runs all trainers, so it may include memory allocated by an earlier one. The step time is the median, in
+CPU time of the process. Prints a Markdown table.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def turn(text):
 
 
 class Meter(TrainerCallback):
-    """Seconds of each step, and memory (MB) and open files at the ends of some."""
+    """Seconds of each step, and memory (MB) and open files at the end of some steps."""
 
     def __init__(self):
         self.seconds, self.memory, self.files = [], {}, {}

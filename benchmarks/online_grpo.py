@@ -1,9 +1,10 @@
-"""Online GRPO on the embedded task, held-out accuracy per seed: TRL's trainer, this package's, and under humanline.
+"""Held-out accuracy of online GRPO on the embedded task, per seed: TRL's trainer, and this package's with and without
+humanline.
 
     OMP_NUM_THREADS=1 python benchmarks/online_grpo.py
 
-The settings are those of `examples/train_grpo_online.py`, the same for all three. A seed decides the model, the
-prompts and the samples. Prints each run as it ends, then a table in Markdown.
+The settings are those of `examples/train_grpo_online.py`, the same for all three. A seed determines the model, the
+prompts and the samples. Prints each run when it ends, then a Markdown table.
 """
 
 import argparse
@@ -25,13 +26,13 @@ TRAINERS = {
 
 
 def reward(prompts, completions, **columns):
-    """1 for a right answer, else 0."""
+    """1 for a correct answer, else 0."""
     pairs = zip(prompts, completions, strict=True)
     return [float(toy.verify(p[-1]["content"], c[0]["content"])) for p, c in pairs]
 
 
 def run(name, seed, steps):
-    """Accuracy before and after training, and the seconds that training took."""
+    """Accuracy before and after training, and the CPU seconds of training."""
     trainer_class, config_class, own = TRAINERS[name]
     path = toy.load_model_path(seed=seed)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)

@@ -1,11 +1,12 @@
-"""Rounds against one offline pass over as many examples, on the embedded task: held-out accuracy, per seed.
+"""Online rounds compared with one offline pass over the same number of examples, on the embedded task: held-out
+accuracy per seed.
 
     OMP_NUM_THREADS=1 python benchmarks/online_rounds.py                      # KTO, eight rounds, three seeds
     OMP_NUM_THREADS=1 python benchmarks/online_rounds.py --method dpo --set samples_per_prompt=4
 
 Offline is a single round with the prompts of all rounds: the same prompts, samples, optimizer steps and schedule, but
-every sample is from the first model. A seed decides the model, the prompts, the samples and the order of training.
-Prints a table in Markdown; `--output` keeps a JSON line per run, `--picture` draws the accuracy after each round.
+all samples are from the initial model. A seed determines the model, the prompts, the samples and the training order.
+Prints a Markdown table; `--output` appends a JSON line per run, `--picture` plots the accuracy after each round.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from halos_trl.cli.rounds_report import draw
 
 
 def run(method, seed, rounds, total_prompts, settings):
-    """The accuracy after each round, from the start on."""
+    """The accuracy before training and after each round."""
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "output_dir": folder, "seed": seed, "rounds": rounds, "prompts_per_round": total_prompts // rounds,
@@ -54,7 +55,7 @@ def table(runs):
 
 
 def picture(runs, path):
-    """The accuracy after each round of every online run, beside that of the offline ones."""
+    """Plot the accuracy after each round of all online runs, and that of the offline runs."""
     lines = {}
     for run in sorted(runs, key=lambda run: (-run["rounds"], run["seed"])):
         last = max(other["rounds"] for other in runs)

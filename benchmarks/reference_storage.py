@@ -2,7 +2,7 @@
 
     python benchmarks/reference_storage.py [--hidden 384] [--layers 8] [--rounds 5]
 
-Times are CPU seconds of this process, so other processes count little. Each is compared with the one of `same` for the
+Times are CPU seconds of this process, so other processes have little effect. Each is divided by that of `same` for the
 same round or step, on the same rows; the table shows medians of these ratios.
 """
 
@@ -33,7 +33,7 @@ def rows(count: int) -> Dataset:
 
 
 class StepTimes(TrainerCallback):
-    """CPU seconds of each step after the first, from the end of the one before."""
+    """CPU seconds of each step after the first, from the end of the previous step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []

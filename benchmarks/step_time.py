@@ -1,4 +1,5 @@
-"""Time and memory of a whole training step, beside TRL's: forward passes of policy and reference, backward, update.
+"""Time and memory of a whole training step compared with TRL: forward passes of policy and reference, backward,
+update.
 
     OMP_NUM_THREADS=1 python benchmarks/step_time.py
     OMP_NUM_THREADS=1 python benchmarks/step_time.py --cases pairs groups --lora --gradient_checkpointing
@@ -54,7 +55,7 @@ HEADER = """\
 
 
 class Row(NamedTuple):
-    """What was measured of one case: seconds of a step, quartiles of their ratio, tokens, bytes (0: not measured)."""
+    """Measurements of one case: seconds per step, quartiles of their ratio, tokens, bytes (0: not measured)."""
 
     case: str
     lengths: str
@@ -95,7 +96,7 @@ class StepTimer(TrainerCallback):
 
 
 def saved_model(tokenizer, folder):
-    """12.7 million parameters, in a folder, since TRL loads its reference from where the policy comes from."""
+    """A model of 12.7 million parameters, saved to a folder, since TRL loads its reference from the policy's path."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
@@ -107,7 +108,7 @@ def saved_model(tokenizer, folder):
 
 
 def texts(case, lengths, batches):
-    """(prompt, [completions]) of random letters; a letter is a token, and the tokenizer adds one for the end."""
+    """(prompt, [completions]) of random letters; each letter is a token, and the tokenizer adds an end token."""
     rng = random.Random(0)
     prompts, completions = CASES[case][:2]
 
@@ -137,7 +138,7 @@ def rows_of(kind, prompts):
 
 
 def tokens(case, prompts):
-    """(different real tokens of a batch, tokens of the padded batch), summed over batches."""
+    """(distinct real tokens, tokens of the padded batch), summed over batches."""
     size = CASES[case][0]
     unique = padded = 0
     for start in range(0, len(prompts), size):
@@ -184,14 +185,14 @@ def trainer_of(side, case, prompts, options, folder):
 
 
 def block(trainer, timer):
-    """Median seconds of a step. The first one, which checks and allocates, does not count."""
+    """Median seconds per step, without the first one, which includes checks and allocations."""
     timer.seconds.clear()
     trainer.train()
     return statistics.median(timer.seconds[1:])
 
 
 def peak_memory(side, case, lengths, options):
-    """Bytes that the steps of one trainer add to the peak of a fresh process."""
+    """Bytes that the steps of one trainer add to the peak memory of a new process."""
     command = [sys.executable, __file__, "--cases", case, "--lengths", lengths, "--steps", "2", "--only", side]
     command += ["--lora"] * options.lora + ["--gradient_checkpointing"] * options.gradient_checkpointing
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -211,7 +212,7 @@ def measure_memory(side, case, lengths, options):
 
 
 def peak_of_process():
-    """Bytes of memory that this process has held at once."""
+    """Peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux `ru_maxrss` begins with the peak of the process that started this one
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
@@ -238,7 +239,7 @@ def compare(case, lengths, options):
 
 
 def draw(rows, path):
-    """One group of bars for each case: ours over TRL's time, over TRL's memory, and the floor."""
+    """One group of bars per case: ratio to TRL's time, ratio to TRL's memory, and the floor."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -272,13 +273,17 @@ def main():
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--lengths", nargs="+", default=["fixed", "chat"], choices=["fixed", "chat"])
     parser.add_argument("--blocks", type=int, default=5, help="pairs of blocks")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block, the first of which is not counted")
+    parser.add_argument("--steps", type=int, default=4, help="steps per block; the first one is not counted")
     parser.add_argument("--lora", action="store_true", help="adapters of rank 16 on all linear layers")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory, each side in its own process")
+    parser.add_argument(
+        "--memory", action="store_true", help="also measure peak memory, each trainer in its own process"
+    )
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--picture", type=Path, help="also draw the ratios, as .svg or .png")
-    parser.add_argument("--only", choices=["ours", "trl"], help="measure the memory of one side and print it as JSON")
+    parser.add_argument(
+        "--only", choices=["ours", "trl"], help="measure the memory of one trainer and print it as JSON"
+    )
     options = parser.parse_args()
     datasets.disable_progress_bars()
     if options.only:

@@ -3,9 +3,9 @@
     python benchmarks/toy_study.py                                  # every method, three seeds
     python benchmarks/toy_study.py --methods kto dpo --humanline    # the same with humanline
 
-A seed decides the supervised model, the feedback sampled from it, and the order of training. The settings are those of
-`examples/train_<method>.py` run without arguments. Prints a row per run and a table in Markdown; `--output` keeps the
-rows as JSON lines.
+A seed determines the supervised model, the feedback sampled from it, and the training order. The settings are those of
+`examples/train_<method>.py` run without arguments. Prints a row per run and a Markdown table; `--output` appends the
+rows as JSON Lines.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def toy_settings(method, humanline):
 
 
 def run(method, seed, *, humanline=False, overrides=None):
-    """One alignment run; a row of what came out."""
+    """Run one alignment, and return a row with its results."""
     trainer_name, config_name, kind = METHODS[method]
     data = toy.load_feedback_data(kind, seed=seed, progress=False)
     settings = toy_settings(method, humanline) | {"seed": seed, "disable_tqdm": True, "logging_steps": 10_000}

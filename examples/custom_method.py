@@ -1,6 +1,6 @@
 """A method of your own: a subclass with one function, trained like any other.
 
-    python examples/custom_method.py                           # embedded default: no network
+    python examples/custom_method.py                           # embedded task: no network
 
 This one is a simplified KTO. Its reference point is not an estimate over mismatched prompts and completions, but the
 mean log-ratio of the rows with the other label in the micro-batch.

@@ -1,16 +1,16 @@
 """Align a language model with conservative DPO on pairs whose labels are sometimes wrong.
 
-    python examples/train_cdpo.py                               # embedded default: no network
+    python examples/train_cdpo.py                               # embedded task: no network
 
     python examples/train_cdpo.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \
         --config configs/cdpo.yaml --output_dir qwen-cdpo
 
-    python examples/train_cdpo.py --humanline                   # embedded default under the humanline clamp
+    python examples/train_cdpo.py --humanline                   # embedded task with humanline
 
-Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `chosen`,
-`rejected` and maybe `prompt`, standard or conversational. The flags are those of TRL's own DPO script, and a few more:
-`--help` lists them.
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows have `chosen`,
+`rejected` and optionally `prompt`, standard or conversational. The flags are those of TRL's DPO script
+and a few more (`--help`).
 """
 
 from trl import get_peft_config, get_quantization_config

@@ -1,15 +1,15 @@
-"""Align a language model with online GRPO (arXiv:2402.03300), plain or under humanline: TRL samples while it trains.
+"""Align a language model with online GRPO (arXiv:2402.03300), with or without humanline. TRL samples during training.
 
-    python examples/train_grpo_online.py --humanline            # embedded default: no network, a few minutes
+    python examples/train_grpo_online.py --humanline            # embedded task: no network, a few minutes
 
     accelerate launch examples/train_grpo_online.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name prompts.jsonl \
         --reward_function verify.py:score \
         --humanline --output_dir qwen-grpo --use_vllm --use_peft
 
-Rows hold `prompt`, and whatever columns the reward reads. `--reward_function` names a function as TRL calls it: with
-lists `prompts` and `completions` and the columns as keyword arguments, it returns a list of scores.
-`--reward_model_name_or_path` names a reward model. Without humanline the run is TRL's. `--help` lists all flags.
+Rows have `prompt` and any columns that the reward function reads. `--reward_function` is called as in TRL: with lists
+`prompts` and `completions` and the columns as keyword arguments, it returns a list of scores. Alternatively, pass
+`--reward_model_name_or_path`. Without humanline, the run is the same as TRL's. `--help` lists all flags.
 """
 
 from trl import get_peft_config, get_quantization_config

@@ -1,16 +1,16 @@
 """Align a language model with IPO (arXiv:2310.12036) on pairs of a chosen and a rejected completion.
 
-    python examples/train_ipo.py                               # embedded default: no network
+    python examples/train_ipo.py                               # embedded task: no network
 
     python examples/train_ipo.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \
         --config configs/ipo.yaml --output_dir qwen-ipo
 
-    python examples/train_ipo.py --humanline                   # embedded default under the humanline clamp
+    python examples/train_ipo.py --humanline                   # embedded task with humanline
 
-Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `chosen`,
-`rejected` and maybe `prompt`, standard or conversational. The flags are those of TRL's own DPO script, and a few more:
-`--help` lists them.
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows have `chosen`,
+`rejected` and optionally `prompt`, standard or conversational. The flags are those of TRL's DPO script
+and a few more (`--help`).
 """
 
 from trl import get_peft_config, get_quantization_config

@@ -1,15 +1,15 @@
-"""Align a language model with KTO (arXiv:2402.01306) on completions that were each judged good or bad.
+"""Align a language model with KTO (arXiv:2402.01306) on completions that were judged good or bad individually.
 
-    python examples/train_kto.py                               # embedded default: no network, a minute or two
+    python examples/train_kto.py                               # embedded task: no network, a minute or two
 
     python examples/train_kto.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/kto-mix-14k \
         --config configs/kto.yaml --output_dir qwen-kto \
         --use_peft --load_in_4bit --merge_adapter --push_to_hub
 
-Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows have `prompt`,
 `completion` and a boolean `label`, or `prompt`, `chosen` and `rejected`, which are unpaired; standard or
-conversational. The flags are those of TRL's own KTO script, and a few more: `--help` lists them.
+conversational. The flags are those of TRL's KTO script and a few more (`--help`).
 """
 
 from trl import get_peft_config, get_quantization_config

@@ -1,14 +1,14 @@
 """Align a language model with offline PPO (arXiv:1707.06347) on completions with scores, labels or a reward model.
 
-    python examples/train_ppo.py                               # embedded default: no network, a few minutes
+    python examples/train_ppo.py                               # embedded task: no network, a few minutes
 
     python examples/train_ppo.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/kto-mix-14k \
         --config configs/ppo.yaml --output_dir qwen-ppo --reward_model_path reward-model
 
-Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows hold `prompt`,
-`completion` and a `score`, or a boolean `label` (+1 and -1), or are pairs; standard or conversational. Without a score
-column, `--reward_model_path` names the reward model that scores them, e.g. one of `BradleyTerryTrainer`.
+Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows have `prompt`,
+`completion` and a `score`, or a boolean `label` (+1 and -1), or are pairs; standard or conversational. Rows
+without a score can be scored by a reward model (`--reward_model_path`), e.g. one trained with `BradleyTerryTrainer`.
 `--help` lists all flags.
 """
 
@@ -25,14 +25,14 @@ TOY = {
     "per_device_train_batch_size": 64,
     "num_train_epochs": 3,
     # HALOs' KL penalty is linear in the log-ratio: on fixed completions it lowers the log-probs of all of them without
-    # a bound, and with its default of 0.1 it wins over the advantages at this learning rate.
+    # bound. With the default of 0.1, it outweighs the advantages at this learning rate.
     "kl_coef": 0.01,
 }
 
 
 @dataclass
 class PPOScriptConfig(PPOConfig):
-    """`PPOConfig` and the flag of this script."""
+    """`PPOConfig` with an additional flag."""
 
     reward_model_path: str | None = field(
         default=None, metadata={"help": "Reward model (Hub id or folder) for rows without a score column."}

@@ -1,14 +1,14 @@
 """Train a Bradley-Terry reward model on pairs of a chosen and a rejected completion.
 
-    python examples/train_reward.py                            # embedded default: no network
+    python examples/train_reward.py                            # embedded task: no network
 
     python examples/train_reward.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized \
         --config configs/reward.yaml --output_dir qwen-reward
 
-Model and dataset are Hub ids or local paths. Rows hold `chosen`, `rejected` and maybe `prompt`, standard or
-conversational. The flags are those of TRL's own reward script, and a few more: `--help` lists them. A dataset with a
-test split ends with the share of its pairs whose chosen completion scores higher, before and after training.
+Model and dataset are Hub ids or local paths. Rows have `chosen`, `rejected` and optionally `prompt`, standard or
+conversational. The flags are those of TRL's reward script and a few more (`--help`). With a test split, the script
+prints the share of its pairs whose chosen completion scores higher, before and after training.
 """
 
 from trl import get_peft_config, get_quantization_config

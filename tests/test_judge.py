@@ -115,9 +115,9 @@ def test_unreadable_replies_are_kept_out_and_not_asked_again(caplog):
     with judge_server(behave) as (url, log):
         found = verdicts(judge(url), 4)
     assert [v.score for v in found] == [4.0, None, None, 4.0]
-    assert found[1].reason == found[2].reason == "the judge's reply holds no score"
+    assert found[1].reason == found[2].reason == "the judge's reply contains no score"
     assert found[2].reply == "banana"
-    assert caplog.text.count("holds no score") == 1 and "The judge's reply about s.jsonl, item" in caplog.text
+    assert caplog.text.count("contains no score") == 1 and "The judge's reply about s.jsonl, item" in caplog.text
     assert len(log.texts) == 4
 
 
@@ -168,7 +168,7 @@ def test_a_server_that_refuses_everything_stops_the_run():
 def test_redirects_are_not_followed():
     with judge_server(lambda *_: Behaviour("Score: 1")) as (other, other_log):
         answer = Behaviour(status=307, headers={"Location": f"{other}/chat/completions"})
-        with judge_server(lambda *_: answer) as (url, _), pytest.raises(ValueError, match="Name the address that it"):
+        with judge_server(lambda *_: answer) as (url, _), pytest.raises(ValueError, match="Pass the address that it"):
             verdicts(judge(url), 1)
     assert other_log.texts == []
 
@@ -191,14 +191,14 @@ def test_templates_replace_what_they_name_only():
     ("make", "message"),
     [
         (lambda: JudgePrompt("Rate {prompt}."), "no `{completion}`"),
-        (lambda: JudgePrompt(pattern="Score: ("), "no regular expression"),
+        (lambda: JudgePrompt(pattern="Score: ("), "not a valid regular expression"),
         (lambda: JudgePrompt(pattern="Score"), "no group"),
         (lambda: judge("localhost:8000/v1"), "expected one like"),
-        (lambda: judge("http://me:word@localhost/v1"), "holds a password"),
+        (lambda: judge("http://me:word@localhost/v1"), "contains a password"),
         (lambda: judge("http://localhost/v1?key=1"), "without `\\?`"),
-        (lambda: judge("http://localhost/v1", key="two words"), "API key holds"),
+        (lambda: judge("http://localhost/v1", key="two words"), "API key contains"),
         (lambda: judge("http://localhost/v1", concurrency=0), "expected at least 1"),
-        (lambda: judge("http://localhost/v1", retries=-1), "a count of at least 0"),
+        (lambda: judge("http://localhost/v1", retries=-1), "at least 0 retries"),
         (lambda: judge("http://localhost/v1", timeout=0), "a time above 0"),
     ],
 )

@@ -171,10 +171,10 @@ def write_run(folder, history, summary=None, file="train_log.jsonl"):
 
 
 REFUSED = {
-    "not there": (lambda folder: folder / "none", "is not there"),
-    "a file": (lambda folder: (folder / "file").write_text("") or folder / "file", "is no folder"),
-    "no run": (lambda folder: folder, "holds no run"),
-    "rounds": (lambda folder: (folder / "round-01").mkdir() or folder, "holds rounds.*round-01"),
+    "not there": (lambda folder: folder / "none", "is missing"),
+    "a file": (lambda folder: (folder / "file").write_text("") or folder / "file", "is not a folder"),
+    "no run": (lambda folder: folder, "contains no run"),
+    "rounds": (lambda folder: (folder / "round-01").mkdir() or folder, "contains online rounds.*round-01"),
     "above a run": (lambda folder: write_run(folder / "kto", lines(loss=[1.0])).parent, "Did you mean .*kto"),
     "not begun": (lambda folder: write_run(folder, [], {"status": "running"}), "logged nothing yet"),
     "no loss": (lambda folder: write_run(folder, [{"train_runtime": 3.0, "step": 2}]), "logging_steps"),
@@ -198,7 +198,7 @@ def test_a_run_that_is_still_going_is_read_up_to_its_last_whole_line(tmp_path):
         file.write('{"step": 30, "lo')
     run = read_run(tmp_path)
     assert run.series("loss") == Series([10, 20], [0.7, 0.6])
-    assert "no end" in run.notes[0]
+    assert "still in progress" in run.notes[0]
 
 
 def test_checkpoints_alone_give_the_log_of_the_last_one(tmp_path):
@@ -220,7 +220,7 @@ def test_the_state_adds_what_was_logged_after_training(tmp_path):
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [write_run(tmp_path / name / "out", lines(loss=[1.0])) for name in ("a", "b")]
     assert [run.name for run in read_runs(folders)] == ["a/out", "b/out"]
-    with pytest.raises(ValueError, match="named twice"):
+    with pytest.raises(ValueError, match="passed twice"):
         read_runs([folders[0], folders[0]])
 
 
@@ -273,7 +273,7 @@ def test_page_of_a_run_is_one_file_that_loads_nothing(tmp_path, capsys):
         f"{panel.key}.png" for panel in panels_of([read_run(folder)])
     }
     assert not re.search(r'(src|href)="(?!data:|#)|url\(|<script|@import', page)
-    for text in ("mine &amp; yours", "&lt;b&gt;?", "before it", "after it", "0.25", "0.75", "Nothing stands out"):
+    for text in ("mine &amp; yours", "&lt;b&gt;?", "before it", "after it", "0.25", "0.75", "No findings"):
         assert text in page, text
     for text in (
         "40 desirable, 24 undesirable",

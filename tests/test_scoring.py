@@ -56,8 +56,8 @@ def test_every_form_of_samples_is_read():
         ([{"output": "4"}], "item 0 has no `prompt`. It has `output`"),
         ([{"prompt": USER}], "item 0 has no `completion`, `output` or `completions`"),
         ([{"prompt": USER, "output": "4", "completion": "4"}], "has `completion` and `output`. Keep one"),
-        ([{"prompt": USER, "chosen": "4", "rejected": "5"}], "holds a pair"),
-        ([{"prompt": USER, "output_A": "4", "output_B": "5"}], "holds a pair"),
+        ([{"prompt": USER, "chosen": "4", "rejected": "5"}], "contains a pair"),
+        ([{"prompt": USER, "output_A": "4", "output_B": "5"}], "contains a pair"),
         ([{"prompt": USER, "completions": "4"}], "expected a list of completions"),
         ([{"prompt": 4, "output": "4"}], "item 0 has prompt 4 of type int"),
         ([{"prompt": USER, "output": 4}], "item 0 has `output` 4 of type int"),
@@ -148,7 +148,7 @@ def test_an_exception_names_the_row_and_is_kept(script):
 )
 def test_what_is_no_finite_number_is_refused_by_row(script, value):
     name = script(f"def score(completion): return 1 if completion == '4' else {value}")
-    with pytest.raises(ValueError, match=r"returned for s\.json, item 1 is wrong"):
+    with pytest.raises(ValueError, match=r"returned for s\.json, item 1 is invalid"):
         scores_of(name, *ROWS)
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_finite_number_is_refused_by_row(script, value):
     [
         ("def score(completion): pass", "scroe", "has no function `scroe`. Did you mean `score`"),
         ("score = 4", "score", "is of type int, not a function"),
-        ("def score(a, b): pass", "score", r"takes \(a, b\).*name one of its parameters `completion`"),
+        ("def score(a, b): pass", "score", r"takes \(a, b\).*rename one parameter to `completion`"),
         ("import nowhere_to_be_found", "score", "cannot be imported: ModuleNotFoundError"),
         ("def score(:", "score", "cannot be imported: SyntaxError"),
         ("def score(completion): pass", "", "expected `module:function`"),
@@ -296,7 +296,7 @@ def test_what_halos_files_cannot_hold_is_refused():
     samples = read({"prompt": "2 + 2 =", "completion": " 4"}).samples
     with pytest.raises(ValueError, match=r"item 0 has the text '2 \+ 2 =' as its prompt"):
         feedback_rows(samples, [1.0], Rule("binary"), "halos")
-    with pytest.raises(ValueError, match="no files of groups"):
+    with pytest.raises(ValueError, match="no format for groups"):
         feedback_rows(samples, [1.0], Rule("groups"), "halos")
     with pytest.raises(ValueError, match="Score 0 of 1: nan"):
         feedback_rows(samples, [math.nan], Rule("binary"), "trl")

@@ -215,7 +215,7 @@ def test_a_damaged_model_is_made_again(cache, tmp_path, caplog, monkeypatch, fil
     assert again == str(path)
     AutoModelForCausalLM.from_pretrained(path)
     assert AutoTokenizer.from_pretrained(path).chat_template
-    assert f"damaged ({file}" in caplog.text and f"{path} is made again" in caplog.text
+    assert f"damaged ({file}" in caplog.text and f"{path} is created again" in caplog.text
 
 
 def test_damaged_rows_are_made_again(tmp_path, caplog):
@@ -225,7 +225,7 @@ def test_damaged_rows_are_made_again(tmp_path, caplog):
         (path / "rows.json").write_text(damage)
         assert cached("x", tmp_path, build, ("rows.json",), seed=0) == path
         assert (path / "rows.json").read_text() == '{"train": [], "test": []}'
-    assert caplog.text.count("is made again") == 3
+    assert caplog.text.count("is created again") == 3
 
 
 def test_the_cache_directory_follows_the_environment(tmp_path, monkeypatch):
@@ -375,5 +375,5 @@ def test_impossible_requests_are_refused(cache, monkeypatch):
     with pytest.raises(ValueError, match="at least 1, got 0"):
         toy.load_feedback_data("unpaired", n=0, cache_dir=cache)
     monkeypatch.setattr(toy.feedback, "sample", lambda model, tokenizer, prompts, *rest: ["wrong"] * len(prompts))
-    with pytest.raises(RuntimeError, match="gave 0 paired rows, 8 were asked for"):
+    with pytest.raises(RuntimeError, match="gave 0 paired rows, but 8 were requested"):
         toy.load_feedback_data("paired", 0, 8, cache, progress=False, _recipe=SHORT)

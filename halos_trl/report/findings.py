@@ -20,9 +20,9 @@ LOSS_RISE = 1.5
 LOGPS_FALL, LOGPS_FALL_NATS = 0.5, 2.0
 """Decrease of chosen log-probs: as a fraction of their start, and in nats per completion."""
 COLLAPSE_NATS = 50.0
-"""Decrease of chosen log-probs, in nats per completion, beyond which the policy does not generate them any more."""
+"""Decrease of chosen log-probs, in nats per completion, at which the policy practically never generates them."""
 SATURATED_MARGIN = 10.0
-"""Reward margin at which the loss's sigmoid gives a pair less than 1/20,000 of its maximum gradient."""
+"""Reward margin at which the gradient of a pair is less than 1/20,000 of its maximum."""
 KL_ZERO_SHARE = 0.9
 """Fraction of log lines, after the first tenth, in which KTO's KL estimate is 0."""
 CLIPPED_SHARE = 0.5
@@ -104,14 +104,14 @@ def chosen_logps_fall(run: Run) -> Finding | None:
         return None
     text = (
         f"The mean log-prob of a chosen completion fell from {ends[0]:.1f} to {ends[1]:.1f} nats. The margin may "
-        "still grow, since that of the rejected ones can fall faster, but the policy moves away from both. Lower the "
-        "learning rate, raise `beta`, or train for fewer epochs."
+        "still grow, if rejected completions fall faster, but the policy moves away from both. Lower the learning "
+        "rate, raise `beta`, or train for fewer epochs."
     )
     return Finding("Chosen completions become less likely", text, "logps", severe=fall > COLLAPSE_NATS)
 
 
 def rewards_saturated(run: Run) -> Finding | None:
-    """The reward margins are so large that pairs hardly contribute gradient any more."""
+    """The reward margins are so large that pairs hardly contribute to the gradient."""
     ends = _ends(run, "rewards/margins") if run.method in ("", "DPO", "KTO", "CDPO") else None
     if ends is None or ends[1] < SATURATED_MARGIN:
         return None
@@ -132,20 +132,20 @@ def kl_at_zero(run: Run) -> Finding | None:
         return None
     text = (
         f"It is 0 in {zeros} of {len(values)} log lines, and desirable completions end with a mean reward of "
-        f"{chosen[1]:.3g}, below it: the policy gives less probability to everything, and undesirable rows drive the "
-        "training. Raise `desirable_weight` or lower `undesirable_weight`, lower the learning rate, or put more rows "
-        "into a step."
+        f"{chosen[1]:.3g}, below it: all completions become less likely, and undesirable rows dominate the gradient. "
+        "Raise `desirable_weight` or lower `undesirable_weight`, lower the learning rate, or use more rows per "
+        "optimizer step."
     )
     return Finding("The KL estimate is pinned at 0", text, "kl")
 
 
-def clip_holds_most(run: Run) -> Finding | None:
+def most_tokens_clipped(run: Run) -> Finding | None:
     """GRPO and PPO: most ratios are clipped; clipped tokens give no gradient."""
     ends = _ends(run, "clip_fraction")
     if ends is None or ends[1] < CLIPPED_SHARE:
         return None
     text = (
-        f"The clip holds {ends[1]:.0%} of the tokens at the end ({ends[0]:.0%} at the start), and they give no "
+        f"The clip affects {ends[1]:.0%} of the tokens at the end ({ends[0]:.0%} at the start), and they give no "
         "gradient. Lower the learning rate, train for fewer epochs, or widen the clip."
     )
     return Finding("Most tokens are clipped", text, "clip")
@@ -166,8 +166,8 @@ def unclamped_extreme(run: Run) -> Finding | None:
         return Finding("Humanline clamps most tokens", text, "unclamped")
     if mean > UNCLAMPED_HIGH:
         text = (
-            f"On average {mean:.2%} of the tokens are unclamped, so the clamp changes next to nothing. Copy the "
-            "reference less often (`humanline_sync_steps`) or narrow the bounds, if it is meant to act."
+            f"On average {mean:.2%} of the tokens are unclamped, so the clamp has almost no effect. If it should have "
+            "one, copy the reference less often (`humanline_sync_steps`) or narrow the bounds."
         )
         return Finding("Humanline clamps hardly any token", text, "unclamped")
     return None
@@ -182,8 +182,8 @@ def length_drifts(run: Run) -> Finding | None:
     if 1 / LENGTH_DRIFT < ratio < LENGTH_DRIFT:
         return None
     text = (
-        f"A sample had {values[0]:.1f} tokens on average at the start and has {values[-1]:.1f} at the end. Look at "
-        "whether the scores or labels favour one length."
+        f"A sample had {values[0]:.1f} tokens on average at the start and has {values[-1]:.1f} at the end. Check "
+        "whether the scores or labels favor a certain length."
     )
     return Finding(f"Samples become {'longer' if ratio > 1 else 'shorter'}", text, "generation_length")
 
@@ -200,8 +200,8 @@ def gradient_at_limit(run: Run) -> Finding | None:
     median = sorted(values)[len(values) // 2]
     text = (
         f"The norm is above `max_grad_norm={limit:g}` in {above} of {len(values)} log lines (median {median:.3g}), so "
-        "most updates have the length of the limit and their size says nothing. With Adam this matters little; "
-        "otherwise raise the limit or lower the learning rate."
+        "most updates are clipped to the same norm. With Adam this matters little; otherwise raise the limit or lower "
+        "the learning rate."
     )
     return Finding("The gradient is at its limit", text, "grad_norm")
 
@@ -217,7 +217,7 @@ def evaluation_overlaps(run: Run) -> Finding | None:
                 f", and {counts.get('shared_rows', 0)} of its {counts.get('rows', 0)} rows" if what != "rows" else ""
             )
             text = (
-                f"{shared} of the {number} different {what} of the {which} are in the training set{rows}. Its metrics "
+                f"{shared} of the {number} distinct {what} of the {which} are in the training set{rows}. Its metrics "
                 "are optimistic. Split by prompt."
             )
             return Finding("Evaluation and training share data", text, "data")
@@ -257,8 +257,8 @@ def learning_rate_too_high(run: Run) -> Finding | None:
     if len(signs) < 2 or not rates:
         return None
     text = (
-        f"It went up to {max(rates):.3g}, and {'; '.join(signs)}. Train again with a tenth to a hundredth of it; "
-        "the first log lines tell whether that is enough."
+        f"It went up to {max(rates):.3g}, and {'; '.join(signs)}. Train again with a tenth to a hundredth of it; the "
+        "first log lines show whether that is enough."
     )
     return Finding("The learning rate is the likely cause", text, "learning_rate", severe=True)
 
@@ -316,7 +316,7 @@ FINDINGS: tuple[Callable[[Run], Finding | None], ...] = (
     overfits,
     rewards_saturated,
     kl_at_zero,
-    clip_holds_most,
+    most_tokens_clipped,
     unclamped_extreme,
     length_drifts,
     gradient_at_limit,
@@ -324,7 +324,7 @@ FINDINGS: tuple[Callable[[Run], Finding | None], ...] = (
 
 
 def findings(run: Run) -> list[Finding]:
-    """All findings of a run, the likely cause first."""
+    """All findings about a run, the likely cause first."""
     return [finding for find in FINDINGS if (finding := find(run)) is not None]
 
 

@@ -59,9 +59,9 @@ def page(runs: Sequence[Run], pictures: dict[str, str]) -> str:
         ("findings", "Findings", "".join(map(_findings, _named(runs)))),
         ("settings", "Settings", _settings(runs[0]) if len(runs) == 1 else _differing(runs)),
         ("data", "Data", "".join(_data(run, several=len(runs) > 1) for run in runs)),
-        ("curves", "Curves", _pictures(runs, pictures)),
+        ("charts", "Charts", _pictures(runs, pictures)),
         ("samples", "Samples", "".join(_samples(run, several=len(runs) > 1) for run in runs)),
-        ("final", "Final figures", _final(runs)),
+        ("final", "First and last values", _final(runs)),
         ("versions", "Versions", _versions(runs)),
     ]
     kept = [section for section in sections if section[2]]
@@ -113,7 +113,7 @@ def _findings(named: tuple[str | None, Run]) -> str:
     heading = f"<h3>{_text(name)}</h3>" if name else ""
     found = findings(run)
     if not found:
-        return f'{heading}<p class="finding none">Nothing stands out.</p>'
+        return f'{heading}<p class="finding none">No findings.</p>'
     return heading + "".join(map(_finding, found))
 
 
@@ -202,7 +202,7 @@ def _counts(data: dict[str, Any]) -> str:
         return "streamed, not counted"
     parts = [f"{data.get('rows', 0):,} rows"]
     if data.get("prompts"):
-        parts.append(f"{data['prompts']:,} different prompts")
+        parts.append(f"{data['prompts']:,} distinct prompts")
     labels = data.get("labels")
     if labels:
         parts.append(f"{labels['desirable']:,} desirable, {labels['undesirable']:,} undesirable")
@@ -216,7 +216,7 @@ def _counts(data: dict[str, Any]) -> str:
 def _overlap(name: str, counts: dict[str, int]) -> str:
     which = "the evaluation set" if name == "eval" else f"evaluation set {name}"
     parts = [
-        f"{counts.get(f'shared_{what}', 0):,} of {counts[what]:,} different {what}"
+        f"{counts.get(f'shared_{what}', 0):,} of {counts[what]:,} distinct {what}"
         for what in ("prompts", "rows")
         if counts.get(what)
     ]

@@ -39,7 +39,7 @@ def check_matplotlib() -> None:
     """Raise ValueError with installation advice if matplotlib is missing."""
     if not find_spec("matplotlib"):
         raise ValueError(
-            "The pictures need matplotlib, which is not installed. Install it with `pip install matplotlib`, or "
+            "The charts need matplotlib, which is not installed. Install it with `pip install matplotlib`, or "
             "together with this package: `pip install halos_trl[plots]`."
         )
 

@@ -39,7 +39,7 @@ class Run:
     generations: list[Row] = field(default_factory=list)
     """Rows with `step`, `prompt`, `completion`, `score`, `tokens`, in the order of the file."""
     notes: list[str] = field(default_factory=list)
-    """Remarks about the files, to be shown on the page."""
+    """Remarks about the files, shown in the report."""
 
     def series(self, metric: str) -> Series:
         """A metric's values, one for each step that logs it; if a step logs it twice, the last one."""
@@ -66,7 +66,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     resolved = [path.resolve() for path in paths]
     for i, path in enumerate(resolved):
         if path in resolved[:i]:
-            raise ValueError(f"{paths[i]} is named twice. Name each run once.")
+            raise ValueError(f"{paths[i]} is passed twice. Pass each run once.")
     return [read_run(path, name) for path, name in zip(paths, _short_names(resolved), strict=True)]
 
 
@@ -86,7 +86,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"{folder} is {'no folder' if path.exists() else 'not there'}. Name a run's `output_dir`.")
+        raise ValueError(f"{folder} is {'not a folder' if path.exists() else 'missing'}. Pass a run's `output_dir`.")
     summary, notes = _read_json(path / RUN_SUMMARY), []
     history, note = _history(path)
     if history is None:
@@ -144,10 +144,10 @@ def _why_no_run(path: Path, summary: Row) -> str:
         return f"{path} is a run that has logged nothing yet. Try again later."
     rounds = sorted(folder.name for folder in path.glob("round-*") if folder.is_dir())
     if rounds:
-        return f"{path} holds rounds. Name the run of one of them, e.g. {path / rounds[0] / 'policy'}."
+        return f"{path} contains online rounds. Pass the run of one of them, e.g. {path / rounds[0] / 'policy'}."
     below = sorted({file.parent for name in (TRAIN_LOG, TRAINER_STATE) for file in path.glob(f"*/{name}")})
-    hint = f" Did you mean {below[0]}?" if below else " Name the `output_dir` of a training run."
-    return f"{path} holds no run: there is no {TRAIN_LOG}, {TRAINER_STATE} or checkpoint in it.{hint}"
+    hint = f" Did you mean {below[0]}?" if below else " Pass the `output_dir` of a training run."
+    return f"{path} contains no run: it has no {TRAIN_LOG}, {TRAINER_STATE} or checkpoint.{hint}"
 
 
 def _status_notes(summary: Row) -> list[str]:
@@ -155,7 +155,7 @@ def _status_notes(summary: Row) -> list[str]:
     if status == "failed":
         return [f"The run ended with an error: {summary.get('error')}"]
     if status == "running":
-        return ["The run has recorded no end: it is still going, or it was interrupted."]
+        return ["The run is still in progress, or it was interrupted."]
     return []
 
 
@@ -166,9 +166,9 @@ def _read_json(path: Path) -> Row:
     try:
         value = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Was it cut while it was copied?") from None
+        raise ValueError(f"{path} is not JSON: {error}. It may be truncated. Copy it again.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object.")
+        raise ValueError(f"{path} contains a {type(value).__name__}, not a JSON object.")
     return value
 
 

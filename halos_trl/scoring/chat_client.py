@@ -50,7 +50,7 @@ class ChatClient:
     """Sends requests to one model on one server. Thread-safe.
 
     Parameters:
-        base_url: The URL in front of `/chat/completions`, e.g. `http://localhost:8000/v1`.
+        base_url: The URL without `/chat/completions`, e.g. `http://localhost:8000/v1`.
         model: The model's name on the server.
         key: The API key, if the server needs one. It is only sent in the header of requests.
         options: Further fields of each request, e.g. `{"temperature": 0}`.
@@ -74,11 +74,11 @@ class ChatClient:
     def __post_init__(self) -> None:
         self.base_url = _checked_url(self.base_url)
         if self.key is not None and (not self.key.isascii() or not self.key.isprintable() or " " in self.key):
-            raise ValueError("The API key holds a space, a line break or a character that no key has. Check it.")
+            raise ValueError("The API key contains a space, a line break or another invalid character. Check it.")
         if self.retries < 0 or not 0 < self.timeout < math.inf:
             raise ValueError(
-                f"The judge's timeout is {self.timeout} seconds, repeated {self.retries} times; expected a time above "
-                "0 and a count of at least 0."
+                f"The judge's timeout is {self.timeout} seconds with {self.retries} retries; expected a time above 0 "
+                "and at least 0 retries."
             )
         self._stopped = threading.Event()
         self._opener = urllib.request.build_opener(_NoRedirect)
@@ -93,7 +93,7 @@ class ChatClient:
         self._stopped.clear()
 
     def stop(self) -> None:
-        """End the waiting of all threads, and do not retry failed attempts."""
+        """Stop the waiting of all threads, and do not retry failed attempts."""
         self._stopped.set()
 
     def reply(self, messages: Messages, purpose: str) -> str | None:
@@ -112,12 +112,12 @@ class ChatClient:
                     break
                 wait = self.wait(number, failed.wait)
                 level = logging.WARNING if wait >= _WORTH_A_WORD else logging.INFO
-                logger.log(level, f"Asking about {purpose} again in {wait:.1f} s: {problem}")
+                logger.log(level, f"Retrying the request about {purpose} in {wait:.1f} s: {problem}")
                 if self._stopped.wait(wait):
                     break
         raise ValueError(
-            f"{self._url} gives no answer about {purpose} (attempts: {number + 1}, the last error: {problem}). Run "
-            "the same command again to go on from there."
+            f"{self._url} gave no answer about {purpose} (attempts: {number + 1}, the last error: {problem}). Run the "
+            "same command again to continue."
         )
 
     @property
@@ -155,9 +155,9 @@ class ChatClient:
             return RefusedError(problem)
         remedy = {
             401: "Check the API key." if self.key else "No API key was given.",
-            403: "Check the API key and what it may use.",
+            403: "Check the API key and its permissions.",
             404: "Check the base URL (it ends where `/chat/completions` begins) and the model's name.",
-        }.get(status, "Name the address that it redirects to." if 300 <= status < 400 else "Check the base URL.")
+        }.get(status, "Pass the address that it redirects to." if 300 <= status < 400 else "Check the base URL.")
         return ValueError(f"{self._url} answers with {problem}. {remedy}")
 
     def _hidden(self, text: str) -> str:
@@ -171,7 +171,7 @@ def _checked_url(url: str) -> str:
             f"The judge's base URL is {url!r}; expected one like `http://localhost:8000/v1`, without `?` and `#`."
         )
     if parts.username or parts.password:
-        raise ValueError("The judge's base URL holds a password. Pass the key in an environment variable instead.")
+        raise ValueError("The judge's base URL contains a password. Pass the key in an environment variable instead.")
     return url.rstrip("/").removesuffix("/chat/completions")
 
 

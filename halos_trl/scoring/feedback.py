@@ -18,7 +18,7 @@ _REPLACED = ("type", "reward", "score", "label", "prompt", "instruction", "outpu
 
 
 class Rule(NamedTuple):
-    """How scores become feedback; see `halos_trl.data.labelling`."""
+    """Rules for deriving feedback from scores; see `halos_trl.data.labelling`."""
 
     kind: FeedbackKind = "binary"
     threshold: float | str | None = None
@@ -106,13 +106,12 @@ def _other_columns(sample: Sample) -> Row:
 
 def _halos_items(samples: Sequence[Sample], scores: Sequence[float], rule: Rule) -> list[Row]:
     if rule.kind == "groups":
-        raise ValueError("HALOs has no files of groups. Write `scalar` feedback, which it groups itself.")
+        raise ValueError("HALOs has no format for groups. Write `scalar` feedback, which HALOs groups itself.")
     for sample in samples:
         if isinstance(sample.prompt, str):
             raise ValueError(
-                f"{sample.where} has the text {shown(sample.prompt)} as its prompt. HALOs' files hold conversations, "
-                "which a chat template renders; wrapping the text into a turn would change it. Use the format `trl`, "
-                "or make the prompts lists of messages."
+                f"{sample.where} has the text {shown(sample.prompt)} as its prompt. Prompts in HALOs' files are "
+                "conversations. Use the format `trl`, or convert the prompts to lists of messages."
             )
     if rule.kind == "binary":
         labels = _labels(scores, rule)

@@ -26,7 +26,7 @@ class RewardFunctionError(ValueError):
     """A reward function raised: `__cause__` is its exception."""
 
     keep_traceback = True
-    """The command prints the traceback and not only the message."""
+    """The command prints the traceback in addition to the message."""
 
 
 class FunctionScorer:
@@ -65,7 +65,7 @@ class FunctionScorer:
             score = self.function(**arguments)
         except Exception as error:
             raise RewardFunctionError(
-                f"`{self.name}` raised {type(error).__name__} for {sample.where}: {error}. Mend the function or the "
+                f"`{self.name}` raised {type(error).__name__} for {sample.where}: {error}. Fix the function or the "
                 "row."
             ) from error
         if self._batched:
@@ -74,15 +74,15 @@ class FunctionScorer:
             return None
         if problem := score_problem(score):
             hint = " Convert it with `float(...)`." if isinstance(score, bool | str) else ""
-            raise ValueError(f"The score that `{self.name}` returned for {sample.where} is wrong: {problem}.{hint}")
+            raise ValueError(f"The score that `{self.name}` returned for {sample.where} is invalid: {problem}.{hint}")
         return float(score)
 
     def _single(self, scores: Any, sample: Sample) -> Any:
         if isinstance(scores, list | tuple) and len(scores) == 1:
             return scores[0]
         raise ValueError(
-            f"`{self.name}` returned {scores!r} for {sample.where}. A function of `completions` returns a list with "
-            "one score for each of them; it was given one."
+            f"`{self.name}` returned {scores!r} for {sample.where}. A function with a parameter `completions` must "
+            "return a list with one score for each of them; it received one."
         )
 
     def _arguments(self, sample: Sample) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class FunctionScorer:
 
 
 def _names(given: dict[str, Any]) -> str:
-    return f" It offers {', '.join(f'`{name}`' for name in sorted(given))}."
+    return f" It has {', '.join(f'`{name}`' for name in sorted(given))}."
 
 
 def _meant(name: str, known: Iterable[str]) -> str:
@@ -140,7 +140,7 @@ def _resolve(name: str) -> tuple[Function, str | None]:
 
 def _from_file(path: str, name: str) -> ModuleType:
     if not Path(path).is_file():
-        raise ValueError(f"The function is {name!r}, but there is no file {path}.")
+        raise ValueError(f"The function is {name!r}, but there is no file {path}. Check the path.")
     # Registered under its name, so that the file can define dataclasses and be imported by child processes.
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None and spec.loader is not None  # always set for a `.py` file
@@ -181,8 +181,8 @@ def _parameters(function: Function, name: str) -> dict[str, inspect.Parameter]:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if not takes_all and not {_PLAIN, _BATCHED} & parameters.keys():
         raise ValueError(
-            f"`{name}` takes ({', '.join(parameters)}). It is called by keyword: name one of its parameters "
-            "`completion`, and others `prompt` or columns of the rows."
+            f"`{name}` takes ({', '.join(parameters)}). It is called with keyword arguments: rename one parameter to "
+            "`completion`, and others to `prompt` or columns of the rows."
         )
     return parameters
 

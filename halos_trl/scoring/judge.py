@@ -38,7 +38,7 @@ PATTERN = r"(?i)\bscore\b[*_:=\s]*(-?\d+(?:\.\d+)?)"
 _BOUNDS = (0.0, 10.0)  # range of the scores that TEMPLATE asks for
 _NUMBER_ALONE = re.compile(r"\s*(-?\d+(?:\.\d+)?)\s*(?:/\s*10)?\s*\.?\s*")
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
-_REFUSALS = 10  # so many refusals before the first reply are not due to single samples
+_REFUSALS = 10  # this many refusals before the first reply are not due to individual samples
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,15 @@ class JudgePrompt:
 
     def __post_init__(self) -> None:
         if "{completion}" not in self.template:
-            raise ValueError("The judge's template has no `{completion}`, so the judge would not see what it judges.")
+            raise ValueError(
+                "The judge's template has no `{completion}`, so the judge would not see the completion. Add it."
+            )
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
-            raise ValueError(f"The judge's pattern {self.pattern!r} is no regular expression: {error}.") from None
+            raise ValueError(
+                f"The judge's pattern {self.pattern!r} is not a valid regular expression: {error}."
+            ) from None
         if not groups:
             raise ValueError(f"The judge's pattern {self.pattern!r} has no group for the score, e.g. `Score: (\\d+)`.")
 
@@ -124,7 +128,7 @@ class JudgeScorer:
                 break
         if refused:
             raise ValueError(
-                f"The judge refused all of the first {len(refused)} requests. The first one: {refused[0].reason}. "
+                f"The server refused all of the first {len(refused)} requests. The first one: {refused[0].reason}. "
                 "Check the model's name, the options and the template."
             )
 
@@ -166,10 +170,10 @@ class JudgeScorer:
         if score is None and not self._warned:
             self._warned = True
             logger.warning(
-                f"The judge's reply about {sample.where} holds no score: {(reply or '')[-200:]!r}. Samples with such "
-                "replies are left out and counted; this is the first one."
+                f"The judge's reply about {sample.where} contains no score: {(reply or '')[-200:]!r}. Samples with "
+                "such replies are left out and counted; this is the first one."
             )
-        return Verdict(position, score, "the judge's reply holds no score" if score is None else None, reply), False
+        return Verdict(position, score, "the judge's reply contains no score" if score is None else None, reply), False
 
 
 __all__ = ["PATTERN", "TEMPLATE", "JudgePrompt", "JudgeScorer"]

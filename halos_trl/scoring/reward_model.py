@@ -36,7 +36,7 @@ class RewardModelScorer:
         try:
             model = load_reward_model(name_or_path, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except OSError as error:  # missing model, no access or no network; the message of huggingface_hub says which
+        except OSError as error:  # missing model, no access or no network, according to the message of huggingface_hub
             raise ValueError(f"The reward model {name_or_path!r} cannot be loaded: {error}") from error
         if model.config.get_text_config().pad_token_id is None and tokenizer.pad_token_id is not None:
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -58,8 +58,7 @@ class RewardModelScorer:
                 yield Verdict(position, score)
         if longer:
             logger.warning(
-                f"{longer} of {len(todo)} samples are longer than {self._scores.limit} tokens. The reward model "
-                "scored their beginning."
+                f"{longer} of {len(todo)} samples are longer than {self._scores.limit} tokens. They are truncated."
             )
 
     def _ids(self, sample: Sample) -> list[int]:
@@ -71,7 +70,7 @@ class RewardModelScorer:
         try:
             return self._tokenize(row, 0)["completion_ids"]
         except ValueError as error:
-            raise ValueError(f"{sample.where} cannot be given to the reward model. {error}") from error
+            raise ValueError(f"{sample.where} cannot be scored by the reward model. {error}") from error
 
 
 __all__ = ["RewardModelScorer"]

@@ -101,7 +101,7 @@ def _prompt(where: str, row: Row) -> Any:
         return row["prompt"]
     if isinstance(row.get("instruction"), str):
         return [{"role": "user", "content": row["instruction"]}]
-    raise ValueError(f"{where} has no `prompt`. It has {_names(row)}. A sample holds a prompt and its completion.")
+    raise ValueError(f"{where} has no `prompt`. It has {_names(row)}. Add a prompt to each sample.")
 
 
 def _turns_problem(prompt: Any) -> str | None:
@@ -119,7 +119,7 @@ def _completion_column(where: str, row: Row) -> str:
         raise ValueError(f"{where} has {' and '.join(f'`{name}`' for name in names)}. Keep one of them.")
     if _PAIRS & row.keys():
         raise ValueError(
-            f"{where} holds a pair ({_names(row)}). Pairs are labelled already; name a file of samples, with one "
+            f"{where} contains a pair ({_names(row)}), which is already labelled. Pass a file of samples, with one "
             "completion in each item."
         )
     raise ValueError(f"{where} has no `completion`, `output` or `completions`. It has {_names(row)}.")
@@ -156,8 +156,8 @@ def _refuse_other_prompt(sample: Sample, prompts: dict[Hashable, tuple[str, Samp
     if first_key != key:
         raise ValueError(
             f"{first.where} and {sample.where} have the same `prompt_id`, {sample.group!r}, but different prompts, "
-            f"{shown(first.prompt)} and {shown(sample.prompt)}, so their scores cannot be compared. Label files whose "
-            "ids both count from 0 one after the other, or make the ids unique."
+            f"{shown(first.prompt)} and {shown(sample.prompt)}, so their scores cannot be compared. Make the ids "
+            "unique, or label files whose ids both start at 0 separately."
         )
 
 

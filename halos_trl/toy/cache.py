@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 logger = logging.getLogger(__name__)
 
-VERSION = 3  # increment with any change of the weights or the rows, so that older caches are not used
+VERSION = 3  # increment after any change of the weights or the rows, so that older caches are not used
 
 
 def cached(
@@ -37,10 +37,10 @@ def cached(
     with FileLock(f"{target}.lock"):
         damage = _damage(target, files) if target.is_dir() else None
         if damage is not None:
-            logger.warning(f"The cache of the toy task is damaged ({damage}). {target} is made again.")
+            logger.warning(f"The cache of the toy task is damaged ({damage}). {target} is created again.")
             shutil.rmtree(target)
         if not target.is_dir():
-            # a directory gets its final name only when complete, so an interrupted run leaves nothing that is used
+            # a directory gets its final name only when complete, so the result of an interrupted run is not used
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             build(partial)

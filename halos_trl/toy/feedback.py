@@ -75,7 +75,7 @@ def _feedback_rows(kind: Kind, model: Any, tokenizer: Any, seed: int, split: Spl
     """Sample completions of further prompts until there are `size` rows."""
     per_prompt = SAMPLES_PER_PROMPT[kind]
     size = math.ceil(size / per_prompt) * per_prompt if kind == "scored" else size
-    # an upper bound, so that a model which is always wrong gives an error instead of an endless search for pairs
+    # a limit, so that a model that is always wrong gives an error instead of an endless search for pairs
     prompts = make_prompts(4 * size + 64, seed, split)
     rows: Rows = []
     with tqdm(total=size, desc=f"toy feedback: {kind}, {split} prompts", disable=not progress) as bar:
@@ -84,13 +84,13 @@ def _feedback_rows(kind: Kind, model: Any, tokenizer: Any, seed: int, split: Spl
             repeated = [prompt for prompt in chunk for _ in range(per_prompt)]
             samples = list(chunks(sample(model, tokenizer, repeated, seed * 1_000_003 + first, 1.0), per_prompt))
             for prompt_id, (prompt, group) in enumerate(zip(chunk, samples, strict=True), start=first):
-                # one sample in thousands is empty, and trainers refuse completions without a token
+                # some samples (one in thousands) are empty, and trainers refuse completions without a token
                 if all(group):
                     rows += _rows_of(kind, prompt, group, prompt_id)
             bar.update(min(len(rows), size) - bar.n)
             if len(rows) >= size:
                 return rows[:size]
-    raise RuntimeError(f"{len(prompts)} prompts gave {len(rows)} {kind} rows, {size} were asked for.")
+    raise RuntimeError(f"{len(prompts)} prompts gave {len(rows)} {kind} rows, but {size} were requested.")
 
 
 def _rows_of(kind: Kind, prompt: str, samples: list[str], prompt_id: int) -> Rows:
