@@ -291,7 +291,7 @@ def test_nan_stops_at_its_step(fit):
             if state.global_step == 1:
                 model.model.norm.weight.data[0] = float("nan")
 
-    with pytest.raises(ValueError, match=r"policy model gave .* at step 2"):
+    with pytest.raises(ValueError, match=r"policy model returned .* at step 2"):
         fit(scored(10), callbacks=[Poison()])
 
 
