@@ -448,7 +448,10 @@ def test_nan_stops_at_its_step_and_never_reaches_the_weights(fit, which):
     poison = Poison()
     trainer = fit(unpaired_rows(24), train=False, callbacks=[poison])
     # A step begins after its KL estimate, so the loss meets the policy's NaN, and the estimate the reference's.
-    message = {"policy": "The policy model returned .* NaN or infinite at step 2, in rows", "reference": "KL .* at step 2"}
+    message = {
+        "policy": "The policy model returned .* NaN or infinite at step 2, in rows",
+        "reference": "KL .* at step 2",
+    }
     with pytest.raises(ValueError, match=message[which]):
         trainer.train()
     assert torch.equal(weights(trainer.model).nan_to_num(7.0), poison.before.nan_to_num(7.0))

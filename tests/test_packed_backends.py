@@ -148,8 +148,13 @@ def test_kernel_that_is_missing_fails_or_differs_is_passed_over_once(of_cpu, sai
         torch.testing.assert_close(attend(call), by_spans(call))
     messages = said().splitlines()
     assert len(messages) == 3
-    assert "do not use the attention kernel flash_attn: ModuleNotFoundError: No module named 'flash_attn'" in messages[0]
-    assert "do not use the attention kernel flex: NotImplementedError: FlexAttention does not support backward on CPU" in messages[1]
+    assert (
+        "do not use the attention kernel flash_attn: ModuleNotFoundError: No module named 'flash_attn'" in messages[0]
+    )
+    assert (
+        "do not use the attention kernel flex: NotImplementedError: FlexAttention does not support backward on CPU"
+        in messages[1]
+    )
     assert "do not use the attention kernel wrong: it differs by" in messages[2]
     assert len(calls) == 3  # its own check, and twice for the call
 
