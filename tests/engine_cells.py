@@ -1,4 +1,4 @@
-"""Runs in every process of a launch: one cell of the engine matrix after the other, each saved as OUT/<cell>.pt.
+"""Runs in every process of a launch: the cells of the engine matrix, one after the other, each saved as OUT/<cell>.pt.
 
 python tests/engine_cells.py OUT CELLS [fsdp2|zero]        # CELLS: a JSON file with a list of names
 

@@ -1,4 +1,4 @@
-"""Every method on every engine, in two CPU processes: trained, evaluated, saved, loaded again, resumed.
+"""Every method on every engine, in two CPU processes: training, evaluation, saving, loading, resuming.
 
     python tests/engine_matrix.py                                   # all cells, then the table in docs/scaling.md
     python tests/engine_matrix.py --engines zero2 --only PPO.full   # a part; prints and writes nothing
@@ -48,7 +48,7 @@ def result_file(folder, name):
 
 
 def run_cells(folder, cells, engine=None):
-    """Run the cells that have no result yet. Where a launch dies, the cell that it was in has failed."""
+    """Run the cells that have no result yet. If a launch dies, its current cell counts as failed."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = [name for name in cells if not result_file(folder, name).exists()]
     while todo:

@@ -1,4 +1,4 @@
-"""Runs in every process of a launch (or alone) and saves how the runs ended. OUT holds saved `rows` and `scored rows`.
+"""Runs in every process of a launch (or alone) and saves the results. OUT contains saved `rows` and `scored rows`.
 
 python tests/every_engine.py OUT                                                          # one process
 accelerate launch --config_file FILE --num_processes 2 tests/every_engine.py OUT [fsdp2|zero]   # two

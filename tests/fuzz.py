@@ -1,4 +1,4 @@
-"""Runs cases of the fuzz suite and says how each ended.
+"""Runs cases of the fuzz suite and classifies their outcomes.
 
 python tests/fuzz.py --case 1234          # the inputs of one case and what happened
 python tests/fuzz.py --cases 0:2000       # outcomes by cause

@@ -1,4 +1,4 @@
-"""Cases of the fuzz suite: a run that works, and one or two changes to it, drawn by the case's number."""
+"""Cases of the fuzz suite: a valid run, with one or two changes determined by the case's number."""
 
 from __future__ import annotations
 

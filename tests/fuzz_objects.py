@@ -1,4 +1,4 @@
-"""What the fuzz suite does to tokenizers, models and a trainer's other arguments."""
+"""Changes of the fuzz suite to tokenizers, models and other arguments of a trainer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fuzz suite does to rows, columns and datasets."""
+"""Changes of the fuzz suite to rows, columns and datasets."""
 
 from __future__ import annotations
 

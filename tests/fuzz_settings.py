@@ -1,4 +1,4 @@
-"""What the fuzz suite does to settings."""
+"""Changes of the fuzz suite to settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server of OpenAI's chat interface on loopback that behaves as it is told, and writes down what it was asked."""
+"""A loopback server of OpenAI's chat interface with configurable behavior, which records its requests."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""Kill a training run with SIGKILL at a random moment, resume it, and compare with the run that was left alone.
+"""Kill a training run with SIGKILL at a random moment, resume it, and compare with an uninterrupted run.
 
     python tests/kill_and_resume.py --points 12      # 12 kill points for each of DPO and KTO, full and LoRA
 

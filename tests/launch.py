@@ -1,4 +1,4 @@
-"""Starts a script of the tests in one process, or in two under one of the engines, and reads what it saved."""
+"""Starts a test script in one process, or in two under an engine, and reads its saved results."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Runs in both processes of a launch: the second is lost while the last checkpoint is written.
+"""Runs in both processes of a launch: the second one is killed while the last checkpoint is written.
 
 accelerate launch --config_file FILE --num_processes 2 tests/lost_process.py OUT
 """

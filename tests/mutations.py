@@ -1,4 +1,4 @@
-"""Break the package on purpose, one place at a time, and see the tests notice.
+"""Break the package in one place at a time, and check that tests fail.
 
     python tests/mutations.py                  # all of them
     python tests/mutations.py KTO humanline    # those whose name holds one of the words

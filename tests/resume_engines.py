@@ -1,4 +1,4 @@
-"""A run with humanline, resumed from its middle, that `every_engine.py` makes in every process."""
+"""A run with humanline, resumed from the middle, for `every_engine.py`."""
 
 from pathlib import Path
 

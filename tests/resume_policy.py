@@ -1,4 +1,4 @@
-"""Kill a GRPO or PPO run with SIGKILL, resume it, and compare with the run that was left alone, bit for bit.
+"""Kill a GRPO or PPO run with SIGKILL, resume it, and compare with an uninterrupted run, bit for bit.
 
     python tests/resume_policy.py --points 6         # 6 kill points for each kind of run
 

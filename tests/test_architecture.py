@@ -1,4 +1,4 @@
-"""Rules that keep the package readable: who imports whom, one door to private names, no traces of one machine."""
+"""Rules of the code base: import direction, private names, the file map, no machine-specific paths."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""`batch_order="halos"`: the trainers' batches are HALOs' recorded ones, and a KTO step is HALOs' step."""
+"""`batch_order="halos"`: the trainers' batches equal HALOs' recorded ones, and so does a KTO step."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Which checkpoints a run resumes from: whole ones, of the same kind of run, in a folder of its own."""
+"""Which checkpoints a run resumes from: complete ones, written with the same settings, one run per folder."""
 
 import copy
 import json

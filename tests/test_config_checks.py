@@ -1,4 +1,4 @@
-"""Settings of a wrong type, or that have no effect, are refused by name before anything is computed with them."""
+"""Settings of a wrong type or without effect raise errors that name them, at construction."""
 
 import copy
 import dataclasses

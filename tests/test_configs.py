@@ -1,4 +1,4 @@
-"""Every YAML in configs/ says what it sets, sets only what its method has, and trains."""
+"""Every YAML file in configs/: its keys are explained and valid for its method, and it trains."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""README and docs say what is there: links, commands, flags, names, metrics."""
+"""README and docs agree with the code: links, commands, flags, names, metrics."""
 
 import copy
 import importlib

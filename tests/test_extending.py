@@ -1,4 +1,4 @@
-"""The methods of docs/custom_methods.md, taken from its text and trained as they stand there."""
+"""The methods in docs/custom_methods.md, extracted from the page and trained."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""No NaN and no infinity: every loss far outside what training gives, and every trainer where they appear."""
+"""No NaN or infinity: every loss on extreme inputs, and every trainer when they appear."""
 
 from __future__ import annotations
 

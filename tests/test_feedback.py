@@ -1,4 +1,4 @@
-"""Feedback files to rows: HALOs' own files against HALOs' own reading, merged prompts, what is refused."""
+"""From feedback files to rows: HALOs' files compared with HALOs' loader, merged prompts, invalid input."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""TRL's fused LM head as this package puts it on: a copy of the policy is a copy, mixtures of experts have theirs."""
+"""TRL's fused LM head as added by this package: copies use their own weights, mixtures of experts work."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Wrong rows, settings and arguments, one or two at a time: a finite run, or an error that names its cause."""
+"""Invalid rows, settings and arguments, one or two at a time: a finite run, or an error that names the cause."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Completions at evaluations: their scores as metrics and in files, and a run that they do not change."""
+"""Completions at evaluations: scores as metrics and in files, and unchanged training."""
 
 import copy
 import json

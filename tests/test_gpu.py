@@ -1,4 +1,4 @@
-"""What needs a GPU: kernels, half precision, TRL's fused head on CUDA, and training on packed rows.
+"""Tests that need a GPU: kernels, half precision, TRL's fused head on CUDA, and training on packed rows.
 
 make gpu
 """

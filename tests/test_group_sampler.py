@@ -1,4 +1,4 @@
-"""The group sampler: every example once, groups whole, processes in step; and the forms of rows that become groups."""
+"""The group sampler: each example once, groups whole, equal steps on all processes; and formats of grouped rows."""
 
 import datasets
 import pytest

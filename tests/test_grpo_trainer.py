@@ -1,4 +1,4 @@
-"""GRPOTrainer: one step is one batch of tokens however it is split, whole groups, per-token reference, refusals."""
+"""GRPOTrainer: results do not depend on the split of a step, groups stay whole, reference per token, refusals."""
 
 import re
 

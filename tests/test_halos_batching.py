@@ -1,4 +1,4 @@
-"""HALOs' batches and tokenization, against what its own loaders gave (`tests/data/halos/batching.json`)."""
+"""HALOs' batches and tokenization, compared with output of its own loaders (`tests/data/halos/batching.json`)."""
 
 import copy
 import json

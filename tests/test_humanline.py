@@ -1,4 +1,4 @@
-"""The humanline clamp: values, gradients, the unclamped fraction, and what it refuses."""
+"""The humanline clamp: values, gradients, the unclamped fraction, and refused arguments."""
 
 from __future__ import annotations
 

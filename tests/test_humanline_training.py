@@ -1,4 +1,4 @@
-"""Humanline in the trainers: the clamp in every method, and a reference that is the policy one step ago."""
+"""Humanline in the trainers: the clamp in every method, and a reference that is one step behind the policy."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""A judge behind HTTP, against a server that is slow, fails, limits, drops connections and answers nonsense."""
+"""A judge behind HTTP, with a server that is slow, fails, limits requests, drops connections or returns nonsense."""
 
 import time
 from email.utils import formatdate

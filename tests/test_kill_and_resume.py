@@ -1,4 +1,4 @@
-"""Three random kill points; `python tests/kill_and_resume.py --points 12` takes many more."""
+"""Three random kill points; `python tests/kill_and_resume.py --points 12` runs more."""
 
 import random
 

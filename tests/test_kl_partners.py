@@ -1,4 +1,4 @@
-"""KTO's KL partners: a completion of another prompt wherever there is one, and each completion once."""
+"""KTO's KL partners: each prompt gets a completion of another prompt if there is one, each completion is used once."""
 
 import copy
 import itertools

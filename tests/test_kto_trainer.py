@@ -1,4 +1,4 @@
-"""KTOTrainer: equal to TRL where TRL is right, invariant to how a step is split; options work or are refused."""
+"""KTOTrainer: equality with TRL where intended, any split of a step; options work or are refused."""
 
 import copy
 

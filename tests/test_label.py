@@ -1,4 +1,4 @@
-"""`halos-trl label`: files in, files out, what is refused, and runs that are stopped and gone on with."""
+"""`halos-trl label`: input and output files, refusals, interrupted and resumed runs."""
 
 import dataclasses
 import datetime

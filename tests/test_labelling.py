@@ -1,4 +1,4 @@
-"""From scores to labels and preferences: HALOs' recorded output, and where a sane implementation differs from it."""
+"""From scores to labels and preferences: HALOs' recorded output, and intended differences from it."""
 
 import json
 import math

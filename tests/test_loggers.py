@@ -1,4 +1,4 @@
-"""What `report_to` sends to W&B, TensorBoard and trackio, read back from the files that they leave.
+"""Output of `report_to` in W&B, TensorBoard and trackio, read back from their files.
 
 One process (this file run as a script) trains and logs to those that are installed; the tests compare what arrived
 with `trainer.state.log_history`.

@@ -1,4 +1,4 @@
-"""Around the loops: no sum outlives its run, means are over rows, no run of zero steps, all settings of the loader."""
+"""Training and evaluation loops: sums are reset, means are over rows, no runs without a step, data loader settings."""
 
 import copy
 import re

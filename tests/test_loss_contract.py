@@ -1,4 +1,4 @@
-"""What every loss promises, checked for all of them from one table, and numbers worked out by hand for each.
+"""Properties that every loss must have, and hand-computed numbers for each of them.
 
 The golden file (`test_golden.py`) says that the losses equal HALOs; this file says what may not happen to any loss.
 """

@@ -1,4 +1,4 @@
-"""Merging an adapter: the saved model is base plus adapter, whatever is tied; another one is not written."""
+"""Merging an adapter: the saved model equals base plus adapter, also with tied weights; others are not written."""
 
 import copy
 import json

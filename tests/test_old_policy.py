@@ -1,4 +1,4 @@
-"""GRPO against the model that sampled: its stored tokens and log-probs, from `halos-trl sample` to the first loss."""
+"""GRPO with the sampling model as the old policy: stored tokens and log-probs, from `halos-trl sample` to the loss."""
 
 import json
 import math

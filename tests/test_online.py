@@ -1,4 +1,4 @@
-"""Humanline on TRL's online GRPO: TRL's run without it, numbers by hand with it, the reference and its checkpoints."""
+"""Humanline in TRL's online GRPO: TRL's run without it, hand-computed numbers with it, reference and checkpoints."""
 
 import math
 from pathlib import Path

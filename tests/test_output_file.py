@@ -1,4 +1,4 @@
-"""The output file of a command: resumed after a kill, never overwritten, never mixed from two sets of settings."""
+"""The output file of a command: resumed after a kill, never overwritten, never mixing two sets of settings."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Methods of TRL and transformers that users override: they mean what they mean in a subclass of TRL's trainer."""
+"""Methods of TRL and transformers that users override have the same effect as in a subclass of TRL's trainer."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What an installed wheel holds: the package, its templates, the examples and the configs."""
+"""Contents of an installed wheel: the package, its templates, the examples and the configs."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Kernels for the attention of packed rows, as far as a CPU runs them, and which one serves a call.
+"""Attention kernels for packed rows, as far as they run on a CPU, and the choice among them.
 
 tests/test_gpu.py runs them where they belong.
 """

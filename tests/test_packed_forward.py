@@ -1,4 +1,4 @@
-"""Packed rows give what padded rows give: layout, attention, every architecture, every trainer."""
+"""Packed rows give the same results as padded rows: layout, attention, every architecture, every trainer."""
 
 import copy
 

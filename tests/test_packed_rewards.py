@@ -1,4 +1,4 @@
-"""Reward models on packed rows: the scores, weights and log lines of padded rows."""
+"""Reward models on packed rows: the same scores, weights and log lines as on padded rows."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""Training on packed rows gives the weights and the log lines of training on padded rows."""
+"""Training on packed rows gives the same weights and log lines as on padded rows."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The paired trainers: equal to TRL where TRL has the method, and every TRL option works or is refused."""
+"""The paired trainers: equality with TRL where it has the method; every TRL option works or is refused."""
 
 import copy
 

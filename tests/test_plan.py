@@ -1,4 +1,4 @@
-"""`halos-trl plan`: its arithmetic against the bytes of real runs, and what it prints."""
+"""`halos-trl plan`: estimates compared with byte counts of real runs, and the printed output."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""PPOTrainer: the rollout is of the whole step, the value head trains and travels, rewards have an order."""
+"""PPOTrainer: the rollout covers the whole step, the value head is trained and saved, precedence of rewards."""
 
 import copy
 import json

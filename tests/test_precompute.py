@@ -1,4 +1,4 @@
-"""Stored reference log-probs are the live ones, in every precision; and `evaluate` with or without them."""
+"""Stored reference log-probs equal live ones, in every precision; `evaluate` with and without them."""
 
 import copy
 import math

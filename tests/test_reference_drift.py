@@ -1,4 +1,4 @@
-"""The reference is the policy as it was, whatever trains: biases, unfrozen modules, saved modules, single tokens."""
+"""The reference stays the initial policy, whatever is trained: biases, unfrozen or saved modules, single tokens."""
 
 import copy
 

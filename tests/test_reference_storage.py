@@ -1,4 +1,4 @@
-"""References that are rounded, quantized or streamed: their numbers, their bytes, how they follow and are kept."""
+"""References that are rounded, quantized or streamed: numbers, bytes, sync, checkpoints."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The page about a run: what is read from its folder, what stands out, what the page holds."""
+"""The report on a run: reading its folder, findings, contents of the page."""
 
 import json
 import math

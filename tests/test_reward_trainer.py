@@ -1,4 +1,4 @@
-"""BradleyTerryTrainer: TRL's loss, one step whatever its split, and reward models with one logit or HALOs' two."""
+"""BradleyTerryTrainer: TRL's loss, any split of a step, and reward models with one logit or HALOs' two."""
 
 import copy
 import math

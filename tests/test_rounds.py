@@ -1,4 +1,4 @@
-"""Online rounds: what is carried over, what is not done twice, any method; and the commands to train and to merge."""
+"""Online rounds: state carried over, no repeated work, every method; and the commands `train` and `merge`."""
 
 import importlib.util
 import json

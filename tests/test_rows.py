@@ -1,4 +1,4 @@
-"""Raw rows of all trainers: what is refused and how, what is dropped and counted, which rows are a group."""
+"""Raw rows of all trainers: refused rows, dropped and counted rows, groups."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Sampling: what is generated, stored and resumed."""
+"""Sampling: generation, stored values, resuming."""
 
 import copy
 import json

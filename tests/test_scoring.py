@@ -1,4 +1,4 @@
-"""Samples, and scores for them from functions and reward models; the rows and items that become of them."""
+"""Samples, their scores from functions and reward models, and the resulting rows and items."""
 
 import json
 import math

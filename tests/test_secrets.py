@@ -1,4 +1,4 @@
-"""No access token in what is saved."""
+"""Saved files contain no access token."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Before the first update: models that cannot work are refused, something trains, no noise is left in the policy."""
+"""Checks before the first update: unsuitable models are refused, parameters are trained, dropout is disabled."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The loop as a user walks it, in three commands; the second is a process of its own, as all of them may be."""
+"""Sample, label and train as a user would run them; the second command runs in its own process."""
 
 import json
 import os

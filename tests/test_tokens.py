@@ -1,4 +1,4 @@
-"""From rows to token ids: equal to TRL's where that is right; repeated prompts, other turns, prefills, BOS and EOS."""
+"""From rows to token ids: equality with TRL where intended; repeated prompts, other turns, prefills, BOS and EOS."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""The embedded default: the task is what it says, the data are what the verifier says, one seed gives one result."""
+"""The embedded task: prompts and answers, feedback that agrees with the verifier, and reproducibility by seed."""
 
 import random
 import shutil

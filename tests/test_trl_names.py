@@ -1,4 +1,4 @@
-"""One import is all that a script of TRL's changes, and frameworks that take their classes from TRL get ours."""
+"""TRL scripts with one changed import, and frameworks that import their classes from TRL."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""The tutorial notebook runs from its first cell to its last, in a kernel of its own."""
+"""The tutorial notebook runs from the first cell to the last, in its own kernel."""
 
 from dataclasses import asdict
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Type checkers and editors know the public classes: signatures, return types, a script with deliberate mistakes."""
+"""Type checkers understand the public classes: signatures, return types, a script with deliberate mistakes."""
 
 import inspect
 import json

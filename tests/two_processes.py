@@ -1,4 +1,4 @@
-"""Engines on a CPU, and runs of KTO and DPO that `every_engine.py` makes in every process."""
+"""Engines on a CPU, and runs of KTO and DPO for `every_engine.py`."""
 
 import contextlib
 import copy

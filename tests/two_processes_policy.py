@@ -1,4 +1,4 @@
-"""Runs of GRPO and PPO that `every_engine.py` makes in every process."""
+"""Runs of GRPO and PPO for `every_engine.py`."""
 
 import functools
 import os

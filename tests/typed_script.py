@@ -1,4 +1,4 @@
-"""What a user may write, for the type checkers: each line that is wrong says so, and no other is."""
+"""A user's script for the type checkers: every wrong line is marked, and no other line is wrong."""
 
 from dataclasses import dataclass
 

@@ -33,7 +33,7 @@ class LabelReport:
 
     output: Path
     rows: int
-    """Of the output."""
+    """Number of rows in the output."""
     samples: int
     empty: int
     """Number of samples left out because of an empty completion; not included in `samples`."""
@@ -42,7 +42,7 @@ class LabelReport:
     """Number of samples without a score, by reason."""
     rule: Rule
     groups: int
-    """Different prompts."""
+    """Number of distinct prompts."""
     single: int
     """Number of prompts with a single scored sample, which yields no pair."""
 

@@ -77,7 +77,7 @@ class PlanArguments:
     gradient_checkpointing: bool = field(
         default=True, metadata={"help": "Keep one hidden state per layer and recompute the rest."}
     )
-    humanline: bool = field(default=False, metadata={"help": "The reference follows the policy."})
+    humanline: bool = field(default=False, metadata={"help": "The reference follows the policy (humanline)."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters, on all linear layers."})
     packed_share: float = field(
         default=0.44,

@@ -10,7 +10,7 @@ from typing import Literal
 class RoundsArguments:
     """Rounds of sampling from the policy, labelling the samples, and training on the feedback."""
 
-    rounds: int = field(default=4, metadata={"help": "Rounds."})
+    rounds: int = field(default=4, metadata={"help": "Number of rounds."})
     prompts_per_round: int = field(
         default=512, metadata={"help": "Number of prompts per round; each prompt is used once."}
     )
@@ -28,8 +28,8 @@ class RoundsArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
     dataset_split: str = field(default="train", metadata={"help": "Split that provides the prompts."})
-    temperature: float = field(default=0.7, metadata={"help": "Of the samples."})
-    top_p: float = field(default=0.95, metadata={"help": "Of the samples."})
+    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature."})
+    top_p: float = field(default=0.95, metadata={"help": "Top-p of sampling."})
     max_tokens: int = field(default=2048, metadata={"help": "Maximum number of tokens per sample."})
     stop: list[str] = field(default_factory=list, metadata={"help": "Stop strings, which end a sample."})
     sample_batch_size: int = field(default=64, metadata={"help": "Number of samples generated in one batch."})

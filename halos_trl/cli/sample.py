@@ -59,7 +59,7 @@ class SampleArguments:
         metadata={"help": "Maximum number of tokens per prompt; a longer prompt is an error. None: no limit."},
     )
     stop: list[str] = field(default_factory=list, metadata={"help": "Stop strings, which end a completion."})
-    seed: int = field(default=0, metadata={"help": "Decides the draws."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
     logprobs: bool = field(
         default=False,
         metadata={

@@ -166,7 +166,7 @@ def _rounds(model: PreTrainedModel) -> bool:
 
 
 def prepare(model: PreTrainedModel, wrapped: torch.nn.Module) -> str | None:
-    """Make a model's attention support packed rows; returns why that fails, or None. Other rows run as before."""
+    """Make a model's attention support packed rows; returns why that fails, or None. Padded rows are not affected."""
     reason = _known_obstacle(model, wrapped)
     if reason is not None:
         return reason

@@ -154,7 +154,7 @@ class _Distance(NamedTuple):
     """Difference between two computations of log-probs, in nats."""
 
     mean: float
-    """Over completion tokens."""
+    """Mean over completion tokens."""
     largest: float
 
     def __str__(self) -> str:
