@@ -92,7 +92,7 @@ NOT_PACKED = {
     "qwen3_next": "3 of its 4 layers",
     "stablelm": "4 of its 4 layers",
 }
-"""Architectures that packed rows are not for, and what the reason has to mention."""
+"""Architectures without support for packed rows, and a word of the reason."""
 
 
 def build(name):

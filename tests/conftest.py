@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Take what was imported out of the garbage collector's sight, which each training run calls: half of its time."""
+    """Exempt imported objects from garbage collection, which takes half the time of a training run."""
     gc.collect()
     gc.freeze()
 
@@ -148,7 +148,7 @@ def make_config(tmp_path):
 
 
 def weights(model):
-    """All of them, in one vector; of a sharded model every process has to ask."""
+    """All parameters in one vector; with a sharded model, all processes must call this."""
     return torch.cat([whole(p).flatten() for p in model.parameters()])
 
 

@@ -48,7 +48,7 @@ def names():
 
 
 def data_of(method):
-    """Rows to train on, and 11 or 14 others, so that the last batch of two processes is filled up.
+    """Rows to train on, and 11 or 14 others, so that accelerate fills the last batch of two processes with repeats.
 
     For the reward model 8, which need not be filled up: its evaluation is TRL's, which counts repeated rows.
     """
@@ -108,7 +108,7 @@ def build(name, folder, engine):
 
 
 def named_weights(trainer):
-    """All of them, whole, by name; every process has to ask."""
+    """All full parameters by name; all processes must call this."""
     named = parameters_by_name(trainer.accelerator.unwrap_model(trainer.model))
     return {name: whole(p).detach().cpu().clone() for name, p in named.items()}
 

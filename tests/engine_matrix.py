@@ -123,7 +123,7 @@ def about(seconds):
 
 
 def summary(rows):
-    """What the table says of some cells: how many passed, and the largest difference of their weights."""
+    """A table entry for some cells: how many passed, and the largest difference of their weights."""
     passed = [row for row in rows if row["verdict"] == "passed"]
     text = f"{len(passed)} of {len(rows)}"
     if passed:

@@ -38,7 +38,7 @@ import halos_trl
 
 PACKAGE = str(Path(halos_trl.__file__).parent)
 SECONDS = 60
-"""A case that takes longer hangs."""
+"""Seconds after which a case counts as hanging."""
 MOST_STEPS = 4
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
@@ -46,7 +46,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("data_collator: transformers' default", "data_collator.py"): "what a collator of the user's choice raises passes",
     ("model: a hub id that nobody has", "OSError"): "transformers' message of a model that cannot be loaded",
 }
-"""Failures that are accepted: (a pattern of the change, a pattern of the failure) -> the reason."""
+"""Accepted failures: (a pattern of the change, a pattern of the failure) -> the reason."""
 
 REMEDY = re.compile(
     r"\b(Add|Apply|Ask|Build|Call|Check|Choose|Convert|Create|Cut|Disable|Drop|Expected|Fill|Fix|Give|"
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     """How a case ended."""
 
     kind: str
-    """`trained`, `refused`, or what went wrong."""
+    """`trained`, `refused`, or the kind of failure."""
     cause: str
     detail: str
 
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 class Hangs(BaseException):
-    """Raised by the alarm; nobody catches it by accident."""
+    """Raised by the alarm; not caught accidentally."""
 
 
 class _Stop(transformers.TrainerCallback):
@@ -105,7 +105,7 @@ def run_case(case: Case) -> Outcome:
 
 
 def _run(case: Case) -> Outcome | None:
-    """A finite run; else what is wrong with it."""
+    """The problem of a run; None if it is finite."""
     torch.manual_seed(case.number)
     dataset = (case.dataset or fuzz_rows.as_dataset)(case.rows)
     arguments: dict[str, Any] = {
@@ -145,7 +145,7 @@ def _look_at(case: Case, trainer: Any, before: dict[str, torch.Tensor]) -> Outco
 
 
 def judge(case: Case, error: Exception) -> Outcome:
-    """Whether an error is one of ours, or a host's that is good enough, and names the row or the argument."""
+    """Whether an error is raised by this package, or is a good enough one of TRL's, and names the row or argument."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     message = str(error)
@@ -204,7 +204,7 @@ def _quiet() -> Any:
 
 
 def freeze() -> None:
-    """Exempt what is loaded from garbage collection, which TRL runs twice in each training."""
+    """Exempt loaded objects from garbage collection, which TRL runs twice per training run."""
     gc.collect()
     gc.freeze()
 

@@ -27,7 +27,7 @@ class Case:
     settings: dict[str, Any]
     changes: list[Change] = field(default_factory=list)
     dataset: Callable[[list], Any] | None = None
-    """Makes a dataset of the rows; None: a `datasets.Dataset` where such rows fit into one, else a stream."""
+    """Creates a dataset of the rows; None: a `datasets.Dataset` if possible, else a stream."""
     tokenizer: Callable[[], Any] | None = None
     model: Callable[[], Any] | None = None
     arguments: dict[str, Callable[[Case], Any]] = field(default_factory=dict)
@@ -52,9 +52,9 @@ class Change:
     learns: bool = True
     """Whether weights have to move where the run trains."""
     trains: bool = True
-    """Whether the run may train: False where that could only be a misreading."""
+    """Whether the run may train; False if training would mean that the input was misinterpreted."""
     hosts_speak: bool = False
-    """Whether a message of transformers, TRL or PEFT does, if it names the argument."""
+    """Whether a message of transformers, TRL or PEFT is good enough: it must name the argument."""
 
 
 # -- rows that work ------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ FORMS = {
 
 
 def rows_of(form: str, conversational: bool, seed: int) -> list[dict[str, Any]]:
-    """Six rows, or three of lists. Every prompt has a right and a wrong completion."""
+    """Six rows, or three with lists. Every prompt has a correct and a wrong completion."""
     prompts = toy.make_prompts(6, seed, "feedback")
     as_prompt, as_completion = (user, assistant) if conversational else (str, str)
     answers = [(as_prompt(p), as_completion(toy.answer(p)), as_completion(toy.answer(p)[::-1] + "a")) for p in prompts]
@@ -112,7 +112,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_case(number: int) -> Case:
-    """Always the same for the same number."""
+    """Deterministic for a given number."""
     import fuzz_objects
     import fuzz_rows
     import fuzz_settings

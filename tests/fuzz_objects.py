@@ -106,7 +106,7 @@ TOKENIZERS: dict[str, tuple[Any, bool, tuple[str, ...]]] = {
 
 
 def tokenizers(rng: random.Random, case: Case) -> Change:
-    """Another tokenizer, or what is none."""
+    """Another tokenizer, or an object that is not one."""
     name = rng.choice(sorted(TOKENIZERS))
     maker, learns, named = TOKENIZERS[name]
 
@@ -142,7 +142,7 @@ def _small(config_name: str, model_name: str, **settings: Any) -> Any:
 
 
 def llama(case: Case, **settings: Any) -> Any:
-    """The model that trains: with a language head, or with a score."""
+    """The trained model: with a language-model head or a score head."""
     settings = SIZES | dict(max_position_embeddings=256, tie_word_embeddings=True) | settings
     if case.kind == "reward":
         return _small("LlamaConfig", "LlamaForSequenceClassification", **{"num_labels": 1, **settings})

@@ -36,7 +36,7 @@ TEXTS = (
     "{{ 1 / 0 }}",
     "ab\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"),
 )
-"""Strange, but text."""
+"""Unusual texts."""
 
 
 def message(role: Any = "user", content: Any = "ab", **more: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ EXTRA_VALUES = (None, 5, "ab", [], [1, 2], {}, {"a": None}, True, math.nan, "{",
 
 
 def columns(rng: random.Random, case: Case) -> Change:
-    """A column too few, a column too many, another name, rows with other keys."""
+    """A missing column, an additional column, another name, rows with other keys."""
     mine = sorted(case.rows[0])
     what = rng.choice(["missing", "missing everywhere", "renamed", "extra", "extra", "extra", "extra in one row"])
     column = rng.choice(mine)

@@ -45,7 +45,7 @@ OWN = {
     "pad_to_multiple_of": (),
     "dataset_num_proc": (),
 }
-"""Numbers that methods read, and the trainers that do (none named: all)."""
+"""Numeric settings of methods, and the trainers that read them (empty: all)."""
 
 SWITCHED_ON_BY = {
     "log_epsilon_p": "humanline",
@@ -84,7 +84,7 @@ HOSTS = (
     "dataloader_prefetch_factor",
     "ddp_timeout",
 )
-"""Numbers of transformers' own."""
+"""Numeric settings of transformers."""
 
 MAY_STAND_STILL = {
     *OWN,
@@ -96,7 +96,7 @@ MAY_STAND_STILL = {
     "weight_decay",
     "adam_epsilon",
 }
-"""With some value of these a run has nothing to learn, or no step to make."""
+"""With some values of these, a run has nothing to learn or no step."""
 
 NUMBERS = ("abc", "3", None, [1], True, math.nan, math.inf, -math.inf, -1, 0, 0.5, 2.5, -0.5, 10**9, 1e-300, {}, 1j)
 NO_NUMBERS = ("abc", [1], True, {}, 1j)
@@ -161,11 +161,11 @@ CHOICES = {
     "bogus": (1,),
 }
 READ = ("loss_type", "f_divergence_type", "truncation_mode", "train_sampling_strategy", "optim", "lr_scheduler_type")
-"""Choices that a run cannot do without."""
+"""Choices that a run needs."""
 
 
 def settings(rng: random.Random, case: Case) -> Change:
-    """One field with a value of another type, out of range, or that no choice has."""
+    """One field with a value of another type, out of range, or not among the choices."""
     known = set(config_class(case).__dataclass_fields__)
     pool = rng.choice(["own", "own", "host", "host", "switch", "choice"])
     if pool == "own":

@@ -53,7 +53,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Commit:
-    """All files of a repository at one point of its history."""
+    """All files of a repository at a commit."""
 
     sha: str
     summary: str
@@ -107,7 +107,7 @@ class HubServer:
 
     @property
     def refused(self) -> list[str]:
-        """What was answered with an error, but for a missing file or repository (404) and one that exists (409)."""
+        """Requests answered with an error, except for missing files or repositories (404) and existing ones (409)."""
         return [
             f"{request.status} {request.method} {request.path}: {request.error}"
             for request in self.requests
@@ -134,7 +134,7 @@ class HubServer:
         self._thread.join()
 
     def _answer(self, call: _Call) -> _Reply:
-        """One request at a time: uploads come from several threads, and nothing here is worth a finer lock."""
+        """One request at a time, since uploads come from several threads."""
         with self._lock:
             name, reply, error = self._dispatch(call)
             self.requests.append(Request(call.method, call.target, reply.status, name, error))
@@ -294,7 +294,7 @@ def _is_lfs(path: str, size: int, sample: bytes) -> bool:
 
 
 def _oid(path: str, data: bytes) -> str:
-    """What the client compares to skip unchanged files: the sha256 of an LFS file, the git blob id of any other."""
+    """The hash by which the client skips unchanged files: sha256 of an LFS file, else the git blob id."""
     if _is_lfs(path, len(data), data):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
@@ -430,7 +430,7 @@ def _lfs_batch(hub: HubServer, call: _Call) -> _Reply:
 
 @_route("PUT", "/lfs/{oid}", needs_token=False)
 def _lfs_put(hub: HubServer, call: _Call) -> _Reply:
-    """Without a token, as the storage behind the real Hub: only content that a batch request announced."""
+    """As in the real Hub's storage, no token is needed, but only announced content is accepted."""
     oid = call.parts["oid"]
     if oid not in hub._announced:
         raise _HubError(403, f"LFS object {oid} was not announced")

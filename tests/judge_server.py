@@ -21,7 +21,7 @@ class Behaviour:
 
 @dataclass
 class Log:
-    """What arrived: the text of each request, in order of arrival, and its headers and fields."""
+    """Received requests in order of arrival: text, headers and fields."""
 
     texts: list = field(default_factory=list)
     answered: list = field(default_factory=list)

@@ -33,7 +33,7 @@ def make(out, engine, ppo=False, **settings):
 
 
 def resumed(out, engine):
-    """What the run and its checkpoints were, and how it ended when it was resumed."""
+    """The results of the run, its checkpoints, and the results of the resumed run."""
     whole = make(out, engine)
     whole.train()
     assert_engine(whole, engine)

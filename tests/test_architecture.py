@@ -143,7 +143,7 @@ METHODS = [(getattr(halos_trl, f"{name}Trainer"), base) for base, names in BASES
 
 @pytest.mark.parametrize(("method", "base"), METHODS)
 def test_a_batch_becomes_metrics_in_the_class_of_the_method_and_its_base(method, base):
-    """Besides functions: what `trainers/loss.py` asks a trainer for stands in one of the two."""
+    """Hooks that `trainers/loss.py` calls on a trainer are defined in one of these two modules."""
     assert method.__bases__[0] is base
     for hook in ("record", "loss", "checked", "own_rows", "metric_sums", "batch_size", "check_rows"):
         owner = next(c for c in method.__mro__ if hook in vars(c))
@@ -152,7 +152,7 @@ def test_a_batch_becomes_metrics_in_the_class_of_the_method_and_its_base(method,
 
 @pytest.mark.parametrize("method", [*(method for method, _ in METHODS), halos_trl.BradleyTerryTrainer])
 def test_classes_of_trainers_above_a_method(method):
-    """The public base, what has a reference, and what trains; behind them the door to TRL begins."""
+    """The public base class and the mixins before the host classes in `_trl/`."""
     above = [c.__name__ for c in method.__mro__[1:] if c.__module__.startswith("halos_trl.trainers")]
     has_reference = method is not halos_trl.BradleyTerryTrainer
     assert above == [*([method.__mro__[1].__name__, "AlignmentTrainer"] if has_reference else []), "TrainingRun"]
@@ -214,7 +214,7 @@ def test_insides_of_trl_are_imported_in_one_folder_only():
 
 
 def test_classes_of_trl_are_bound_when_a_module_is_imported():
-    """Frameworks replace `trl.DPOTrainer` and its like by classes that extend ours, which a look-up would find."""
+    """Frameworks replace `trl.DPOTrainer` and others by subclasses of these trainers, which a lookup would find."""
     found = []
     for module, path in MODULES.items():
         functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.Lambda)]

@@ -191,7 +191,7 @@ STEPS = [[0], [1], [2], [3], [4], [5], [6], [7], [8]], [[0, 1], [2, 3], [4, 5], 
 
 @pytest.mark.parametrize(("packed", "steps"), zip(["off", "on"], STEPS, strict=True), ids=["padded", "accumulated"])
 def test_kto_steps_are_those_of_halos(packed, steps, halos_tokenizer, make_config):
-    """Losses, KL terms and weights in float64 over two epochs of a recorded run, HALOs' worked out by hand."""
+    """Losses, KL terms and weights in float64 over two epochs of a recorded run, compared with HALOs' formula."""
     run = recorded_run(loader="unpaired", data="binary_feedback", num_processes=1, microbatch_size=4)
     start = float64_model(halos_tokenizer)
     reference = perturbed(start, 0.1)
@@ -408,7 +408,7 @@ def test_a_reward_model_does_not_resume_in_another_order(model, tokenizer, make_
 
 
 def test_kl_sequences_are_cut_with_their_own_prompt(halos_tokenizer, make_config):
-    """What is charged to prompt i leaves less or more room for completion i+1 than for completion i."""
+    """The counted length of prompt i leaves less or more room for completion i+1 than for completion i."""
     budgets = {"max_prompt_length": 24, "max_length": 50}
     config = make_config(KTOConfig, batch_order="halos", per_device_train_batch_size=4, **budgets)
     trainer = KTOTrainer(

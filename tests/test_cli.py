@@ -153,7 +153,7 @@ def test_mixture_of_a_config_file(here, tmp_path):
 
 
 def test_halos_files_in_a_mixture_become_rows(here, tmp_path):
-    """Beside rows of TRL, with the split that the part names."""
+    """Together with TRL's rows, with the split of the part."""
     items = [
         {"prompt": [{"role": "user", "content": f"ask {i}"}], "output": "yes", "label": i % 2, "split": split}
         | {"type": "binary_feedback"}
@@ -210,7 +210,7 @@ def test_flag_wins_over_config_file_wins_over_default(here, tmp_path, form):
 
 
 def test_abbreviated_flag_is_no_missing_flag(here):
-    """argparse takes unique prefixes; a model named by one must not end on the embedded task."""
+    """argparse accepts unique prefixes; a model passed with one must not be replaced by the embedded task."""
     flags = ["--model_name", "tiny", "--dataset_na=rows.jsonl", *ON_CPU]
     script_args, _, model_args, data = cli.parse(KTOConfig, "unpaired", None, flags)
     assert not script_args.embedded

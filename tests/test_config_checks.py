@@ -34,7 +34,7 @@ def refusal(make_config, config_class, **settings):
 
 
 def refused_for(config, name, value):
-    """What the check of a made config says about another value."""
+    """The error of a config's check for another value."""
     with pytest.raises(ValueError) as refused:
         check_types(changed(config, **{name: value}))
     return str(refused.value)
@@ -107,7 +107,7 @@ def test_other_values(name, settings, make_config):
 
 
 def test_numbers_in_other_forms(make_config):
-    """As `TrlParser` reads them from a flag or from YAML, where 1e-6 without a point is a string."""
+    """As read by `TrlParser` from a flag or from YAML, in which 1e-6 without a decimal point is a string."""
     given = {
         "learning_rate": "1e-6",
         "max_length": "512",

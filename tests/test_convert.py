@@ -33,7 +33,7 @@ def read(path):
 
 
 def said_of(items):
-    """What HALOs reads of items, in an order of its own."""
+    """The values that HALOs reads from items, sorted."""
     keys = ("prompt", "output", "output_A", "output_B", "label", "reward", "reward_A", "reward_B", "type")
     return sorted(json.dumps({key: item[key] for key in keys if key in item}) for item in items)
 

@@ -115,7 +115,7 @@ def test_readme_has_one_run_and_one_test_command_of_one_line():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_tables(page):
-    """A header, a rule and rows of as many cells: what GitHub needs to show one."""
+    """A header, a rule and rows with equal numbers of cells, as GitHub requires."""
     for block in re.findall(r"(?:^\|.*\n)+", prose(PAGES[page]), flags=re.M):
         cells = [len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()]
         assert re.fullmatch(r"[|\- ]+", block.splitlines()[1]), f"no header: {block[:120]}"

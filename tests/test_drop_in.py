@@ -179,7 +179,7 @@ ROWS_MATTER = {"bf16", "neftune_noise_alpha", "router_aux_loss_coef"}
 
 @pytest.fixture
 def run_of(model, tokenizer, make_config, tmp_path):
-    """One run of our trainer or TRL's: the same rows, from the same weights, against the same reference."""
+    """One run of this package's trainer or TRL's, with the same rows, initial weights and reference."""
 
     def run(
         method,
@@ -226,7 +226,7 @@ FILES_OF_OURS = {"run_summary.json", "data_summary.json", "train_log.jsonl"}
 
 
 def seen(trainer):
-    """What can be seen of a run once it is over."""
+    """The observable results of a finished run."""
     entries = [e for e in trainer.state.log_history if "loss" in e or "eval_loss" in e]
     loaders = [trainer.get_train_dataloader()]
     if isinstance(trainer.eval_dataset, datasets.Dataset):
@@ -322,7 +322,7 @@ def test_every_default_is_trls(ours, theirs):
 
 
 def common_settings(config_class):
-    """Settings with which either config can be made here, with TRL's default where ours is another."""
+    """Settings that are valid for both configs, with TRL's default where the defaults differ."""
     own = [name for (config, name) in OWN_DEFAULTS if config == config_class.__name__]
     return {"output_dir": "out", "use_cpu": True, "bf16": False} | {n: fields_of(config_class)[n].default for n in own}
 

@@ -221,7 +221,7 @@ def test_scored_method_trains_and_logs_its_own_metrics(fit, weighted):
 
 
 SPLITS = [(12, 1), (3, 4), (2, 6)]
-"""Ways to make a step of at most 12 rows; of groups of 3, 5, 2 and 4 the last one leaves micro-batches empty."""
+"""Splits of a step of at most 12 rows; with groups of 3, 5, 2 and 4, the last one leaves micro-batches empty."""
 
 
 def test_scored_losses_of_rows_are_averaged_over_the_rows_of_the_step(fit, weighted):

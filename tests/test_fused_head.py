@@ -112,7 +112,7 @@ EXPERTS = {
     "phimoe": {"num_local_experts": 4},
     "jetmoe": {"num_local_experts": 4, "kv_channels": 16},
 }
-"""Half of them have no `num_experts` in their config, which TRL reads."""
+"""Half of them lack `num_experts`, which TRL reads, in their config."""
 
 
 def mixture(family, **settings):

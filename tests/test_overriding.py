@@ -27,7 +27,7 @@ HOSTS = {"DPO": trl.DPOTrainer, "KTO": trl.KTOTrainer, "Bradley-Terry": trl.Rewa
 """TRL's own class of the same method."""
 
 SPLITS = [(8, 1), (2, 4)]
-"""Two ways to make an optimizer step of eight."""
+"""Two splits of an optimizer step of eight examples."""
 
 
 @pytest.fixture

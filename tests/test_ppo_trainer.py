@@ -415,7 +415,7 @@ def test_reward_model_scores_each_row_as_if_alone(fit, tokenizer, num_labels):
 
 @pytest.fixture
 def other_tokenizer():
-    """Nothing like the policy's: other ids, a start token that it adds by itself, a template that knows tools."""
+    """Different from the policy's: other ids, a BOS token that it adds by itself, a template with tools."""
     special = ["</s>", "<s>", "<pad>"]
     pieces = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True) + special
     backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]))

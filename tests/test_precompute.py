@@ -53,14 +53,14 @@ def build(model, tokenizer, make_config):
 
 @pytest.fixture
 def noisy(model):
-    """A policy that drops half of its attention, in training mode."""
+    """A policy with attention dropout of 0.5 in training mode."""
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     return model.train()
 
 
 def reference_sums(trainer):
-    """What the losses read, summed over each row."""
+    """The inputs of the losses, summed over each row."""
     read, reference_logps = [], trainer.reference_logps
     trainer.reference_logps = lambda *batch: read.append(reference_logps(*batch)) or read[-1]
     trainer.train()

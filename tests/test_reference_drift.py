@@ -22,7 +22,7 @@ BESIDE = {
     "embed_tokens": LoraConfig(**LORA, modules_to_save=["embed_tokens"]),
     "tokens": LoraConfig(**LORA, trainable_token_indices=list(range(40))),
 }
-"""What trains beside the matrices of the adapter."""
+"""Parameters trained in addition to the adapter's matrices."""
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def unfreeze_norms(model):
 
 
 def log_probs(model, batch):
-    """By the plain forward pass of a copy, in float64: none of the reference's machinery."""
+    """Computed by a plain forward pass of a copy in float64, independently of the reference code."""
     model = copy.deepcopy(model).eval().double()
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -108,7 +108,7 @@ def test_every_method_reads_the_start(build, method, beside):
 
 
 def test_losses_of_trl_read_the_same_reference(build):
-    """`hinge` at `beta` 1 is 1 - margin where that is positive, so the loss tells the reference."""
+    """`hinge` with `beta=1` is 1 - margin if positive, so the loss reveals the reference."""
     watch = Policies()
     trainer = build(peft_config=BESIDE["bias all"], callbacks=[watch], loss_type=["hinge"], beta=0.01)
     batch = first_batch(trainer)

@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_storage_is_refused(make, tmp_path):
 
 
 def test_a_model_from_another_device_follows_in_all_of_its_parts(tokenizer, monkeypatch):
-    """Where moving to the CPU copies, as from a GPU, tied weights stay tied and no module keeps a copy of its own."""
+    """If moving to the CPU copies tensors, as from a GPU, tied weights stay tied and no module keeps its own copy."""
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     tied = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size)).eval()
     stored, to = copy.deepcopy(tied), torch.Tensor.to

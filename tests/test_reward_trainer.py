@@ -161,7 +161,7 @@ def test_rows_dropped_for_their_length_are_counted(fit, said):
 
 
 def test_group_by_length_puts_pairs_of_a_length_together(fit):
-    """The sampler of transformers looks for `input_ids`, which pairs do not have."""
+    """transformers' length sampler reads `input_ids`, which pairs do not have."""
     rows = learnable_rows(32)
     trainer = fit(rows, train=False, train_sampling_strategy="group_by_length", eval_dataset=rows)
     lengths = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in trainer.train_dataset]

@@ -134,7 +134,7 @@ def test_reference_of_a_round_is_the_previous_policy_or_the_first(finished, file
     "lost", [["metrics.json"], ["metrics.json", "feedback.jsonl"], ["metrics.json", "feedback.jsonl", "samples.jsonl"]]
 )
 def test_interrupted_round_is_finished_to_the_same_weights(finished, files, tmp_path, lost):
-    """What was finished is not done again; what was not, is."""
+    """Finished stages are not repeated; unfinished ones are."""
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     for settings in copy.rglob(".*.settings.yaml"):  # of the run at its new place
@@ -294,7 +294,7 @@ SMALL = {
     "train": [*QUIET, "--max_steps", "1", "--warmup_steps", "0"],
     "rounds": [*QUIET, *"--max_steps 1 --warmup_steps 0 --max_tokens 4 --rounds 1 --prompts_per_round 4".split()],
 }
-"""Flags that make a command of a page short, by subcommand."""
+"""Flags that make a documented command short, by subcommand."""
 
 
 def blocks(page, language):
@@ -333,7 +333,7 @@ def run_command_for_halos_users(words):
 
 @pytest.mark.slow
 def test_commands_for_halos_users_run(files, tmp_path, monkeypatch):
-    """docs/from_halos.md from SFT to online rounds, as it stands there, with folders of the names of hub models."""
+    """The commands of docs/from_halos.md, unchanged, with folders named like the Hub models."""
     monkeypatch.chdir(tmp_path)
     for name in ("Meta-Llama-3-8B", "Meta-Llama-3-8B-Instruct"):
         shutil.copytree(files / "tiny", f"meta-llama/{name}")

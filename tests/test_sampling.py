@@ -75,7 +75,7 @@ def test_top_p_draws_from_the_nucleus_only(model, tokenizer):
 
 
 def test_draws_follow_the_models_distribution(model, tokenizer):
-    """First tokens of 2,000 draws against the probabilities: chi-squared over the 20 likeliest, 5 sigma."""
+    """First tokens of 2,000 samples compared with their probabilities: chi-squared over the 20 likeliest, 5 sigma."""
     model.lm_head.weight.data *= 8  # away from uniform
     row = ROWS[0]
     with torch.no_grad():

@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def careless_samples(monkeypatch):
-    """Samples straight from the demonstrator: some right, some wrong, without a trained model."""
+    """Samples of the demonstrator, some of them wrong, without a trained model."""
 
     def sample(model, tokenizer, prompts, seed, temperature):
         rng = random.Random(seed)

@@ -91,7 +91,7 @@ def test_reward_names():
 
 
 def held():
-    """What TRL's modules hold under the names that are replaced."""
+    """The values of the replaced names in TRL's modules."""
     modules = [trl, trl.trainer, sys.modules["trl.trainer.dpo_trainer"], sys.modules["trl.trainer.dpo_config"]]
     return {(m.__name__, name): vars(m)[name] for m in modules for name in PATCHED if name in vars(m)}
 

@@ -33,7 +33,7 @@ def settings_of_engine(engine, reshard=True):
 
 
 def assert_engine(trainer, engine):
-    """No engine gives way to another in silence."""
+    """The requested engine is in use, and not silently another one."""
     assert isinstance(trainer.model_wrapped, FSDPModule) == (engine == "fsdp2")
     assert trainer.is_deepspeed_enabled == (engine == "zero")
 
