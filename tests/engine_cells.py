@@ -19,6 +19,7 @@ from conftest import cpu_config, paired_rows, perturbed, unpaired_rows
 from peft import LoraConfig
 from policy_runs import GRPO, PPO, scored
 from test_overriding import scorer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from two_processes import assert_engine, make_fsdp2_real, settings_of_engine, timeless
 
 import halos_trl
@@ -62,10 +63,17 @@ def build(name, folder, engine):
     method, adapter, humanline, rows = name.split("/")
     trainer_class = getattr(halos_trl, f"{method}Trainer")
     tokenizer = toy.build_tokenizer()
+    model = toy.tiny_model(tokenizer)
+    if method == "BradleyTerry":
+        # Before the arguments, which turn ZeRO-3 on: its empty parameters cannot be given random values.
+        unset_hf_deepspeed_config()
+        model = scorer(model)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     settings = OWN.get(method, {})
     if humanline == "humanline":
-        settings = settings | {"humanline": True, "log_epsilon_p": -0.005, "log_epsilon_r": 0.005}
+        # SimPO has no reference: its bounds are those of log-probs, here near the median of the untrained model's.
+        lower = -5.6 if method == "SimPO" else -0.005
+        settings = settings | {"humanline": True, "log_epsilon_p": lower, "log_epsilon_r": 0.005}
     args = cpu_config(
         getattr(halos_trl, f"{method}Config"),
         folder,
@@ -87,11 +95,9 @@ def build(name, folder, engine):
         **settings_of_engine(engine),
         **settings,
     )
-    model = toy.tiny_model(tokenizer)
     extra = {}
-    if method == "BradleyTerry":
-        model = scorer(model)
-    elif adapter == "full" and humanline == "plain" and trainer_class.needs_reference:
+    has_reference = method != "BradleyTerry" and trainer_class.needs_reference
+    if adapter == "full" and humanline == "plain" and has_reference:
         extra["ref_model"] = perturbed(model)
     if adapter == "lora":
         head = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if method == "BradleyTerry" else {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 _INSTALLED = "halos_reads_wanted"
@@ -73,6 +74,10 @@ class _Scores:
     def __init__(self, wanted: Tensor):
         self.wanted = wanted
         self.logits: Tensor | None = None
+        self.hook: RemovableHandle | None = None
+
+    def note(self, module: Any, args: Any, output: Tensor) -> None:
+        self.logits = output[0, self.wanted.to(output.device)]
 
 
 _scores: ContextVar[_Scores | None] = ContextVar("scores", default=None)
@@ -81,11 +86,14 @@ _scores: ContextVar[_Scores | None] = ContextVar("scores", default=None)
 @contextlib.contextmanager
 def wanted_scores(wanted: Tensor) -> Iterator[None]:
     """Context in which a reward model returns the logits `(M, labels)` at these positions of a packed row."""
-    token = _scores.set(_Scores(wanted))
+    scores = _Scores(wanted)
+    token = _scores.set(scores)
     try:
         yield
     finally:
         _scores.reset(token)
+        if scores.hook is not None:
+            scores.hook.remove()
 
 
 def read_wanted_scores(classifier: PreTrainedModel) -> str | None:
@@ -95,16 +103,18 @@ def read_wanted_scores(classifier: PreTrainedModel) -> str | None:
         return "it has no head `score` that is applied to single positions"
     if not reads_wanted(classifier):
         setattr(classifier, _INSTALLED, True)
-        head.register_forward_hook(_note_scores)
+        classifier.register_forward_pre_hook(_watch_head)
         # Before an engine's hooks, which look for gradients in the model's output.
         classifier.register_forward_hook(_answer_scores, prepend=True)
     return None
 
 
-def _note_scores(module: Any, args: Any, output: Tensor) -> None:
+def _watch_head(module: Any, args: Any) -> None:
+    # Registered for each pass, to run after an engine's hooks: in the backward pass, ZeRO-3 gathers the head's
+    # weights only for what is computed from its own hook's output.
     scores = _scores.get()
     if scores is not None:
-        scores.logits = output[0, scores.wanted.to(output.device)]
+        scores.hook = module.score.register_forward_hook(scores.note)
 
 
 def _answer_scores(module: Any, args: Any, output: Any) -> Any:
