@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -117,9 +116,13 @@ def judged(name, engine, one, two, folder):
 # -- reporting -----------------------------------------------------------------------------------------------------
 
 
-def about(seconds):
+def about(rows):
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"date": datetime.date.today().isoformat(), "minutes": round(seconds / 60, 1), "versions": versions}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "minutes": round(sum(row["seconds"] for row in rows) / 60),
+        "versions": versions,
+    }
 
 
 def summary(rows):
@@ -183,9 +186,8 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="folder of the runs; what lies there is not run again")
     options = parser.parse_args(argv)
     cells = [name for name in names() if re.search(options.only, name)]
-    started = time.monotonic()
     rows = matrix(options.out or Path(tempfile.mkdtemp()), cells, options.engines)
-    header = about(time.monotonic() - started)
+    header = about(rows)
     if options.engines == ENGINES and not options.only:
         write(header, rows)
     print(table(header, rows))

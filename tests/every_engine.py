@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import engine_cells
 import resume_engines
 import torch
 import two_processes
@@ -18,6 +19,8 @@ def main(out: Path, engine: str | None = None) -> None:
     if engine == "fsdp2":
         two_processes.make_fsdp2_real()
     results = two_processes.runs(out, engine) | two_processes_policy.runs(out, engine)
+    # A cell of the engine matrix, since the matrix is not part of the test suite.
+    results["reward model"] = engine_cells.run("BradleyTerry/full/plain/packed", out / "reward model", engine)
     if "WORLD_SIZE" in os.environ:
         results["resumed"] = resume_engines.resumed(out, engine)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -14,6 +14,7 @@ RUNS = [
     "kto, accumulated", "kto, streamed", "kto, humanline", "kto, precomputed",
     "dpo, robust", "dpo, humanline, lora", "dpo, humanline, never resharded",
     "grpo, accumulated", "grpo, precomputed", "ppo, humanline, accumulated, two epochs", "ppo, reward model",
+    "reward model",
 ]  # fmt: skip
 
 
