@@ -16,6 +16,7 @@ import logging
 import datasets
 import pytest
 import torch
+import transformers
 
 from halos_trl import toy
 from halos_trl.sharded import whole
@@ -145,6 +146,44 @@ def cpu_config(config_class, output_dir, **overrides):
 def make_config(tmp_path):
     """`make_config(KTOConfig, beta=0.5)`: a config for the test's own folder."""
     return functools.partial(cpu_config, output_dir=tmp_path / "out")
+
+
+IMAGE = "<image>"
+IMAGE_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|' + message['role'] + '|>' }}"
+    "{%- for part in message['content'] %}"
+    "{%- if part['type'] == 'image' %}<image>{%- else %}{{- part['text'] }}{%- endif %}"
+    "{%- endfor %}{%- if message['role'] == 'assistant' %}<|end|>{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<|assistant|>{%- endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def vision():
+    """A Llava of a few thousand parameters and its processor, built without a download; images have 8 x 8 pixels."""
+    pytest.importorskip("PIL")
+    tokenizer = toy.build_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.chat_template = None  # the processor has one
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
+        ),
+        tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default", image_token=IMAGE,
+        num_additional_image_tokens=1, chat_template=IMAGE_TEMPLATE,
+    )  # fmt: skip
+    small = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(hidden_size=16, image_size=8, patch_size=4, **small),
+        text_config=transformers.LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, max_position_embeddings=128, bos_token_id=None,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **small,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE), vision_feature_layer=-1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.LlavaForConditionalGeneration(config).float(), processor
 
 
 def weights(model):

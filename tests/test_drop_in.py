@@ -639,44 +639,6 @@ def test_implicit_prompt_and_standard_text(pair_of_runs, method):
     assert_same_run(*pair_of_runs(method, data=data, beta=0.5, max_steps=1))
 
 
-IMAGE = "<image>"
-IMAGE_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|' + message['role'] + '|>' }}"
-    "{%- for part in message['content'] %}"
-    "{%- if part['type'] == 'image' %}<image>{%- else %}{{- part['text'] }}{%- endif %}"
-    "{%- endfor %}{%- if message['role'] == 'assistant' %}<|end|>{%- endif %}{%- endfor %}"
-    "{%- if add_generation_prompt %}<|assistant|>{%- endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def vision():
-    """A Llava of a few thousand parameters and its processor, built without a download; images have 8 x 8 pixels."""
-    pytest.importorskip("PIL")
-    tokenizer = toy.build_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    tokenizer.chat_template = None  # the processor has one
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(
-            size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
-        ),
-        tokenizer=tokenizer, patch_size=4, vision_feature_select_strategy="default", image_token=IMAGE,
-        num_additional_image_tokens=1, chat_template=IMAGE_TEMPLATE,
-    )  # fmt: skip
-    small = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(hidden_size=16, image_size=8, patch_size=4, **small),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, max_position_embeddings=128, bos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **small,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE), vision_feature_layer=-1,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.LlavaForConditionalGeneration(config).float(), processor
-
-
 @BOTH
 def test_images(pair_of_runs, vision, method):
     from PIL import Image
