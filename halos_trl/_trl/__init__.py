@@ -24,6 +24,8 @@ precomputes reference sums in  the same code computes live and stored log-probs;
 a separate forward pass, with  setting that affects the numbers
 a cache key of dataset and
 weights alone
+refuses to precompute for      computed by the collator that training uses, and stored with a checksum of the row's
+rows with images               tokens; KTO's partners are then fixed, as for text
 prepares the policy for an     the policy is prepared even if a reference was prepared before it
 evaluation before training
 only if nothing else is

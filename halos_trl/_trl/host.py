@@ -23,6 +23,7 @@ from .construct import built_our_way, own_reference_adapter
 from .finite import FiniteUpdates
 from .fused_head import has_router_logits
 from .halos_order import PreparesHalosRows
+from .images import StoresImageReference, has_images
 from .loops import CleanLoops
 from .overridden import overridden
 from .precompute import StoresReference
@@ -149,7 +150,7 @@ class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):
         return self._prepare_inputs(batch)
 
 
-class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer):
+class TrainerHost(PreparesHalosRows, StoresImageReference, StoresReference, SavesPolicy, NamedTrainer):
     """Public methods that this package's trainers need from the TRL trainer that they extend.
 
     Use it in front of a TRL trainer class in the list of bases; `trl_class` is that class.
@@ -193,7 +194,10 @@ class TrainerHost(PreparesHalosRows, StoresReference, SavesPolicy, NamedTrainer)
         train_dataset = self._checked_before_trl(train_dataset, "train")
         eval_dataset = self._checked_before_trl(eval_dataset, "eval")
         self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._stores_images = args.precompute_ref_log_probs and has_images(train_dataset, "train")
         hidden = self._hidden_from_trl(args)
+        if self._stores_images:
+            hidden["precompute_ref_log_probs"] = False
         with (
             overridden(args, **hidden),
             built_our_way(self, model),

@@ -22,7 +22,8 @@ class PairedHost(TrainerHost, HostTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed reference log-probs of the chosen and of the rejected completions, for TRL's losses."""
-        return self._sums_of_sides(self.reference_table(model, inputs), inputs)
+        sums = self._sums_of_sides(self.reference_table(model, inputs), inputs)
+        return self.in_stored_form(sums, inputs)
 
     def _sums_of_sides(self, logps_BT: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         known = _Answer(TokenTable(logps_BT, inputs["completion_mask"][:, 1:]))

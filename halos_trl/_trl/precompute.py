@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 
+from .images import image_files
 from .overridden import overridden
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ class StoresReference(_Mixin):
     """Implements `precompute_ref_log_probs`, and evaluation with the stored columns."""
 
     trl_class: ClassVar[Any]
+    _stores_images: bool
+    _checked_before_trl: Callable[..., Any]
     live_reference: Callable[[Any], Any]
     """Hook: `live_reference(policy)` returns an object with the `log_probs(batch)` of the reference in training."""
 
@@ -65,12 +69,12 @@ class StoresReference(_Mixin):
                 f"Columns {there} of the {name} dataset may be of a different reference, so they are recomputed."
             )
             dataset = dataset.remove_columns(there)
-        with overridden(self, _precompute_model_hash=self._key()):
+        with overridden(self, _precompute_model_hash=self._key(dataset)):
             dataset = super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
         self._stored |= {dataset._fingerprint}
         return dataset
 
-    def _key(self) -> str:
+    def _key(self, dataset: Dataset) -> str:
         """Cache key of all settings that affect the stored numbers; TRL's own key covers dataset and weights only."""
         model = self.accelerator.unwrap_model(self.ref_model or self.model)
         adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
@@ -86,6 +90,7 @@ class StoresReference(_Mixin):
             "device": self.accelerator.device.type,
             "arguments": {name: str(getattr(self.args, name, None)) for name in _ARGUMENTS},
             "collator": _hash_of(self.data_collator),
+            "images": sorted(image_files(dataset).items()),
             "versions": {name: version(name) for name in _PACKAGES},
         }
         return Hasher.hash({name: str(value) for name, value in deciding.items()})
@@ -99,9 +104,24 @@ class StoresReference(_Mixin):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """As `Trainer.evaluate`; datasets that this trainer has prepared, e.g. `train_dataset`, are used as is."""
+        if self._stores_images and isinstance(eval_dataset, Dataset) and not self._has_stored(eval_dataset):
+            eval_dataset = self._stored_for_evaluation(eval_dataset)
         # TRL would prepare it again, or raise an error after training, because it would need the reference.
         evaluate = super(self.trl_class, self).evaluate if self._has_stored(eval_dataset) else super().evaluate
         return evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _stored_for_evaluation(self, dataset: Dataset) -> Dataset:
+        # As TRL's `evaluate` for rows without images.
+        if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` keeps no reference during training, so the log-probs of a dataset "
+                "that is passed to `evaluate` after it cannot be computed. Pass it as `eval_dataset` to the trainer, "
+                "pass a `ref_model`, or set `precompute_ref_log_probs=False`."
+            )
+        dataset = self._checked_before_trl(dataset, "eval")
+        return self._precompute_ref_logps(
+            dataset, "eval", self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         with self._policy_prepared():

@@ -12,6 +12,7 @@ from trl import KTOTrainer as HostTrainer
 
 from ..data.halos.batches import HalosBatches, HalosPartners, HalosUnpairedBatches
 from .host import TrainerHost
+from .images import with_image_partners
 from .user_functions import CheckedCollator
 
 logger = get_logger(__name__)
@@ -118,6 +119,9 @@ class UnpairedHost(TrainerHost, HostTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self.calculate_KL = self.estimates_kl
+        own = self._stores_images and isinstance(dataset, Dataset) and not self._has_stored(dataset)
+        if own and self.estimates_kl:
+            dataset = with_image_partners(dataset, name)
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
@@ -126,10 +130,11 @@ class UnpairedHost(TrainerHost, HostTrainer):
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Summed reference log-probs of the completions, and of their KL partners."""
         sums_B = self.reference_table(model, inputs).sum(-1)
-        if not self.calculate_KL:
-            return sums_B, None
-        partners = {name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")}
-        return sums_B, self.reference_table(model, partners).sum(-1)
+        of_partners_B = None
+        if self.calculate_KL:
+            partners = {name.removeprefix("KL_"): value for name, value in inputs.items() if name.startswith("KL_")}
+            of_partners_B = self.reference_table(model, {**inputs, **partners}).sum(-1)
+        return self.in_stored_form((sums_B, of_partners_B), inputs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
