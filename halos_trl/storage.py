@@ -177,6 +177,9 @@ def _statistics(state: Any) -> dict[str, Tensor]:
 def _stream(model: Any, device: torch.device) -> nn.Module:
     if hasattr(model, _STREAMED):  # already the `ref_model` of another trainer
         return model
+    if device.type == "cpu":
+        # One of several processes has a numbered CPU ("cpu:1"), on which accelerate's hooks fail.
+        device = torch.device("cpu")
     # The whole model first, so that tied weights stay one tensor, and the hooks note where each one belongs.
     nn.Module.to(model, "cpu")
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -119,8 +119,9 @@ def test_bytes_of_each_storage(model):
     assert sizes[:4] == sorted(sizes[:4], reverse=True)
 
 
-def test_streamed_weights_are_there_one_module_at_a_time(model):
-    streamed = store(copy.deepcopy(model), "cpu", CPU)
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])  # of a process of several
+def test_streamed_weights_are_there_one_module_at_a_time(model, device):
+    streamed = store(copy.deepcopy(model), "cpu", torch.device(device))
     head, present = streamed.get_output_embeddings(), []
 
     def note(module, args):
