@@ -275,13 +275,6 @@ def test_every_argument_of_trls_class_is_accepted(ours, theirs):
     assert list(trls) == list(mine), "the same names in the same order"
 
 
-@pytest.mark.parametrize("theirs", [trl.DPOTrainer, trl.KTOTrainer])
-def test_positional_arguments_have_trls_order(theirs):
-    order = list(inspect.signature(theirs.__init__).parameters)
-    ours = list(inspect.signature(halos_trl._trl.TrainerHost.__init__).parameters)
-    assert ours[: len(order)] == order
-
-
 def documented(heading):
     """Names in backticks at the start of the rows of the table below a heading of docs/methods.md."""
     section = METHODS_PAGE.split(f"## {heading}", 1)[1].split("\n## ", 1)[0]
@@ -658,19 +651,6 @@ def test_images(pair_of_runs, vision, method):
     assert_same_run(ours, theirs)
     if method == "kto":
         assert any(entry.get("kl", 0) > 0 for entry in ours.state.log_history)
-
-
-# -- publishing ----------------------------------------------------------------------------------------------------
-
-
-@BOTH
-def test_tags_and_card_name_the_method_and_the_host(pair_of_runs, method, tmp_path):
-    ours, _ = pair_of_runs(method, max_steps=1)
-    ours.create_model_card()
-    card = (tmp_path / "ours" / "README.md").read_text()
-    front = card.split("---")[1]
-    assert all(f"- {tag}\n" in front for tag in ("trl", "halos-trl", method))
-    assert {"dpo": "2305.18290", "kto": "2402.01306"}[method] in card
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from conftest import paired_rows, unpaired_rows, weights
 from peft import LoraConfig
 from policy_runs import GRPO, build, logged, scored
 from test_drop_in import mixture_of_experts
-from transformers import TrainerCallback
 
 from halos_trl import GRPOConfig, GRPOTrainer
 from halos_trl.advantages import group_advantages
@@ -209,15 +208,6 @@ def test_prepared_rows_keep_their_advantages_in_evaluation(fit, said):
     assert "It is replaced" not in said()
 
 
-@pytest.mark.parametrize("form", ["torch", "numpy"])
-def test_formatted_datasets_train_alike(fit, form):
-    data = scored(4)
-    plain, formatted = fit(data, max_steps=2), fit(data.with_format(form), max_steps=2)
-    for column in ("score", "advantage", "completion_ids"):
-        assert list(formatted.train_dataset[column]) == list(plain.train_dataset[column])
-    assert torch.equal(weights(formatted.model), weights(plain.model))
-
-
 def test_equal_scores_are_legal_and_only_the_penalty_acts(fit):
     data = scored(4).remove_columns("score").add_column("score", [0.3] * 14)
     trainer = fit(data, beta=0.0, weight_decay=0.0, max_steps=2)
@@ -259,40 +249,6 @@ def test_lora_trains_and_saves(fit, tmp_path):
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
-
-
-def test_trl_config_is_refused(model, tokenizer, make_config):
-    with pytest.raises(ValueError, match=r"Use `halos_trl\.GRPOConfig`"):
-        GRPOTrainer(model, args=make_config(trl.KTOConfig), train_dataset=scored(4), processing_class=tokenizer)
-
-
-def test_bad_rows_are_refused_before_training(fit):
-    rows = scored(4).to_list()
-    rows[3]["score"] = float("nan")
-    with pytest.raises(ValueError, match="Row 3 of the train dataset"):
-        fit(datasets.Dataset.from_list(rows))
-    with pytest.raises(ValueError, match="do not stream"):
-        fit(scored(4).to_iterable_dataset())
-
-
-def test_completion_of_zero_tokens_is_refused(fit, tokenizer):
-    silent = "{%- for m in messages %}{%- if m['role'] == 'user' %}{{ m['content'] }}{%- endif %}{%- endfor %}"
-    tokenizer_template, tokenizer.chat_template = tokenizer.chat_template, silent
-    try:
-        with pytest.raises(ValueError, match="Row 0 of the train dataset has a completion of zero tokens"):
-            fit(scored(4))
-    finally:
-        tokenizer.chat_template = tokenizer_template
-
-
-def test_nan_stops_at_its_step(fit):
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 1:
-                model.model.norm.weight.data[0] = float("nan")
-
-    with pytest.raises(ValueError, match=r"policy model returned .* at step 2"):
-        fit(scored(10), callbacks=[Poison()])
 
 
 def test_trls_online_grpo_is_pointed_to(model, tokenizer, make_config):

@@ -582,12 +582,6 @@ def test_tr_dpo_resumes_exactly(make, checkpoint):
     assert torch.equal(weights(whole.model), weights(resumed.model))
 
 
-def test_checkpoint_with_a_reference_needs_a_run_that_moves_it(make, checkpoint):
-    make(**SAVE).train()
-    with pytest.raises(ValueError, match="contains a reference that has moved"):
-        make(**SAVE, humanline=False).train(resume_from_checkpoint=str(checkpoint))
-
-
 def test_a_stored_reference_is_used_whatever_the_new_period(make, checkpoint):
     whole = make(**SAVE, humanline_sync_steps=2)
     whole.train()
@@ -629,21 +623,6 @@ def test_reference_of_another_model_is_an_error(make, checkpoint, change):
     save_file(stored, checkpoint / REFERENCE_FILE)
     with pytest.raises(ValueError, match=r"the reference of a different model: 'model\.norm\.weight'"):
         make(**SAVE).train(resume_from_checkpoint=str(checkpoint))
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_incomplete_checkpoint_is_passed_over(make, checkpoint, said, damage):
-    whole = make(**SAVE)
-    whole.train()
-    state = checkpoint.parent / "checkpoint-4" / "trainer_state.json"
-    if damage == "missing":
-        state.unlink()
-    else:
-        state.write_text(state.read_text()[:-20])
-    resumed = make(**SAVE)
-    resumed.train(resume_from_checkpoint=True)
-    assert "checkpoint-4 is incomplete" in said()
-    assert_same_end(whole, resumed)
 
 
 def test_no_complete_checkpoint_is_an_error(make):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import assistant, paired_rows, perturbed, unpaired_rows, user, weights
+from conftest import assistant, paired_rows, perturbed, unpaired_rows, weights
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 
@@ -267,57 +267,13 @@ def test_paired_data_is_unpaired(fit):
 # -- bad input -----------------------------------------------------------------------------------------------------
 
 
-BAD_ROWS = {
-    "missing label": (
-        [{"prompt": "a", "completion": "b"}] * 2,
-        r"train dataset has columns .*missing: \['label'\]",
-    ),
-    "misnamed completion": (
-        [{"prompt": "a", "completions": "b", "label": True}] * 2,
-        r"rename_column\('completions', 'completion'\)",
-    ),
-    "string label": (
-        [{"prompt": "a", "completion": "b", "label": "good"}] * 2,
-        r"Row 0 .*label 'good' of type str",
-    ),
-    "float label": ([{"prompt": "a", "completion": "b", "label": 0.5}] * 2, r"Row 0 .*label 0.5 of type float"),
-    "missing value": (
-        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "b", "label": None}],
-        r"Row 1 .*label None",
-    ),
-    "empty completion": (
-        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "a", "completion": "", "label": False}],
-        r"Row 1 .*empty `completion`",
-    ),
-    "one row": ([{"prompt": "a", "completion": "b", "label": True}], r"one row"),
-    "one row left": (
-        [{"prompt": "a" * 99, "completion": "b", "label": True}, {"prompt": "a", "completion": "b", "label": False}],
-        r"one row",
-    ),
-    "missing prompt": (
-        [{"prompt": "a", "completion": "b", "label": True}, {"prompt": None, "completion": "b", "label": False}],
-        r"Row 1 .*prompt None of type NoneType",
-    ),
-    "prompt and completion of two kinds": (
-        [{"prompt": user("a"), "completion": "b", "label": True}] * 2,
-        r"Row 0 .*prompt of type list with a completion of type str",
-    ),
-    "empty part of a completion": (
-        [{"prompt": user("a"), "completion": assistant([{"type": "text", "text": ""}]), "label": True}] * 2,
-        r"Row 0 .*empty `completion`",
-    ),
-}
-
-
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_rows_are_refused(fit, case, streaming):
-    rows, message = BAD_ROWS[case]
-    data = datasets.Dataset.from_list(rows)
-    if streaming:
-        data = data.to_iterable_dataset()
-    with pytest.raises(ValueError, match=message):
-        fit(data, max_length=64)
+@pytest.mark.parametrize("prompts", [["a"], ["a" * 99, "a"]], ids=["one row", "one row left"])
+def test_a_single_row_is_refused(fit, prompts, streaming):
+    """Other bad rows: tests/test_rows.py."""
+    data = datasets.Dataset.from_list([{"prompt": prompt, "completion": "b", "label": True} for prompt in prompts])
+    with pytest.raises(ValueError, match="one row"):
+        fit(data.to_iterable_dataset() if streaming else data, max_length=64)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -342,13 +298,6 @@ def test_reasoning_counts_as_a_completion(fit):
         row["completion"][0]["reasoning_content"] = "hm"
     rows[2]["completion"] = [{"role": "assistant", "content": "", "reasoning_content": "hm"}]
     fit(datasets.Dataset.from_list(rows), max_steps=1)
-
-
-def test_empty_conversational_completion_is_refused(fit):
-    rows = unpaired_rows(4).to_list()
-    rows[2]["completion"] = [{"role": "assistant", "content": ""}]
-    with pytest.raises(ValueError, match="Row 2"):
-        fit(datasets.Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -67,6 +67,7 @@ BAD_TEXTS = {
     "content of a number": ([{"role": "assistant", "content": 5}], "`content` is 5 of type int"),
     "content of texts": ([{"role": "assistant", "content": ["x"]}], "`content` is .'x'. of type list"),
     "no content anywhere": ([{"role": "assistant", "content": ""}], "empty `{column}`"),
+    "no text in any part": (assistant([{"type": "text", "text": ""}]), "empty `{column}`"),
 }
 
 
@@ -115,6 +116,7 @@ OTHERS = {
     "label of 2": (LABELLED | {"label": 2}, "label 2 of type int"),
     "label of 1.0": (LABELLED | {"label": 1.0}, "label 1.0 of type float"),
     "label of a text": (LABELLED | {"label": "true"}, "label 'true' of type str"),
+    "missing label": (LABELLED | {"label": None}, "label None"),
 }
 
 
@@ -264,6 +266,21 @@ FITS = {
     "from and value": (check_paired_rows, {"conversations": "a"}, "trl.maybe_convert_to_chatml"),
     "lists without scores": (scored_rows, {"prompt": "a", "completions": ["x"]}, "neither `score` .* nor `label`"),
     "nothing": (scored_rows, {"prompt": "a"}, "Rename or add the columns"),
+    "misnamed side": (
+        check_paired_rows,
+        {"prompt": "a", "chosen": "x", "rejects": "y"},
+        r"rename_column\('rejects', 'rejected'\)",
+    ),
+    "misnamed completion": (
+        check_unpaired_rows,
+        {"prompt": "a", "completions": "x", "label": True},
+        r"rename_column\('completions', 'completion'\)",
+    ),
+    "misnamed completion of a score": (
+        scored_rows,
+        {"prompt": "a", "completon": "x", "score": 1.0},
+        r"rename_column\('completon', 'completion'\)",
+    ),
 }
 
 
