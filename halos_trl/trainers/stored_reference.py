@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .._trl import is_peft_model
 
@@ -36,9 +36,8 @@ def refuse_unfit_storage(args: Any, model: Any, ref_model: Any, new_adapter: Any
 
 
 def _refuse_unfit_engine(args: Any, setting: str) -> None:
-    engine = args.distributed_state.distributed_type
     plugin = args.deepspeed_plugin
-    if engine == DistributedType.FSDP and args.reference_storage != "bf16":
+    if _is_fsdp(args) and args.reference_storage != "bf16":
         remedy = (
             "use `fsdp_offload_params` of accelerate's config, which streams all models"
             if args.reference_storage == "cpu"
@@ -54,6 +53,12 @@ def _refuse_unfit_engine(args: Any, setting: str) -> None:
             "its own dtype. Leave it out (`bf16` and `offload_param` of DeepSpeed's config do the same), or launch "
             "with ZeRO-2."
         )
+
+
+def _is_fsdp(args: Any) -> bool:
+    """Whether accelerate will shard the models. Its state says so only after an `Accelerator` has been created."""
+    distributed = args.distributed_state.distributed_type != DistributedType.NO
+    return distributed and (bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 __all__ = ["refuse_unfit_storage"]
