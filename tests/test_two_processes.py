@@ -177,5 +177,6 @@ def test_generations_are_those_of_a_sampler_in_each_process(results):
 
 def test_table_names_every_run_of_the_scripts():
     source = "".join(SCRIPT.with_name(name).read_text() for name in ("two_processes.py", "two_processes_policy.py"))
-    assert all(f'"{name}": run(' in source for name in RUNS)
-    assert source.count(": run(") == len(RUNS)
+    names = [name for name in RUNS if name != "reward model"]  # a cell of the engine matrix
+    assert all(f'"{name}": run(' in source for name in names)
+    assert source.count(": run(") == len(names)
