@@ -41,7 +41,7 @@ def online_trainer(out, engine, *, module=online, adapter=False, **settings):
     if not folder.exists():
         toy.tiny_model(tokenizer).save_pretrained(folder)
     settings = SETTINGS | ADAM | {"max_steps": STEPS, "max_completion_length": 4, "log_level": "error"} | settings
-    args = module.GRPOConfig(output_dir=str(out), **settings, **settings_of_engine(engine))
+    args = module.GRPOConfig(output_dir=str(out), **(settings | settings_of_engine(engine)))
     torch.manual_seed(7)  # of the adapter
     return module.GRPOTrainer(
         str(folder), many_letters, args, train_dataset=prompts(), processing_class=tokenizer,
