@@ -108,8 +108,11 @@ def test_halos_hyperparameters_and_the_methods_own_defaults(path):
     loss = {"beta", "epsilon", "tau", "gamma_beta_ratio", "lambda_coef", "desirable_weight", "undesirable_weight"}
     loss |= {"cliprange", "critic_coef", "kl_coef", "gamma", "lam", "ppo_epochs", "v_head_max_grad_norm"}
     for field in dataclasses.fields(config_class):
-        if field.name in settings.keys() & (loss | HUMANLINE - {"humanline"}):
+        if field.name in settings.keys() & (loss | HUMANLINE - {"humanline", "humanline_sync_steps"}):
             assert settings[field.name] == field.default, field.name
+    if "humanline_sync_steps" in settings:
+        long_period = of_method(path)[0] in ("KTO", "DPO", "CDPO", "IPO")  # from docs/evidence.md
+        assert settings["humanline_sync_steps"] == (32 if long_period else 1)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
