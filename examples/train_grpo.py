@@ -9,8 +9,7 @@
 
 Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows have `prompt`,
 `completion`, `score` (and optionally `prompt_id`), or `prompt` with the lists `completions` and `scores`; labelled
-and paired rows count as scores of +1 and -1. Standard or
-conversational. `--help` lists all flags.
+and paired rows count as scores of +1 and -1. Standard or conversational. `--help` lists all flags.
 """
 
 from trl import get_peft_config, get_quantization_config
@@ -21,8 +20,8 @@ TOY = {
     "learning_rate": 3e-4,
     "per_device_train_batch_size": 64,
     "num_train_epochs": 3,
-    # HALOs' clip of 0.01 is narrow for three epochs over one set of completions; with
-    # `epsilon_high=2`, a good one may become three times as likely as under the model that generated it.
+    # HALOs' clip of 0.01 is narrow for three epochs over one set of completions; with `epsilon_high=2`, a good one may
+    # become three times as likely as under the model that generated it.
     "epsilon": 0.5,
     "epsilon_high": 2.0,
     "beta": 0.05,

@@ -9,8 +9,8 @@
     python examples/train_slic.py --humanline                   # embedded task with humanline
 
 Model and dataset are Hub ids or local paths (JSON, JSONL, Parquet, CSV, a `save_to_disk` folder). Rows have `chosen`,
-`rejected` and optionally `prompt`, standard or conversational. The flags are those of TRL's DPO script
-and a few more (`--help`).
+`rejected` and optionally `prompt`, standard or conversational. The flags are those of TRL's DPO
+script and a few more (`--help`).
 """
 
 from trl import get_peft_config, get_quantization_config

@@ -223,7 +223,7 @@ def refuse_other_model(expected: torch.Tensor, got: torch.Tensor, change: float,
             f"The outputs of the merged model differ from the adapter's by {difference:.4g} on average; the adapter "
             f"itself changes the outputs of its base model by {change:.4g}. This happens if parameters outside the "
             "adapter were trained, or if an adapter of tied weights cannot be merged. No merged model was written. "
-            "Use the adapter unmerged."
+            "The adapter is saved; use it unmerged."
         )
 
 

@@ -219,7 +219,7 @@ def test_abbreviated_flag_is_no_missing_flag(here):
 
 @pytest.fixture
 def embedded(here, monkeypatch):
-    """The embedded default with the slow parts replaced; returns the kinds of feedback that were asked for."""
+    """The embedded task with the slow parts replaced; returns the kinds of feedback that were asked for."""
     kinds = []
     monkeypatch.setattr(toy, "load_model_path", lambda: str(here / "tiny"))
     rows = datasets.DatasetDict({"train": unpaired_rows(8), "test": unpaired_rows(4)})

@@ -347,7 +347,7 @@ def test_files_that_cannot_be_read(load, tmp_path, content, message):
 def test_a_file_that_is_not_there(load):
     with pytest.raises(ValueError, match=r"no/such\.json cannot be opened"):
         load("no/such.json")
-    with pytest.raises(ValueError, match="There is no feedback file"):
+    with pytest.raises(ValueError, match="No feedback file was passed"):
         load([])
     with pytest.raises(TypeError, match="3 is of type int; expected a path"):
         load([3])

@@ -254,7 +254,7 @@ def test_lora_trains_and_saves(fit, tmp_path):
 def test_trls_online_grpo_is_pointed_to(model, tokenizer, make_config):
     with pytest.raises(ValueError, match=r"`reward_funcs` belongs to `trl\.GRPOTrainer`.*offline"):
         GRPOTrainer(model, reward_funcs=len, train_dataset=scored(4), processing_class=tokenizer)
-    with pytest.raises(ValueError, match=r"is the config of another method. Use `halos_trl.GRPOConfig`"):
+    with pytest.raises(ValueError, match=r"Its settings are not those of this method. Use `halos_trl.GRPOConfig`"):
         GRPOTrainer(
             model,
             args=make_config(trl.GRPOConfig, per_device_train_batch_size=8),

@@ -71,7 +71,7 @@ def _advice_on_config(given: type, wanted: type, name: str) -> str:
             f"it from `{name}`, which extends `trl.{host.__name__}`: `class {given.__name__}({name}): ...`. If a "
             "framework defines it, call `halos_trl.patch_trl()` before importing the framework."
         )
-    return f"It is the config of another method. Use `{name}`, or a class derived from it."
+    return f"Its settings are not those of this method. Use `{name}`, or a class derived from it."
 
 
 class NamedTrainer(ChecksUserFunctions, FiniteUpdates, CleanLoops):

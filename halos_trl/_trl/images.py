@@ -62,7 +62,7 @@ class StoresImageReference(_Mixin):
             return super()._precompute_ref_logps(dataset, name, batch_size)
         if dataset.format["type"] is not None:
             raise ValueError(
-                f"The {name} dataset has a transform or format ({dataset.format['type']!r}), which is lost where "
+                f"The {name} dataset has a transform or format ({dataset.format['type']!r}), which would be lost when "
                 "`precompute_ref_log_probs=True` stores the log-probs. Store the images in the dataset (an `Image` "
                 "column holds paths or bytes), or set `precompute_ref_log_probs=False`."
             )
@@ -72,7 +72,7 @@ class StoresImageReference(_Mixin):
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def in_stored_form(self, sums: tuple[Any, Any], batch: dict[str, Any]) -> tuple[Any, Any]:
-        """Sums `(B,)` in nats as the columns of a dataset hold them: `(B, 2)` with the checksum of the tokens."""
+        """Sums `(B,)` in nats as they are stored in columns of a dataset: `(B, 2)` with the checksum of the tokens."""
         if not self._stores_images:
             return sums
         of_batch = _checksums(batch, len(self.sides) == 2)
@@ -112,9 +112,9 @@ def _checked(stored: list[list[float]], checksum_B: torch.Tensor, rows: list[dic
     if other:
         raise ValueError(
             f"The row with the prompt {str(rows[other[0]].get('prompt'))[:200]!r} has other tokens than when its "
-            "reference log-probs were computed, so these do not apply. The processor or the data collator was "
-            "changed since the trainer was built, or it works at random. Leave them as they are, or set "
-            "`precompute_ref_log_probs=False`."
+            "reference log-probs were computed, so these do not apply. The processor or the data collator has "
+            "changed since the trainer was created, or is not deterministic. Use the same, deterministic ones "
+            "throughout, or set `precompute_ref_log_probs=False`."
         )
     return sums_B
 
@@ -170,7 +170,7 @@ def with_image_partners(dataset: Dataset, name: str) -> Dataset:
             "prompt with a completion of another one. Add rows, or use `loss_type='apo_zero_unpaired'`."
         )
     if PARTNER in dataset.column_names:
-        logger.warning(f"The column {PARTNER!r} of the {name} dataset is made anew: it holds KL partners.")
+        logger.warning(f"The column {PARTNER!r} of the {name} dataset is replaced by the KL partners.")
         dataset = dataset.remove_columns(PARTNER)
     completions = list(dataset.select_columns("completion")["completion"])
     features = Features({PARTNER: dataset.features["completion"]})

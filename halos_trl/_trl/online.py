@@ -79,7 +79,7 @@ class OnlineHost(SavesPolicy, trl.GRPOTrainer):
         return self.online_loss(model, inputs)
 
     def log_share(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
-        """Add part / whole, each summed over processes, to the next log line, which logs the mean over calls."""
+        """Add part / whole, each summed over processes, to the next log line, as the mean over calls."""
         mode = "train" if self.model.training else "eval"
         part, whole = self.accelerator.reduce(torch.stack([part, whole]).double(), reduction="sum")
         self._metrics[mode][name].append((part / whole.clamp(min=1)).item())

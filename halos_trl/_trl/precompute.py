@@ -114,8 +114,8 @@ class StoresReference(_Mixin):
         # As TRL's `evaluate` for rows without images.
         if self.ref_model is None and not is_peft_model(self.model) and self.state.global_step > 0:
             raise ValueError(
-                "`precompute_ref_log_probs=True` keeps no reference during training, so the log-probs of a dataset "
-                "that is passed to `evaluate` after it cannot be computed. Pass it as `eval_dataset` to the trainer, "
+                "`precompute_ref_log_probs=True` keeps no reference during training, so those of a dataset that is "
+                "passed to `evaluate` after training cannot be computed. Pass it as `eval_dataset` to the trainer, "
                 "pass a `ref_model`, or set `precompute_ref_log_probs=False`."
             )
         dataset = self._checked_before_trl(dataset, "eval")

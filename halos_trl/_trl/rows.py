@@ -38,7 +38,8 @@ def drop_foreign_columns(dataset: Any, name: str) -> Any:
         return dataset
     logger.warning(
         f"Columns {foreign} of the {name} dataset are ignored, because the trainer computes reference log-probs and "
-        "KL partners itself. Rename these columns if you need them for something else."
+        "KL partners itself (`precompute_ref_log_probs=True` stores them). Rename the columns if you need them for "
+        "something else."
     )
     return dataset.remove_columns(foreign)
 

@@ -146,7 +146,7 @@ def parse(
 ) -> tuple[Any, Any, ModelConfig, datasets.DatasetDict]:
     """Read the flags (and `--config FILE.yaml`), and load the data.
 
-    If neither a model nor a dataset is given, the embedded default is used: its model, its feedback of `toy_kind`
+    If neither a model nor a dataset is given, the embedded task is used: its model, its feedback of `toy_kind`
     ("unpaired", "paired", "scored"), and `toy_defaults` for all settings that no flag or config file sets. With
     `--humanline`, `toy_humanline` takes precedence over these. `arguments` is the dataclass of the flags outside the
     training config; a script with its own flags passes a subclass of it.

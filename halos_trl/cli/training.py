@@ -12,7 +12,7 @@ from .generation import add_generation
 
 
 def run(trainer: Any, script_args: HalosScriptArguments) -> None:
-    """Train, save and push. On the embedded default, print the held-out accuracy before and after."""
+    """Train, save and push. On the embedded task, print the held-out accuracy before and after."""
     before = toy.accuracy(trainer.model, trainer.processing_class) if script_args.embedded else None
     add_generation(trainer, script_args)
     trainer.add_callback(PicturesCallback(trainer))

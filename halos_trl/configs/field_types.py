@@ -153,9 +153,8 @@ def _checked(field: dataclasses.Field, kinds: set[type], value: Any) -> Any:
 
 
 def _is_a(kind: type, value: Any) -> bool:
-    return isinstance(
-        value, (list, tuple, str) if kind is list else kind
-    )  # TRL accepts a string for a list of one element
+    # TRL accepts a string for a list of one element.
+    return isinstance(value, (list, tuple, str) if kind is list else kind)
 
 
 def _number(value: Any, kinds: set[type]) -> int | float | None:

@@ -58,7 +58,8 @@ class RewardModelScorer:
                 yield Verdict(position, score)
         if longer:
             logger.warning(
-                f"{longer} of {len(todo)} samples are longer than {self._scores.limit} tokens. They are truncated."
+                f"{longer} of {len(todo)} samples are longer than {self._scores.limit} tokens and are truncated at "
+                "the end."
             )
 
     def _ids(self, sample: Sample) -> list[int]:

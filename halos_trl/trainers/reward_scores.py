@@ -92,7 +92,7 @@ class RewardModelScores:
         if longer:
             logger.warning(
                 f"{longer} of {len(ids)} rows are longer than the {self.limit} tokens that the reward model accepts, "
-                "and are truncated. Shorten them, or use a reward model with a longer context."
+                "and are truncated at the end. Shorten them, or use a reward model with a longer context."
             )
 
     @torch.no_grad()

@@ -115,7 +115,7 @@ def feedback_splits(path: str | Path) -> set[str]:
 
 def _check_arguments(paths: list[Any], for_: Any, duplicates: Any) -> None:
     if not paths:
-        raise ValueError("There is no feedback file. Pass a path, or a list of paths.")
+        raise ValueError("No feedback file was passed. Pass a path, or a list of paths.")
     for path in paths:
         if not isinstance(path, str | Path):
             raise TypeError(
