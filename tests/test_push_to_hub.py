@@ -77,7 +77,7 @@ def pushed(tmp_path_factory, _tokenizer, _tiny) -> Iterator[Pushed]:
     with HubServer() as hub:
         hub.repositories["tester/base"] = Repository()
         files = {path.name: path.read_bytes() for path in (folder / "local-base").iterdir()}
-        hub.repositories["tester/base"].commit("base", files)
+        hub.repositories["tester/base"].commit(files)
         env = hub_environment(hub, folder)
 
         adapter = FLAGS | {
@@ -129,7 +129,7 @@ def test_received_files_equal_the_local_ones(pushed: Pushed, repo: str, local: s
     if local != "adapter-merged":
         assert {"training_args.bin", "trainer_state.json"} <= received.keys()
     # One commit: nothing is sent twice, and the second process sends nothing.
-    assert len(pushed.hub.commits(repo)) == 1
+    assert pushed.hub.commits(repo) == 1
 
 
 def test_private_runs_stay_private(pushed: Pushed) -> None:
