@@ -1,10 +1,10 @@
 """The only package that uses private names of TRL and transformers.
 
-TRL loads models, tokenizes, prepares adapters, evaluates and saves. Where its built-in behavior does not suit this
+TRL loads models, tokenizes, prepares adapters, evaluates and saves. Where its built-in behaviour does not suit this
 package, it is changed here; all other modules use public names only.
 
 =============================  =========================================================================
-TRL's behavior                 behavior here
+TRL's behaviour                 behaviour here
 =============================  =========================================================================
 KTO pairs each prompt with a   TRL is told that there is no KL term, so it neither stores partners nor
 neighbour's completion once    refuses shuffling and batch size 1; `UnpairedPreferenceTrainer` pairs within

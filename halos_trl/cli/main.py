@@ -28,7 +28,7 @@ Sample from a model, label the samples, train on the feedback.
 {commands}
 
 `halos-trl COMMAND --help` lists the flags of a command; `--config FILE.yaml` sets them by name. Without a model and a
-dataset, a command runs on the embedded task, which needs no network."""
+dataset, `train`, `sample` and `rounds` run on the embedded task, which needs no network."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -114,6 +114,8 @@ def _watch_head(module: Any, args: Any) -> None:
     # weights only for what is computed from its own hook's output.
     scores = _scores.get()
     if scores is not None:
+        if scores.hook is not None:
+            scores.hook.remove()
         scores.hook = module.score.register_forward_hook(scores.note)
 
 

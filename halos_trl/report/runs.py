@@ -168,7 +168,7 @@ def _read_json(path: Path) -> Row:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}. It may be truncated. Copy it again.") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} contains a {type(value).__name__}, not a JSON object.")
+        raise ValueError(f"{path} contains a value of type {type(value).__name__}, not a JSON object.")
     return value
 
 
