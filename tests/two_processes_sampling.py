@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import trl
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from conftest import cpu_config, paired_rows, weights
 from peft import LoraConfig
@@ -38,8 +39,9 @@ def in_every_process(tensor):
 def online_trainer(out, engine, *, module=online, adapter=False, **settings):
     tokenizer = toy.build_tokenizer()
     folder = out / "policy"  # TRL loads its reference from there
-    if not folder.exists():
-        toy.tiny_model(tokenizer).save_pretrained(folder)
+    with PartialState().main_process_first():
+        if not folder.exists():
+            toy.tiny_model(tokenizer).save_pretrained(folder)
     settings = SETTINGS | ADAM | {"max_steps": STEPS, "max_completion_length": 4, "log_level": "error"} | settings
     args = module.GRPOConfig(output_dir=str(out), **(settings | settings_of_engine(engine)))
     torch.manual_seed(7)  # of the adapter
