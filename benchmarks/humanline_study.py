@@ -26,7 +26,7 @@ from pathlib import Path
 import datasets
 import study_runs
 import torch
-from study_runs import BATCH, GRADIENT_LIMITS, PASS, ROWS, SEEDS, Results
+from study_runs import ARMS, BATCH, EACH, GRADIENT_LIMITS, LONG, PASS, ROWS, SEEDS, Results
 from study_tasks import SAMPLES, TASKS, TOKENIZER, feedback
 from transformers import PrinterCallback
 
@@ -35,8 +35,6 @@ import halos_trl
 RESULTS = Path(__file__).resolve().parent / "results" / "humanline_study.jsonl"
 ROUND = 16  # steps between two samplings
 NEVER = 10**6
-EACH, LONG = "offline humanline, sync 1", "offline humanline, sync 32"
-ARMS = ("offline", EACH, "offline humanline", LONG, "online", "online humanline")
 FIRST = {
     "dpo": {"beta": 1.0},
     "kto": {"beta": 0.1, "undesirable_weight": 0.3},

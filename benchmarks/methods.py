@@ -26,7 +26,7 @@ import datasets
 import humanline_study
 import study_runs
 import trl
-from study_report import differences, fill, interval, shown
+from study_report import accuracies, differences, fill, interval, shown
 from study_runs import GRADIENT_LIMITS, PASS, RATES, ROWS, SEEDS, Results, score
 from study_tasks import SAMPLES, TASKS, TOKENIZER, feedback
 from transformers import PrinterCallback
@@ -145,15 +145,6 @@ def study(results, methods):
             results.get("test", TASK, method, arm, seed, own, 2, "test")
 
 
-def accuracies(results, method, arm, at):
-    """Accuracy by seed after `at` passes; a run that failed counts as the accuracy it last had."""
-    found = {}
-    for line in results.lines:
-        if (line["stage"], line["task"], line["method"], line["arm"]) == ("test", TASK, method, arm):
-            found[line["seed"]] = line["accuracy"].get(at, list(line["accuracy"].values())[-1])
-    return found
-
-
 def accuracy_table(results):
     rows = [
         "| method | start | 1 pass | 2 passes | TRL, 1 pass | TRL, 2 passes | difference, 2 passes |",
@@ -162,7 +153,10 @@ def accuracy_table(results):
     listed = [(method, name, OURS) for method, (name, *_) in METHODS.items()]
     listed.insert(1, ("kto", "KTO, rows in TRL's order", IN_ORDER))
     for method, name, arm in listed:
-        ours, theirs = ([accuracies(results, method, own, at) for at in "012"] for own in (arm, THEIRS))
+        ours, theirs = (
+            [accuracies(results.lines, at, stage="test", task=TASK, method=method, arm=own) for at in "012"]
+            for own in (arm, THEIRS)
+        )
         if not ours[0]:
             continue
         cells = [shown(list(found.values())) for found in (*ours[1:], *theirs[1:])]

@@ -8,15 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from study_runs import score
+from study_runs import ARMS, LONG, score
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-COLOURS = {
-    "offline": "#c44e52", "offline humanline, sync 1": "#ccb974", "offline humanline": "#dd8452",
-    "offline humanline, sync 32": "#937860", "online": "#4c72b0", "online humanline": "#55a868",
-}  # fmt: skip
-ARMS = tuple(COLOURS)
-LONG = "offline humanline, sync 32"
+COLOURS = dict(zip(ARMS, ("#c44e52", "#ccb974", "#dd8452", "#937860", "#4c72b0", "#55a868"), strict=True))
 METHODS = {"dpo": "DPO", "kto": "KTO", "grpo": "GRPO"}
 PASSES = ("1", "2", "4")
 # the 97.5 % point of Student's t, by degrees of freedom

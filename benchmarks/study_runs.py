@@ -11,6 +11,8 @@ from transformers.utils import logging
 
 ROWS, BATCH = 1024, 32  # rows of a pass, rows of a step
 PASS = ROWS // BATCH
+EACH, LONG = "offline humanline, sync 1", "offline humanline, sync 32"
+ARMS = ("offline", EACH, "offline humanline", LONG, "online", "online humanline")  # of the humanline study
 TUNING_SEED, SEEDS = 100, range(5)
 RATES = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 GRADIENT_LIMITS = [{"max_grad_norm": 0.1}, {"max_grad_norm": 10.0}]

@@ -4,7 +4,7 @@ TRL loads models, tokenizes, prepares adapters, evaluates and saves. Where its b
 package, it is changed here; all other modules use public names only.
 
 =============================  =========================================================================
-TRL's behaviour                 behaviour here
+TRL's behaviour                behaviour here
 =============================  =========================================================================
 KTO pairs each prompt with a   TRL is told that there is no KL term, so it neither stores partners nor
 neighbour's completion once    refuses shuffling and batch size 1; `UnpairedPreferenceTrainer` pairs within

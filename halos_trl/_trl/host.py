@@ -195,11 +195,8 @@ class TrainerHost(PreparesHalosRows, StoresImageReference, StoresReference, Save
         eval_dataset = self._checked_before_trl(eval_dataset, "eval")
         self._means: dict[str, RunningMeans] = {"train": RunningMeans(), "eval": RunningMeans()}
         self._stores_images = args.precompute_ref_log_probs and has_images(train_dataset, "train")
-        hidden = self._hidden_from_trl(args)
-        if self._stores_images:
-            hidden["precompute_ref_log_probs"] = False
         with (
-            overridden(args, **hidden),
+            overridden(args, **self._hidden_from_trl(args)),
             built_our_way(self, model),
             own_reference_adapter(model, self.needs_reference),
             noting_policy(self, model),
@@ -238,7 +235,9 @@ class TrainerHost(PreparesHalosRows, StoresImageReference, StoresReference, Save
     def _hidden_from_trl(self, args: Any) -> dict[str, Any]:
         """Config values to override while TRL's constructor runs."""
         # TRL's sync callback does not support adapters or resuming; `ReferenceSync` replaces it.
-        return {"sync_ref_model": False}
+        hidden = {"sync_ref_model": False}
+        # TRL refuses this flag with images, which `StoresImageReference` supports.
+        return hidden | ({"precompute_ref_log_probs": False} if self._stores_images else {})
 
     # -- forward pass ------------------------------------------------------------------------------------------
 
